@@ -1,0 +1,31 @@
+"""lowalign: align a 7B model on one 24 GB card.
+
+    from lowalign import Base, Host, Example
+
+`import lowalign` is instant: torch and transformers are imported when one of these names is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowalign.config import Sampling
+    from lowalign.data.pack import Example
+    from lowalign.model.base import Base
+    from lowalign.model.host import Host
+
+__version__ = "0.1.0"
+__all__ = ["Base", "Example", "Host", "Sampling"]
+
+_HOMES = {
+    "Base": "lowalign.model.base",
+    "Example": "lowalign.data.pack",
+    "Host": "lowalign.model.host",
+    "Sampling": "lowalign.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,159 @@
+"""Adapter folders: written so that stock peft loads them, read strictly, never executing anything.
+
+adapter_config.json, adapter_model.safetensors   as peft writes them
+lowalign.json                                    the base's identity, a hash of the weights, where it came from
+parents/0, parents/1, …                          the frozen adapters it was trained on top of, if any
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowalign.errors import UserError
+from lowalign.model.files import resolve
+from lowalign.model.identity import Identity
+
+PREFIX = "base_model.model."
+_WANTED = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
+_KINDS = {"LORA": LoraConfig, "PROMPT_TUNING": PromptTuningConfig, "PREFIX_TUNING": PrefixTuningConfig}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder holds: peft's config and the weights under their names in the file."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+
+def write(
+    folder: Path, adapter: Adapter, identity: Identity, parents: Sequence[Adapter], files: dict[str, str], meta: dict
+) -> None:
+    """Write an adapter folder, whole or not at all; an older one of that name is replaced.
+
+    parents: frozen adapters it was trained on top of, written inside as parents/0, parents/1, … in the order they stack.
+    files: texts written beside (a chat template). meta: more entries of lowalign.json. Raises UserError when weights are
+    not finite or cannot be written.
+    """
+    temporary, old = (folder.parent / f".{state}-{folder.name}" for state in ("saving", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write_one(temporary, adapter, identity, meta | {"parents": len(parents)})
+        for i, parent in enumerate(parents):
+            _write_one(temporary / "parents" / str(i), parent, identity, {"parents": 0})
+        for name, text in files.items():
+            (temporary / name).write_text(text)
+        for file in temporary.rglob("*"):
+            with file.open("rb") if file.is_file() else contextlib.nullcontext() as f:
+                _ = f and os.fsync(f.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"the adapter could not be written to {folder}: {error}") from error
+
+
+def _write_one(folder: Path, adapter: Adapter, identity: Identity, meta: dict) -> None:
+    bad = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(f"the adapter is not saved: {bad[0]} holds numbers that are not finite")
+    folder.mkdir(parents=True)
+    tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", _plain(adapter.config, identity))
+    _write_json(folder / "lowalign.json", meta | {"base": asdict(identity), "weights": weights_hash(folder)})
+
+
+def locate(folder_or_hub_id: str | Path) -> Path:
+    """The adapter's folder here; a run's folder stands for its `adapter` folder."""
+    run = Path(folder_or_hub_id) / "adapter"
+    return resolve(str(run if run.is_dir() else folder_or_hub_id), None, _WANTED)[0]
+
+
+def read(folder: Path) -> tuple[Adapter, dict]:
+    """-> the adapter and its lowalign.json ({} in a folder stock peft wrote).
+
+    Raises UserError for anything but LoRA, prompt or prefix tuning in safetensors.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        raw = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not an adapter folder: adapter_config.json: {error}") from error
+    kind = raw.get("peft_type")
+    if kind not in _KINDS:
+        raise UserError(f"{folder} holds a {kind} adapter; lowalign knows LoRA, prompt tuning and prefix tuning")
+    if raw.get("auto_mapping"):
+        raise UserError(f"{folder} names classes to import (auto_mapping), which is not done")
+    if not file.exists():
+        raise UserError(f"{folder} has no adapter_model.safetensors; files that can hold code (.bin, .pt) are not read")
+    known = _KINDS[kind].__dataclass_fields__
+    config = _KINDS[kind](**{k: v for k, v in raw.items() if k in known and k not in ("peft_type", "auto_mapping")})
+    try:
+        tensors = load_file(file)
+        meta = json.loads((folder / "lowalign.json").read_text()) if (folder / "lowalign.json").exists() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: {error}") from error
+    if meta.get("weights") not in (None, weights_hash(folder)):
+        raise UserError(
+            f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
+        )
+    return Adapter(config, tensors), meta
+
+
+def check_base(folder: Path, meta: dict, identity: Identity) -> None:
+    """Refuse an adapter that was trained on another base. A stock peft folder does not say, and is let through."""
+    differences = identity.differences(meta.get("base", {}))
+    if differences:
+        raise UserError(
+            f"{folder} was trained on another base ({meta['base']['name']}; here: {identity.name}): {'; '.join(differences)}. "
+            "Load the right base, or allow it with allow_base_mismatch=True (--allow-base-mismatch)"
+        )
+
+
+def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Half an adapter, or one of another width, is an error; peft only warns."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{k}: {found[k]} in the file, {expected[k]} here" for k in expected if k in found and expected[k] != found[k]
+    ]
+    if missing or extra or shapes:
+        parts = [f"{len(missing)} weights are missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(extra)} weights have no place here (first: {extra[0]})"] if extra else []
+        parts += [f"{len(shapes)} weights have another shape (first: {shapes[0]})"] if shapes else []
+        raise UserError(f"{folder} does not fit this base: {'; '.join(parts)}")
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 of the weights' file: an adapter's own identity."""
+    with (folder / "adapter_model.safetensors").open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _plain(config: PeftConfig, identity: Identity) -> dict[str, object]:
+    raw = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    raw |= {"inference_mode": True, "base_model_name_or_path": identity.name}
+    if raw.get("tokenizer_name_or_path"):
+        raw["tokenizer_name_or_path"] = identity.name
+    if not identity.revision.startswith("sha256:"):
+        raw["revision"] = identity.revision
+    # The projection is computed away in the file; what is left is a plain prefix, which stock peft can load and train.
+    return raw | ({"prefix_projection": False} if "prefix_projection" in raw else {})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")

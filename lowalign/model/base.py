@@ -1,0 +1,246 @@
+"""The frozen base: load it (in 4 bit), name it exactly, and never let it change."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import psutil
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lowalign.errors import UserError
+from lowalign.model import attention
+from lowalign.model.files import resolve
+from lowalign.model.identity import Identity, checksum, identify
+from lowalign.model.probe import probe
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte a block of 64, and the blocks' own scales
+
+
+@dataclass
+class Base:
+    """A frozen causal language model, its tokenizer and its identity. Make it with `Base.load`.
+
+    packed: whether packed attention is exact for this architecture; if not, `why_not` says what stands in the way and
+    every completion is computed as a row of its own. unquantized: share of the weights that is not in 4 bit.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    identity: Identity
+    folder: Path
+    eos_ids: tuple[int, ...]
+    unquantized: float
+    packed: bool
+    why_not: str = ""
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        quantization: str = "nf4",
+        revision: str | None = None,
+        dtype: torch.dtype | str = "bfloat16",
+        device: str = "auto",
+        quiet: bool = False,
+    ) -> "Base":
+        """Load a folder or a Hub model, frozen, every linear layer but the head in NF4 with double quantization.
+
+        quantization: "nf4", or "none" to keep the weights as stored. dtype: of computations, embeddings, norms and head.
+        Raises UserError for what cannot be a base: no safetensors, code of its own, encoder-decoder, another 4-bit or
+        8-bit scheme, not enough free memory.
+        """
+        if quantization not in ("nf4", "none"):
+            raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
+        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
+        folder, commit = resolve(str(path_or_hub_id), revision, _WANTED)
+        config = _checked_config(folder, quantization)
+        head = _check_memory(folder, config, quantization, dtype, device)
+        options = {}
+        if quantization == "nf4" and not getattr(config, "quantization_config", None):
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[head],
+            )
+        with _quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        freeze(model)
+        packed, why_not = probe(config)
+        if packed:
+            model.set_attn_implementation(attention.NAME)
+        eos_ids = _eos_ids(model, tokenizer)
+        _give_pad(tokenizer, eos_ids)
+        identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
+        base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not)
+        if not quiet:
+            print(base.summary(), file=sys.stderr)
+        return base
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computations and the weights that are not in 4 bit."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: ids or embeddings in, hidden states out."""
+        return self.model.base_model
+
+    def checksum(self) -> int:
+        """A number that changes with any bit of the base's weights (adapters on it do not count)."""
+        return checksum(self.model)
+
+    def summary(self) -> str:
+        """Two lines for the user: what was loaded, and how it will compute."""
+        lines = [
+            f"base {self.identity.name}: {self.identity.quantization}, {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device}; {self.unquantized:.1%} of its weights are not in 4 bit"
+        ]
+        if not self.packed:
+            lines.append(f"packed attention is off ({self.why_not}): one row per completion, slower, same results")
+        return "\n".join(lines)
+
+
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+           "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"]  # fmt: skip
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients, no dropout, and no repacking of 4-bit weights behind our back."""
+    model.eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for module in model.modules():
+        # Checkpointing needs train mode, which would switch these on (gpt2: 0.31 in the logits).
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        # On CPUs with AVX512-BF16 bitsandbytes rewrites the weights in place at the first forward in eval mode; the base
+        # changes its bits and later gradients are lost without an error.
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _checked_config(folder: Path, quantization: str):
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read ({error}): this is not a model folder") from error
+    if raw.get("auto_map"):
+        raise UserError(f"{folder} brings code of its own (auto_map in config.json), which lowalign never runs; use a model that transformers knows by itself")  # fmt: skip
+    if raw.get("is_encoder_decoder"):
+        raise UserError(f"{folder} is an encoder-decoder model; lowalign trains causal language models")
+    scheme = raw.get("quantization_config") or {}
+    ours = scheme.get("quant_method") == "bitsandbytes" and scheme.get("bnb_4bit_quant_type") == "nf4"
+    if scheme and not (ours and quantization == "nf4"):
+        method = scheme.get("quant_method", "an unknown scheme")
+        raise UserError(f"{folder} is already quantized ({method}); load the original 16-bit weights instead")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no *.safetensors file; other formats can hold code and are not read. Convert it first (transformers: model.save_pretrained)")  # fmt: skip
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"transformers does not know the model in {folder}: {error}") from error
+
+
+def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, device: str) -> str:
+    """Refuse before loading what cannot fit. Returns the name of the head, which stays unquantized."""
+    with torch.device("meta"), _quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise UserError(
+                f"the model in {folder} is not a causal language model: {str(error).splitlines()[0]}"
+            ) from error
+    output = model.get_output_embeddings()
+    head = next(name for name, module in model.named_modules() if module is output)
+    linear = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
+    four_bit = sum(m.weight.numel() for m in linear.values()) if quantization == "nf4" else 0
+    rest = sum(p.numel() for p in model.parameters()) - four_bit
+    need = int(four_bit * NF4_BYTES + rest * dtype.itemsize)
+    # While loading, the largest tensor exists once more as it is stored.
+    need += max((_largest_tensor(f) for f in folder.glob("*.safetensors")), default=0)
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    if need > free:
+        advice = "" if quantization == "nf4" else ' or load it with quantization "nf4"'
+        raise UserError(f"the base needs {need / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; free some memory{advice}")  # fmt: skip
+    return head
+
+
+def _largest_tensor(file: Path) -> int:
+    with safe_open(file, "pt") as f:
+        return max((f.get_slice(k).get_shape() and _numel(f.get_slice(k).get_shape()) * 2 for k in f.keys()), default=0)  # noqa: SIM118
+
+
+def _numel(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text: of the generation config, the model's config and the tokenizer."""
+    ids: dict[int, None] = {}
+    for found in (getattr(model, "generation_config", None), model.config, tokenizer):
+        eos = getattr(found, "eos_token_id", None)
+        for i in eos if isinstance(eos, list | tuple) else [eos]:
+            if i is not None:
+                ids[int(i)] = None
+    return tuple(ids)
+
+
+def _give_pad(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:
+    """A pad token that is not an eos, from the vocabulary as it is. Packs hold no padding; others that load this do."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in eos_ids:
+        return
+    special = [t for t in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(t) not in eos_ids]
+    added = [t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and i not in eos_ids]
+    named = [t for t in added + special if "pad" in t.lower()]
+    spare = [t for t in added if "reserved" in t.lower() or "unused" in t.lower()]
+    choices = named + spare + [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t] + added + special
+    choices = [t for t in choices if tokenizer.convert_tokens_to_ids(t) not in eos_ids]
+    if choices:
+        tokenizer.pad_token = choices[0]
+
+
+def _unquantized(model: nn.Module) -> float:
+    """Share of the weights that is not in 4 bit, counted in weights (a 4-bit one packs two into a byte)."""
+    four_bit = other = 0
+    for p in model.parameters():
+        if isinstance(p, bnb.nn.Params4bit):
+            four_bit += p.quant_state.shape.numel()
+        else:
+            other += p.numel()
+    return other / (four_bit + other)
+
+
+class _quiet_transformers:
+    """Around loading: transformers' progress bars and advice are about options that are set here."""
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *error) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,103 @@
+"""Attention to one block of keys that also returns its log-sum-exp, so that several blocks can be joined exactly."""
+
+import inspect
+import sys
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import varlen as torch_varlen
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(B, H, Q, D) on (B, H, K, D) -> (B, H, Q, D) and the log-sum-exp of the scores (B, H, Q) in fp32.
+
+    mask: bool, broadcast to (B, H, Q, K); where a query sees nothing the result is 0 and the log-sum-exp -inf.
+    """
+    if query.device.type == "cpu" and not softcap and key.shape[-1] == value.shape[-1]:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(query, key, value, attn_mask=bias, scale=scale)
+        # The kernel says 0 where nothing is seen.
+        return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -torch.inf)
+    scores = query.float() @ key.float().mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).nan_to_num() @ value.float()).to(query.dtype), scores.logsumexp(-1)
+
+
+def varlen_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether the flash kernel for ragged batches can stand in for `attend`: on CUDA, in 16 bit, without a soft cap."""
+    if not query.is_cuda or softcap or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    same = key.shape[-1] == value.shape[-1]
+    return same and _varlen_is_right(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
+
+
+def varlen(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scale, window, used=None):
+    """(T, H, D) on (S, Hkv, D) -> (T, H, D), log-sum-exp (T, H). used (sequences,): how many of its keys count."""
+    out, lse = torch_varlen.varlen_attn(
+        query, key, value, query_bounds, key_bounds, longest_query, longest_key,
+        return_aux=torch_varlen.AuxRequest(lse=True), scale=scale, window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1], seqused_k=used,
+    )  # fmt: skip
+    return out, lse.T
+
+
+@lru_cache(maxsize=8)
+def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether this torch has the kernel with all that is asked of it, and it agrees with `attend` on random numbers."""
+    why = f"torch {torch.__version__} has no varlen_attn with enable_gqa and seqused_k"
+    if {"return_aux", "enable_gqa", "seqused_k"} <= set(inspect.signature(torch_varlen.varlen_attn).parameters):
+        try:
+            error = _varlen_error(device, dtype, heads, kv_heads, dim)
+            why = f"varlen_attn is off by {error:.1e}"
+        except (RuntimeError, ValueError, TypeError) as refused:
+            error, why = torch.inf, f"varlen_attn refuses: {str(refused).splitlines()[0]}"
+        if error < 0.05:  # 16-bit rounding of numbers around 1 gives a few thousandths
+            return True
+    print(f"sampling computes attention prompt by prompt, slower with the same results ({why})", file=sys.stderr)
+    return False
+
+
+def _varlen_error(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> float:
+    """Largest difference from `attend` on two sequences: one query each on part of its keys, and causal with a window."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, dim, generator=generator).to(device, dtype)  # noqa: E731
+    worst = 0.0
+    for queries, lengths, used, window in [([1, 1], [6, 6], [2, 5], (-1, -1)), ([1, 1], [6, 6], [2, 5], (2, 0)),
+                                           ([3, 2], [5, 4], [5, 4], (-1, -1)), ([3, 2], [5, 4], [5, 4], (2, 0))]:  # fmt: skip
+        q, k, v = draw(sum(queries), heads), draw(sum(lengths), kv_heads), draw(sum(lengths), kv_heads)
+        bounds = cumulative(queries, device), cumulative(lengths, device), max(queries), max(lengths)
+        counts = torch.tensor(used, device=device, dtype=torch.int32) if used != lengths else None
+        got, got_lse = varlen(q, k, v, *bounds, dim**-0.5, window, counts)
+        split = zip(q.split(queries), k.split(lengths), v.split(lengths), used, strict=True)
+        outs, sums = [], []
+        for one, keys, values, count in split:
+            keys, values = (x[:count].repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (keys, values))
+            places = torch.arange(count, device=device)
+            left = count if window[0] < 0 else window[0] + 1
+            mask = visible(places[count - len(one) :], places, left) if window[1] == 0 else None
+            out, lse = attend(one.transpose(0, 1)[None], keys[None], values[None], dim**-0.5, None if mask is None else mask[None, None])
+            outs.append(out[0].transpose(0, 1))
+            sums.append(lse[0].T)
+        worst = max(worst, float((got - torch.cat(outs)).abs().max()), float((got_lse - torch.cat(sums)).abs().max()))
+    return worst
+
+
+def visible(at: Tensor, places: Tensor, window: int | None) -> Tensor:
+    """(queries, keys) bool: whether a query at one place sees the key at another: not a later one, none outside the window."""
+    behind = at[:, None] - places
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    """(sequences + 1,) int32: where each begins, and the end."""
+    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)

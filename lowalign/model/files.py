@@ -1,0 +1,27 @@
+"""From a folder or a Hub id to a folder on this machine."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from lowalign.errors import UserError
+
+
+def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tuple[Path, str | None]:
+    """The folder that holds it, and the Hub commit (None for a local folder).
+
+    wanted: patterns of the files to download; nothing else is fetched. Raises UserError when there is neither a folder
+    nor a Hub repository of that name.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if folder.exists() or path_or_hub_id.startswith((".", "/", "~")) or path_or_hub_id.count("/") > 1:
+        raise UserError(f"{path_or_hub_id} is not a folder")
+    try:
+        snapshot = snapshot_download(path_or_hub_id, revision=revision, allow_patterns=wanted)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'"{path_or_hub_id}" is neither a folder here nor reachable on the Hub: {reason}') from error
+    return Path(snapshot), Path(snapshot).name

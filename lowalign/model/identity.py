@@ -1,0 +1,90 @@
+"""Which base this is, to the bit: what an adapter is tied to."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an adapter was trained on. Two bases are the same when all of it is equal but the name.
+
+    revision: the Hub commit, or "sha256:…" of a folder's weight files.
+    """
+
+    name: str
+    revision: str
+    config: str
+    vocabulary: int
+    template: str
+    quantization: str
+
+    def differences(self, other: dict) -> list[str]:
+        """Lines "field: ours, theirs" for what differs from a stored identity; the name alone never does."""
+        mine = asdict(self)
+        keys = [k for k in ("revision", "config", "vocabulary") if k in other and other[k] != mine[k]]
+        return [f"{k}: here {mine[k]}, the adapter's {other[k]}" for k in keys]
+
+
+def identify(
+    name: str, folder: Path, commit: str | None, tokenizer: PreTrainedTokenizerBase, quantization: str
+) -> Identity:
+    """The identity of a model folder; `commit` is its Hub commit, None for a folder of the user's."""
+    if commit is None:
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+        commit = f"sha256:{digest.hexdigest()[:40]}"
+        name = folder.name  # a path says nothing on another machine
+    config = json.loads((folder / "config.json").read_text())
+    # Not part of what the model computes.
+    kept = {
+        k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+    }
+    template = tokenizer.chat_template or ""
+    return Identity(
+        name,
+        commit,
+        _short(json.dumps(kept, sort_keys=True)),
+        len(tokenizer),
+        _short(json.dumps(template)),
+        quantization,
+    )
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checksum(model: nn.Module) -> int:
+    """A number that changes with any bit of the base's own weights; adapters injected into it do not count."""
+    total = 0
+    for i, tensor in enumerate(_own_tensors(model)):
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        words = raw[: raw.numel() // 4 * 4].view(torch.int32)
+        total += (i + 1) * (int(words.sum(dtype=torch.int64)) + int(raw[words.numel() * 4 :].sum(dtype=torch.int64)))
+    return total
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The base's own weights, with the scales of 4-bit ones, in a fixed order; adapters injected into it left out."""
+    adapter = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.adapter_layer_names
+               for p in getattr(m, n).parameters()}  # fmt: skip
+    for p in model.parameters():
+        if id(p) not in adapter:
+            yield p.data
+            state = getattr(p, "quant_state", None)
+            if state is not None:
+                yield state.absmax
+                if state.nested:
+                    yield state.state2.absmax
+                    yield state.offset
+    yield from model.buffers()

@@ -1,0 +1,121 @@
+"""log p(token | hidden state) for a frozen head, without ever keeping the logits.
+
+The head W is frozen, so the derivatives of one token's log-probability and entropy are single rows that the forward
+can keep. With z = cap(scale (W h + b)), p = softmax(z / t) and H its entropy:
+    d logp_y / d h = scale/t (c_y W_y - (p c) W)          d H / d h = -scale/t ((p (log p + H) c) W)
+where c = 1 without a soft cap and c = 1 - (z / softcap)^2 with one (z = softcap tanh(. / softcap)).
+The backward multiplies them by the incoming numbers; no logits are made again: two matrix products instead of three,
+and memory of O(chunk x vocabulary).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # rows whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer as arithmetic: logits = cap(scale (W h + b)), cap(x) = softcap tanh(x / softcap).
+
+    weight (V, H), bias (V,) or None.
+    """
+
+    module: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """Read scale (cohere, granite) and soft cap (gemma2) from the config; bias (phi) from the layer."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is a plain layer that nothing trains, so that TokenLogprob applies."""
+        plain = type(self.module) is nn.Linear
+        return plain and not any(p.requires_grad for p in self.module.parameters())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, H) -> (N, V), fp32."""
+        return self.cap(torch.promote_types(hidden.dtype, torch.float32), self.module(hidden))
+
+    def cap(self, dtype: torch.dtype, raw: Tensor) -> Tensor:
+        """Scale and soft cap of the raw logits, in `dtype`."""
+        z = raw.to(dtype) * self.scale if self.scale != 1.0 else raw.to(dtype)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class TokenLogprob(torch.autograd.Function):
+    """hidden (N, H), frozen head, labels (N,) -> log-prob (N,), entropy (N,) or None; fp32 (fp64 for fp64 input)."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Head, labels: Tensor, temperature: float, with_entropy: bool):
+        weight = head.module.weight
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        entropies = torch.empty_like(logps) if with_entropy else None
+        keep = ctx.needs_input_grad[0]
+        d_logp = torch.empty_like(hidden) if keep else None
+        d_entropy = torch.empty_like(hidden) if keep and with_entropy else None
+        factor = head.scale / temperature
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            y = labels[part, None]
+            z = head.cap(exact, head.module(hidden[part]))
+            logp = (z / temperature if temperature != 1.0 else z).log_softmax(-1)
+            logps[part] = logp.gather(1, y)[:, 0]
+            if not (keep or with_entropy):
+                continue
+            p = logp.exp()
+            if with_entropy:
+                entropies[part] = h = -(p * logp).sum(-1)
+            if not keep:
+                continue
+            c = None if head.softcap is None else 1 - (z / head.softcap) ** 2
+            own = weight[labels[part]] if c is None else weight[labels[part]] * c.gather(1, y).to(weight.dtype)
+            mean = p if c is None else p * c
+            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight)
+            if d_entropy is not None:
+                d_entropy[part] = -factor * ((mean * (logp + h[:, None])).to(weight.dtype) @ weight)
+        ctx.save_for_backward(d_logp, d_entropy)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, g_logp: Tensor, g_entropy: Tensor | None):
+        d_logp, d_entropy = ctx.saved_tensors
+        grad = g_logp[:, None] * d_logp.to(g_logp.dtype)
+        if d_entropy is not None and g_entropy is not None:
+            grad = grad + g_entropy[:, None] * d_entropy.to(g_logp.dtype)
+        return grad.to(d_logp.dtype), None, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor, head: Head, labels: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each label under its hidden state, and the entropy of that distribution when asked for.
+
+    hidden (N, H), labels (N,) -> (N,) and (N,) or None, in fp32. A head that is trained or carries an adapter takes a
+    plain path that recomputes its logits, a chunk at a time, in the backward.
+    """
+    if head.frozen:
+        return TokenLogprob.apply(hidden, head, labels, temperature, entropy)
+
+    def plain(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (head.logits(h) / temperature).log_softmax(-1)
+        return logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if entropy else logp.new_zeros(len(h))
+
+    parts = [
+        checkpoint(plain, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    ]
+    if not parts:
+        return hidden.new_zeros(0, dtype=torch.float32), None
+    logps, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
+    return logps, entropies if entropy else None

@@ -1,0 +1,173 @@
+"""The fall-back for models whose attention the packed kernel cannot stand in for: one row per completion, no padding.
+
+Slower, through the model's own attention and head; the same results.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lowalign.config import Sampling
+from lowalign.data.pack import Example
+from lowalign.errors import UserError
+from lowalign.model.pick import pick, uniforms
+from lowalign.model.sampling import Completion
+
+Prefix = list[tuple[Tensor, Tensor]]
+
+
+def row_logprobs(
+    model: nn.Module,
+    examples: Sequence[Example],
+    virtual: Tensor | None,
+    prefix: Prefix | None,
+    supervised_only: bool,
+    temperature: float,
+) -> list[list[Tensor]]:
+    """As `packed_logprobs`, a row at a time."""
+    return [
+        [
+            _one(model, example, i, virtual, prefix, supervised_only, temperature)
+            for i in range(len(example.completions))
+        ]
+        for example in examples
+    ]
+
+
+def _one(
+    model: nn.Module,
+    example: Example,
+    i: int,
+    virtual: Tensor | None,
+    prefix: Prefix | None,
+    supervised_only: bool,
+    temperature: float,
+) -> Tensor:
+    """(length of completion i,) log-probs."""
+    completion = example.completions[i]
+    n = len(completion)
+    device = model.get_input_embeddings().weight.device
+    logits, _ = _logits(model, example.prompt + completion[:-1], virtual, prefix, keep=n)
+    label = torch.tensor(completion, device=device)
+    known = n if example.prompt else n - 1  # without a prompt the first token has nothing to be predicted from
+    logp = (logits[len(logits) - known :].float() / temperature).log_softmax(-1)
+    values = logp.gather(1, label[n - known :, None])[:, 0]
+    if known < n:
+        values = torch.cat([values.new_zeros(1), values])
+    if supervised_only:
+        values = torch.where(torch.tensor(example.mask(i), device=device), values, 0.0)
+    return values
+
+
+def _logits(
+    model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int, use_cache: bool = False
+) -> tuple[Tensor, DynamicCache | None]:
+    """Logits (at most keep, V) of the last positions of one row, and its cache."""
+    embed = model.get_input_embeddings()
+    device = embed.weight.device
+    words = embed(torch.tensor(ids, dtype=torch.long, device=device))
+    if virtual is not None:
+        words = torch.cat([virtual.to(words.dtype), words])
+    first, cache = 0, None
+    if prefix is not None or use_cache:
+        cache = DynamicCache(config=model.config)
+    if prefix is not None:
+        first = prefix[0][0].shape[2]
+        for layer, (key, value) in enumerate(prefix):
+            cache.update(key.to(words.dtype), value.to(words.dtype), layer)
+    if not len(words):
+        return words.new_zeros(0, embed.weight.shape[0]), cache
+    total = first + len(words)
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with _Uncheckpointed(model, cache is not None):
+        output = model(
+            inputs_embeds=words[None],
+            attention_mask=torch.ones(1, total, dtype=torch.long, device=device),
+            position_ids=torch.arange(first, total, device=device)[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **options,
+        )
+    return output.logits[0, -keep:], cache
+
+
+class _Uncheckpointed:
+    """A cache and gradient checkpointing exclude each other in transformers: keep the activations of such a forward."""
+
+    def __init__(self, model: nn.Module, needed: bool) -> None:
+        self.layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)] if needed else []
+
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            layer.gradient_checkpointing = False
+
+    def __exit__(self, *error) -> None:
+        for layer in self.layers:
+            layer.gradient_checkpointing = True
+
+
+@torch.no_grad()
+def row_sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    sampling: Sampling,
+    *,
+    eos_ids: Sequence[int],
+    virtual: Tensor | None,
+    prefix: Prefix | None,
+    seeds: Sequence[int] | None,
+) -> list[list[Completion]]:
+    """As `sample`, one completion at a time through the model's own cache."""
+    results = []
+    for i, prompt in enumerate(prompts):
+        if not prompt and virtual is None:
+            raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
+        seed = i if seeds is None else seeds[i]
+        luck = [uniforms(sampling.seed, seed, j, sampling.max_new_tokens) for j in range(n)]
+        results.append([_draw(model, list(prompt), sampling, eos_ids, virtual, prefix, u) for u in luck])
+    return results
+
+
+def _draw(
+    model: nn.Module,
+    prompt: list[int],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    virtual: Tensor | None,
+    prefix: Prefix | None,
+    luck: list[float],
+) -> Completion:
+    """One completion; luck: a uniform number for each token it may have."""
+    logits, cache = _logits(model, prompt, virtual, prefix, keep=1, use_cache=True)
+    device, at = logits.device, cache.get_seq_length()
+    eos = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=device)
+    eos[0, list(eos_ids)] = True
+    ids: list[int] = []
+    logps: list[Tensor] = []
+    for t in range(sampling.max_new_tokens):
+        token, logp = pick(
+            logits,
+            torch.tensor(luck[t : t + 1], device=device),
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            eos if t < sampling.min_new_tokens else None,
+        )
+        ids.append(int(token))
+        logps.append(logp)
+        if ids[-1] in eos_ids:
+            break
+        total = at + len(ids)
+        output = model(
+            input_ids=token[None],
+            attention_mask=torch.ones(1, total, dtype=torch.long, device=device),
+            position_ids=torch.tensor([[total - 1]], device=device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1]
+    return Completion(ids, torch.cat(logps).cpu(), ids[-1] in eos_ids)

@@ -1,0 +1,137 @@
+"""What a run starts from: a fresh adapter, an earlier one under it, or a copy of it; and what that start must be.
+
+The policy is a stack of adapters of which the last is trained. Where it equals its reference by construction (a fresh
+LoRA, a copy), that is asserted bit for bit before the first step; a fresh soft prompt moves the base, and its
+Kullback-Leibler divergence is told.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+
+from lowalign.config import AdapterConfig
+from lowalign.data.pack import Example, pack
+from lowalign.errors import UserError
+from lowalign.model import adapter_files
+from lowalign.model.forward import hidden_states
+from lowalign.model.host import Host
+from lowalign.model.logprob import Head
+
+POLICY, INIT = "policy", "init"
+KL_TOKENS = 256  # tokens the divergence is averaged over
+
+
+def peft_config(adapter: AdapterConfig) -> PeftConfig:
+    """Our options as peft's config."""
+    if adapter.kind == "lora":
+        return LoraConfig(
+            r=adapter.r,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.targets),
+            use_rslora=adapter.rslora,
+            use_dora=adapter.dora,
+            task_type="CAUSAL_LM",
+        )
+    if adapter.kind == "prompt":
+        words = {"prompt_tuning_init": "SAMPLE_VOCAB"}
+        if adapter.init_text:
+            # peft wants a tokenizer's name beside the text; the base's own tokenizer is used.
+            words = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": adapter.init_text}
+            words["tokenizer_name_or_path"] = "base"
+        return PromptTuningConfig(num_virtual_tokens=adapter.virtual_tokens, task_type="CAUSAL_LM", **words)
+    return PrefixTuningConfig(
+        num_virtual_tokens=adapter.virtual_tokens,
+        prefix_projection=adapter.projection,
+        encoder_hidden_size=adapter.projection_size,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_stack(host: Host, name: str, source: str) -> tuple[str, ...]:
+    """Load an adapter together with those it was trained on top of -> their names in the order they stack."""
+    folder = adapter_files.locate(source)
+    _, meta = adapter_files.read(folder)
+    parents = tuple(f"{name}-{i}" for i in range(meta.get("parents", 0)))
+    for i, parent in enumerate(parents):
+        host.load(parent, folder / "parents" / str(i))
+    host.load(name, folder)
+    return (*parents, name)
+
+
+def start_policy(
+    host: Host, adapter: AdapterConfig, init: str | None, init_mode: str, seed: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Add the policy to the host -> (its stack, whose last is trained, the stack it started from: its reference).
+
+    A LoRA is put on the frozen `init` (or copied with init_mode "copy"); a soft prompt is always copied onto a soft prompt.
+    Raises UserError when `init` and the adapter do not go together.
+    """
+    torch.manual_seed(seed)
+    new = peft_config(adapter)
+    if init is None:
+        host.add(POLICY, new)
+        return (POLICY,), ()
+    reference = load_stack(host, INIT, init)
+    before = host.configs[INIT]
+    soft_on_soft = not isinstance(before, LoraConfig) and not isinstance(new, LoraConfig)
+    if init_mode == "copy" or soft_on_soft:
+        if type(before) is not type(new):
+            kinds = f"{before.peft_type.value}, not {new.peft_type.value}"
+            raise UserError(f"--init {init} cannot be copied: it is {kinds}; set --adapter.kind to its kind")
+        host.load(POLICY, adapter_files.locate(init))
+        return (*reference[:-1], POLICY), reference
+    host.add(POLICY, new)
+    return (*reference, POLICY), reference
+
+
+def check_start(host: Host, policy: tuple[str, ...], reference: tuple[str, ...], examples: Sequence[Example]) -> str:
+    """Before the first step: assert that the policy is its reference where it must be; return a line for the user.
+
+    Raises RuntimeError when a policy that equals its reference by construction does not: a bug, not the user's doing.
+    """
+    host.training(None)
+    examples = [_shortened(e) for e in examples[:4]]
+    config = host.configs[policy[-1]]
+    copied = policy[:-1] != reference
+    if copied or isinstance(config, LoraConfig):
+        with torch.no_grad():
+            with host.use(*policy):
+                ours = torch.cat([t for row in host.logprobs(examples) for t in row])
+            with host.use(*reference):
+                theirs = torch.cat([t for row in host.logprobs(examples) for t in row])
+        # DoRA computes the norms of base + update anew, which in 16 bit rounds (6e-9 to 9e-5 measured).
+        exact = not getattr(config, "use_dora", False)
+        if not (torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=5e-2)):
+            worst = (ours - theirs).abs().max().item()
+            raise RuntimeError(
+                f"before the first step the policy must equal its reference; log-probs differ by {worst:.1e}"
+            )
+        return f"the {config.peft_type.value} starts as its reference: log-probs equal on {len(examples)} examples"
+    kl = divergence(host, reference, policy, examples)
+    return f"the fresh soft prompt starts at a divergence of {kl:.2f} nats a token from its reference"
+
+
+@torch.no_grad()
+def divergence(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequence[Example]) -> float:
+    """KL(p ‖ q) in nats, averaged over the completion tokens of the examples (at most KL_TOKENS of them), exact over the
+    vocabulary. nan where the model cannot be packed."""
+    if not host.base.packed:
+        return float("nan")
+    logps = []
+    for names in (p, q):
+        with host.use(*names):
+            virtual, prefix = host.soft_states()
+            row = pack(examples, 0 if virtual is None else len(virtual), 0 if prefix is None else prefix[0][0].shape[2])
+            row = row.to(host.base.device)
+            hidden = hidden_states(host.base.model, row, virtual, prefix)[row.source[:KL_TOKENS]]
+            logps.append(Head.of(host.base.model).logits(hidden).log_softmax(-1))
+    return (logps[0].exp() * (logps[0] - logps[1])).sum(-1).mean().item()
+
+
+def _shortened(example: Example, length: int = 512) -> Example:
+    """Enough of an Example for a check: its prompt's end and its completions' beginnings."""
+    completions = [c[:length] for c in example.completions]
+    return replace(example, prompt=example.prompt[-length:], completions=completions, masks=None)

@@ -1,0 +1,95 @@
+"""`host.generate` against stock transformers + peft generation, for every kind of adapter and for stacks, in fp32."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from lowalign import Base, Example, Host, Sampling
+from tests.model.test_packed import ADAPTERS, load
+from tests.tiny import tiny_folder
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19]]
+GREEDY = Sampling(temperature=0, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: tiny_folder(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "qwen3", "mistral", "bloom")}
+
+
+def stock_generate(model, prompt) -> list[int]:
+    ids = torch.tensor([prompt])
+    fixed = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed)[0].tolist()
+    # With inputs_embeds alone (prompt tuning) the prompt is not given back.
+    return out[len(prompt) :] if out[: len(prompt)] == prompt else out
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+def test_greedy_equals_stock_generate(kind, adapter, folders, tmp_path):
+    host, stock, names = Host(load(folders[kind])), load(folders[kind]).model, ()
+    stock.set_attn_implementation("eager")
+    if ADAPTERS[adapter]:
+        torch.manual_seed(1)
+        stock = get_peft_model(stock, ADAPTERS[adapter]()).eval()
+        stock.save_pretrained(tmp_path)
+        host.load("a", tmp_path)
+        names = ("a",)
+    with host.use(*names):
+        got = host.generate(PROMPTS, sampling=GREEDY)
+        assert [c.ids for (c,) in got] == [stock_generate(stock, p) for p in PROMPTS]
+        teacher_forced = host.logprobs([Example(p, [c.ids]) for p, (c,) in zip(PROMPTS, got, strict=True)])
+    for (c,), (logp,) in zip(got, teacher_forced, strict=True):
+        assert (c.logprobs - logp.detach()).abs().max() <= 1e-5
+
+
+def test_a_stack_and_its_samples(folders):
+    """LoRA on LoRA under a prefix: log-probs of samples equal a teacher-forced forward at their temperature."""
+    host = Host(load(folders["llama"]))
+    torch.manual_seed(0)
+    host.add("a", ADAPTERS["lora"]())
+    host.add("b", ADAPTERS["lora"]())
+    host.add("c", ADAPTERS["prefix"]())
+    with host.use("a", "b", "c"):
+        got = host.generate(PROMPTS, n=3, sampling=Sampling(temperature=0.7, max_new_tokens=12, seed=4))
+        forced = host.logprobs(
+            [Example(p, [c.ids for c in cs]) for p, cs in zip(PROMPTS, got, strict=True)], temperature=0.7
+        )
+    for completions, logps in zip(got, forced, strict=True):
+        assert len({tuple(c.ids) for c in completions}) == 3
+        for c, logp in zip(completions, logps, strict=True):
+            assert (c.logprobs - logp.detach()).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_rows_fall_back_draws_the_same(adapter, folders):
+    """The fall-back sampler and the packed one give the same samples from the same seeds."""
+    results = []
+    for packed in (True, False):
+        base = load(folders["mistral"])
+        base.packed = packed
+        host = Host(base)
+        torch.manual_seed(0)
+        names = ()
+        if ADAPTERS[adapter]:
+            host.add("a", ADAPTERS[adapter]())
+            names = ("a",)
+        with host.use(*names):
+            results.append(host.generate(PROMPTS, n=2, sampling=Sampling(max_new_tokens=16, min_new_tokens=3)))
+    for a, b in zip(*results, strict=True):
+        assert [c.ids for c in a] == [c.ids for c in b] and [c.stopped for c in a] == [c.stopped for c in b]
+        assert all((x.logprobs - y.logprobs).abs().max() <= 1e-5 for x, y in zip(a, b, strict=True))
+
+
+def test_without_the_attention_interface(folders):
+    base = Base.load(folders["bloom"], quantization="none", dtype="float32", device="cpu", quiet=True)
+    got = Host(base).generate(PROMPTS, sampling=GREEDY)
+    assert [c.ids for (c,) in got] == [stock_generate(base.model, p) for p in PROMPTS]
+
+
+def test_generating_leaves_train_mode_as_it_was(folders):
+    host = Host(load(folders["llama"]))
+    host.training("on")
+    host.generate([[5]], sampling=Sampling(max_new_tokens=2))
+    assert host.base.model.training

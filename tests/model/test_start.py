@@ -1,0 +1,106 @@
+"""What a run starts from, and the check before its first step."""
+
+import pytest
+import torch
+
+from lowalign import Base, Example, Host
+from lowalign.config import AdapterConfig
+from lowalign.errors import UserError
+from lowalign.model.start import POLICY, check_start, divergence, load_stack, peft_config, start_policy
+from tests.tiny import tiny_folder
+
+EXAMPLES = [Example([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), Example([14, 15], [[16, 17, 18, 19]])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def host(folder):
+    return Host(Base.load(folder, device="cpu", quiet=True))
+
+
+def shaken(host, name):
+    """As if trained: no weight is where it started."""
+    with torch.no_grad():
+        for p in host.parameters(name):
+            p.add_(torch.randn_like(p) * 0.05)
+
+
+def values(host, stack):
+    with host.use(*stack), torch.no_grad():
+        return torch.cat([t for row in host.logprobs(EXAMPLES) for t in row])
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+def test_a_lora_starts_as_the_base(host, options):
+    policy, reference = start_policy(host, AdapterConfig(**options), None, "stack", 0)
+    assert (policy, reference) == ((POLICY,), ())
+    assert "equal" in check_start(host, policy, reference, EXAMPLES)
+
+
+def test_a_policy_that_is_not_its_reference_is_caught(host):
+    policy, reference = start_policy(host, AdapterConfig(), None, "stack", 0)
+    shaken(host, POLICY)
+    with pytest.raises(RuntimeError, match="must equal its reference"):
+        check_start(host, policy, reference, EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_soft_prompt_tells_its_divergence(host, kind):
+    policy, reference = start_policy(host, AdapterConfig(kind=kind, virtual_tokens=4), None, "stack", 0)
+    line = check_start(host, policy, reference, EXAMPLES)
+    assert "nats a token" in line and "0.00 nats" not in line
+    assert divergence(host, (), (), EXAMPLES) == 0.0
+
+
+def test_divergence_against_its_definition(host):
+    """KL(p ‖ q) over the whole vocabulary, from the model's own logits in fp64."""
+    host.add("a", peft_config(AdapterConfig(r=4)))
+    shaken(host, "a")
+    example = Example([5, 6, 7], [[8, 9, 10, 11]])
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    logp = []
+    for stack in ((), ("a",)):
+        with host.use(*stack), torch.no_grad():
+            logp.append(host.base.model(ids).logits[0, 2:6].double().log_softmax(-1))
+    want = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item()
+    assert divergence(host, (), ("a",), [example]) == pytest.approx(want, rel=1e-3)  # logits are bf16 in both
+
+
+@pytest.mark.parametrize("init,new,mode", [("lora", "lora", "stack"), ("lora", "lora", "copy"), ("prompt", "prompt", "stack"),
+                                           ("prefix", "prefix", "stack"), ("prompt", "lora", "stack")])  # fmt: skip
+def test_starting_from_an_earlier_adapter(host, tmp_path, init, new, mode):
+    """Step 0 of the second run is the first run's end; what it saves loads as a whole."""
+    host.add("first", peft_config(AdapterConfig(kind=init, virtual_tokens=4)))
+    shaken(host, "first")
+    host.save("first", tmp_path / "one" / "adapter")
+    policy, reference = start_policy(host, AdapterConfig(kind=new, virtual_tokens=4), str(tmp_path / "one"), mode, 0)
+    assert reference == ("init",)
+    copied = mode == "copy" or init == new != "lora"
+    assert policy == (("policy",) if copied else ("init", "policy"))
+    assert torch.equal(values(host, policy), values(host, ("first",)))
+    check_start(host, policy, reference, EXAMPLES)
+    shaken(host, "policy")
+    want = values(host, policy)
+    host.save("policy", tmp_path / "two" / "adapter", parents=policy[:-1])
+    stack = load_stack(host, "again", str(tmp_path / "two"))
+    assert len(stack) == len(policy)
+    assert torch.equal(values(host, stack), want)
+
+
+def test_what_does_not_go_together_is_refused(host, tmp_path):
+    host.add("first", peft_config(AdapterConfig()))
+    host.save("first", tmp_path)
+    with pytest.raises(UserError, match="it is LORA, not PREFIX_TUNING"):
+        start_policy(host, AdapterConfig(kind="prefix"), str(tmp_path), "copy", 0)
+
+
+def test_prompt_from_a_text(host):
+    """The learned embeddings start as those of the text, repeated until they are enough."""
+    host.add("a", peft_config(AdapterConfig(kind="prompt", virtual_tokens=12, init_text="The quick brown fox")))
+    ids = host.base.tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]
+    want = host.base.model.get_input_embeddings()(torch.tensor((ids * 12)[:12])).float()
+    assert torch.equal(host.parameters("a")[0].data, want)
