@@ -139,6 +139,8 @@ class SFTConfig:
     init_mode: Literal["stack", "copy"] = "stack"
     """stack: the new adapter is put on the frozen old one. copy: the old one's weights are trained on.
     A soft prompt is always copied onto a soft prompt."""
+    allow_base_mismatch: bool = False
+    """Start from --init even if it was trained on another base."""
     resume: bool = False
     """Go on from the newest valid checkpoint in OUT."""
 
@@ -180,7 +182,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Prompts in, completions out: one JSON object a completion, one a line."""
+    """Prompts in, completions out: a line of JSON (prompt, completion) for each completion."""
 
     model: str
     """The base: a folder or a Hub id."""

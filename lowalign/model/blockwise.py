@@ -68,27 +68,30 @@ def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_he
 
 
 def _varlen_error(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> float:
-    """Largest difference from `attend` on two sequences: one query each on part of its keys, and causal with a window."""
+    """Largest difference from `attend` over the four ways it is called, on two sequences each."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, dim, generator=generator).to(device, dtype)  # noqa: E731
     worst = 0.0
-    for queries, lengths, used, window in [([1, 1], [6, 6], [2, 5], (-1, -1)), ([1, 1], [6, 6], [2, 5], (2, 0)),
-                                           ([3, 2], [5, 4], [5, 4], (-1, -1)), ([3, 2], [5, 4], [5, 4], (2, 0))]:  # fmt: skip
-        q, k, v = draw(sum(queries), heads), draw(sum(lengths), kv_heads), draw(sum(lengths), kv_heads)
+    for queries, lengths, used, window in [
+        ([1, 1], [6, 6], [2, 5], None),  # a sample's own tokens: one query, part of a buffer
+        ([1, 1], [6, 6], [2, 5], 3),
+        ([3, 2], [5, 4], None, None),  # samples on their prompt
+        ([3, 2], [5, 4], None, 3),  # a prompt behind a prefix: causal, bottom right
+    ]:
+        shapes = (sum(queries), heads, dim), *2 * [(sum(lengths), kv_heads, dim)]
+        q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         bounds = cumulative(queries, device), cumulative(lengths, device), max(queries), max(lengths)
-        counts = torch.tensor(used, device=device, dtype=torch.int32) if used != lengths else None
-        got, got_lse = varlen(q, k, v, *bounds, dim**-0.5, window, counts)
-        split = zip(q.split(queries), k.split(lengths), v.split(lengths), used, strict=True)
-        outs, sums = [], []
-        for one, keys, values, count in split:
-            keys, values = (x[:count].repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (keys, values))
+        counts = None if used is None else torch.tensor(used, device=device, dtype=torch.int32)
+        got = varlen(q, k, v, *bounds, dim**-0.5, (window - 1, 0) if window else (-1, -1), counts)
+        at = 0
+        split = zip(q.split(queries), k.split(lengths), v.split(lengths), used or lengths, strict=True)
+        for q_one, k_one, v_one, count in split:
             places = torch.arange(count, device=device)
-            left = count if window[0] < 0 else window[0] + 1
-            mask = visible(places[count - len(one) :], places, left) if window[1] == 0 else None
-            out, lse = attend(one.transpose(0, 1)[None], keys[None], values[None], dim**-0.5, None if mask is None else mask[None, None])
-            outs.append(out[0].transpose(0, 1))
-            sums.append(lse[0].T)
-        worst = max(worst, float((got - torch.cat(outs)).abs().max()), float((got_lse - torch.cat(sums)).abs().max()))
+            mask = visible(places[count - len(q_one) :], places, window) if window else None
+            each = [x.repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in (q_one, k_one, v_one)]
+            out, lse = attend(each[0], each[1][:, :, :count], each[2][:, :, :count], dim**-0.5, mask)
+            for mine, theirs in zip(got, (out[0].transpose(0, 1), lse[0].T), strict=True):
+                worst = max(worst, float((mine[at : at + len(q_one)] - theirs).abs().max()))
+            at += len(q_one)
     return worst
 
 

@@ -13,7 +13,8 @@ from lowalign.config import Sampling
 from lowalign.errors import UserError
 from lowalign.model import attention
 from lowalign.model.pick import pick, uniforms
-from lowalign.model.rollout import KeysValues, Prompts, Rollout, Tokens
+from lowalign.model.rollout import KeysValues, Rollout
+from lowalign.model.rollout_layout import Prompts, Tokens
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward, or one prompt
 
@@ -53,17 +54,22 @@ def sample(
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if n < 1 or len(seeds) != len(prompts):
-        raise ValueError(f"n must be at least 1 and seeds one per prompt: n = {n}, {len(seeds)} seeds, {len(prompts)} prompts")
+        raise ValueError(
+            f"n must be at least 1 and seeds one per prompt: n = {n}, {len(seeds)} seeds, {len(prompts)} prompts"
+        )
     ahead = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
-    tasks = [_Prompt(i, list(p), ahead + len(p), seed) for i, (p, seed) in enumerate(zip(prompts, seeds, strict=True))]
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    for task in tasks:
-        if not task.ids and virtual is None:
-            raise UserError(f"prompt {task.index} is empty; give it at least one token (the bos token, say)")
-        if positions and task.length >= positions:
-            raise UserError(f"prompt {task.index} takes {task.length} positions and the model has {positions}; shorten it")
-        task.limit = min(sampling.max_new_tokens, positions - task.length) if positions else sampling.max_new_tokens
+    # Dynamic RoPE goes on past the positions the config names.
+    last = None if "dynamic" in _rope_kinds(config) else getattr(config, "max_position_embeddings", None)
+    positions = last or math.inf
+    tasks = []
+    for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        length = ahead + len(ids)
+        if not ids and virtual is None:
+            raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
+        if length >= positions:
+            raise UserError(f"prompt {i} takes {length} of the model's {positions} positions; shorten it")
+        tasks.append(_Prompt(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
     results: list[list[Completion]] = [[] for _ in prompts]
     for group, max_rows in _groups(config, tasks, sampling.max_rows):
         done = _Run(model, group, n, sampling, set(eos_ids), virtual, prefix, max_rows).finish()
@@ -80,7 +86,7 @@ class _Prompt:
     ids: list[int]
     length: int
     seed: int
-    limit: int = 0
+    limit: int
 
 
 @dataclass
@@ -165,20 +171,20 @@ class _Run:
         words = [embed(torch.tensor(p.ids, dtype=torch.long, device=self.device)) for p in prompts]
         if self.virtual is not None:
             words = [torch.cat([self.virtual.to(w), w]) for w in words]
-        lengths = [len(w) for w in words]
-        self.rollout.now = Prompts([(p.index, length) for p, length in zip(prompts, lengths, strict=True)])
-        positions = [torch.arange(p.length - length, p.length) for p, length in zip(prompts, lengths, strict=True)]
-        ends = torch.tensor(lengths).cumsum(0) - 1
-        logits = self._forward(torch.cat(positions), inputs_embeds=torch.cat(words)[None], logits_to_keep=ends.to(self.device))
-        if not self.rollout.computed:
-            raise RuntimeError(f"sampling needs the attention {attention.NAME!r}: model.set_attn_implementation(...)")
+        lengths, spans = [len(w) for w in words], [p.length for p in prompts]
+        self.rollout.now = Prompts([p.index for p in prompts], lengths, spans, self.device)
+        positions = [torch.arange(span - length, span) for length, span in zip(lengths, spans, strict=True)]
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        logits = self._forward(torch.cat(positions), inputs_embeds=torch.cat(words)[None], logits_to_keep=ends)
+        if not self.rollout.holds(prompts[0].index):
+            raise RuntimeError(f'sampling needs the attention "{attention.NAME}": model.set_attn_implementation(...)')
         self.first |= {p.index: row for p, row in zip(prompts, logits, strict=True)}
 
     def _next_logits(self) -> Tensor:
         """One forward of the last token of every live row: (rows, V)."""
-        ages = [len(row.ids) - 1 for row in self.rows]
-        self.rollout.now = Tokens([row.prompt.index for row in self.rows], ages, self.device)
-        positions = torch.tensor([row.prompt.length + age for row, age in zip(self.rows, ages, strict=True)])
+        lengths, ages = [row.prompt.length for row in self.rows], [len(row.ids) - 1 for row in self.rows]
+        self.rollout.now = Tokens([row.prompt.index for row in self.rows], lengths, ages, self.device)
+        positions = torch.tensor(lengths) + torch.tensor(ages)
         last = torch.tensor([[row.ids[-1] for row in self.rows]], device=self.device)
         return self._forward(positions, input_ids=last)
 
@@ -234,11 +240,15 @@ def _groups(config: PretrainedConfig, prompts: list[_Prompt], max_rows: int) -> 
     All of them, unless the model's RoPE changes with the longest position of a forward (longrope, dynamic): then what
     passes the original length goes one row at a time.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if not kinds & {"longrope", "dynamic"}:
+    if not _rope_kinds(config) & {"longrope", "dynamic"}:
         return [(prompts, max_rows)] if prompts else []
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     short = [p for p in prompts if p.length + p.limit <= original]
     alone = [([p], 1) for p in prompts if p.length + p.limit > original]
     return [(short, max_rows), *alone] if short else alone
+
+
+def _rope_kinds(config: PretrainedConfig) -> set[str | None]:
+    """The kinds of rotary embedding; a model may have one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}

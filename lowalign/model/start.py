@@ -50,19 +50,19 @@ def peft_config(adapter: AdapterConfig) -> PeftConfig:
     )
 
 
-def load_stack(host: Host, name: str, source: str) -> tuple[str, ...]:
+def load_stack(host: Host, name: str, source: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
     """Load an adapter together with those it was trained on top of -> their names in the order they stack."""
     folder = adapter_files.locate(source)
     _, meta = adapter_files.read(folder)
     parents = tuple(f"{name}-{i}" for i in range(meta.get("parents", 0)))
     for i, parent in enumerate(parents):
-        host.load(parent, folder / "parents" / str(i))
-    host.load(name, folder)
+        host.load(parent, folder / "parents" / str(i), allow_base_mismatch)
+    host.load(name, folder, allow_base_mismatch)
     return (*parents, name)
 
 
 def start_policy(
-    host: Host, adapter: AdapterConfig, init: str | None, init_mode: str, seed: int
+    host: Host, adapter: AdapterConfig, init: str | None, init_mode: str, seed: int, allow_base_mismatch: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Add the policy to the host -> (its stack, whose last is trained, the stack it started from: its reference).
 
@@ -74,14 +74,14 @@ def start_policy(
     if init is None:
         host.add(POLICY, new)
         return (POLICY,), ()
-    reference = load_stack(host, INIT, init)
+    reference = load_stack(host, INIT, init, allow_base_mismatch)
     before = host.configs[INIT]
     soft_on_soft = not isinstance(before, LoraConfig) and not isinstance(new, LoraConfig)
     if init_mode == "copy" or soft_on_soft:
         if type(before) is not type(new):
             kinds = f"{before.peft_type.value}, not {new.peft_type.value}"
             raise UserError(f"--init {init} cannot be copied: it is {kinds}; set --adapter.kind to its kind")
-        host.load(POLICY, adapter_files.locate(init))
+        host.load(POLICY, adapter_files.locate(init), allow_base_mismatch)
         return (*reference[:-1], POLICY), reference
     host.add(POLICY, new)
     return (*reference, POLICY), reference

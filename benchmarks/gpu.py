@@ -1,0 +1,219 @@
+"""SFT of 7B and 8B shapes on one card of 24 GB: tokens per second, peak memory, paging before and after a resume.
+
+    python benchmarks/gpu.py --out gpu.json            # needs a CUDA device; about ten minutes
+    python benchmarks/gpu.py --tiny --out tiny.json    # the same code on the CPU, in seconds
+
+Weights are random: nothing is downloaded, and speed and memory do not depend on them. A model is made layer by layer
+straight into NF4, so never more than one layer exists in 16 bit. Memory is capped at 24 GB by PyTorch's allocator.
+Model FLOPs are 6 N a token with checkpointing (2 forward, 2 recomputed, 2 backward; no gradient of frozen weights), 4 N
+without, N = weights of the linear layers; the head and the attention's own products are not counted.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from lowalign import Base, Example, Host
+from lowalign.config import AdapterConfig, TrainConfig
+from lowalign.methods.sft import SFT
+from lowalign.model import attention
+from lowalign.model.base import freeze
+from lowalign.model.identity import Identity
+from lowalign.model.probe import probe
+from lowalign.model.start import peft_config
+from lowalign.train import optim
+from lowalign.train.engine import train
+
+CAP = 24 * 10**9
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "L4": 121e12}
+SHAPES = {
+    "Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
+    ),
+    "Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
+    ),
+    "Llama-2-7B": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+TINY = {"tiny": LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)}  # fmt: skip
+ADAPTERS = {
+    "lora": AdapterConfig(kind="lora", r=16),
+    "prompt": AdapterConfig(kind="prompt", virtual_tokens=20),
+    "prefix": AdapterConfig(kind="prefix", virtual_tokens=20),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, also on the CPU")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each case; the first is not counted")
+    parser.add_argument("--models", nargs="*", help="some of the shapes only")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.tiny:
+        parser.error("no CUDA device; --tiny runs on the CPU")
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
+    shapes = TINY if options.tiny else SHAPES
+    lengths = (32, 64) if options.tiny else (2048, 4096)
+    report = {"device": describe(device), "versions": versions(), "cap_bytes": CAP, "cases": []}
+    for name in options.models or shapes:
+        base = random_base(name, shapes[name], device)
+        for kind, adapter in ADAPTERS.items():
+            for length in lengths:
+                for checkpointing in ("on", "off") if length == lengths[0] and kind == "lora" else ("on",):
+                    case = measure(base, peft_config(adapter), length, checkpointing, options.steps)
+                    report["cases"].append({"model": name, "adapter": kind, **case})
+                    print(json.dumps(report["cases"][-1]), flush=True)
+                    options.out.write_text(json.dumps(report, indent=2) + "\n")
+        del base
+        release()
+
+
+def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
+    """A Base of random weights, each linear layer made in 16 bit, quantized, and let go before the next."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, random_nf4(module, device))
+    for module in model.modules():
+        for key, p in list(module._parameters.items()):
+            if p is not None and p.is_meta:
+                made = torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=device) * 0.02
+                setattr(module, key, torch.nn.Parameter(made.to(device, torch.bfloat16), requires_grad=False))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were made without values
+    freeze(model)
+    packed, why_not = probe(config)
+    model.set_attn_implementation(attention.NAME)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
+    )
+    identity = Identity(name, "random", "random", config.vocab_size, "", "nf4")
+    return Base(model, tokenizer, identity, Path("."), (2,), 0.0, packed, why_not)
+
+
+def random_nf4(module: torch.nn.Linear, device: str) -> bnb.nn.Linear4bit:
+    """A 4-bit layer of the same shape with random weights."""
+    layer = bnb.nn.Linear4bit(
+        module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.bfloat16,
+        compress_statistics=True, quant_type="nf4", device="meta",
+    )  # fmt: skip
+    weight = torch.randn(module.weight.shape, device=device, dtype=torch.bfloat16) * module.in_features**-0.5
+    packed = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+    layer.weight = packed if packed.quant_state is not None else packed._quantize(torch.device(device))
+    if module.bias is not None:
+        layer.bias = torch.nn.Parameter(torch.zeros(module.out_features, dtype=torch.bfloat16, device=device), False)
+    return layer
+
+
+def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, steps: int) -> dict:
+    """Train, stop, resume, and look at time, memory and where the optimizer state lies."""
+    host = Host(base)
+    host.add("policy", adapter)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.model.config.vocab_size
+    row = lambda: torch.randint(4, vocabulary, (length,), generator=generator).tolist()  # noqa: E731
+    rows = [Example((ids := row())[: length // 2], [ids[length // 2 :]]) for _ in range(8)]
+    method = SFT(host, rows, ("policy",), batch_size=2, seed=0)
+    config = TrainConfig(
+        steps=steps, batch_size=2, token_budget=length, checkpointing=checkpointing, save_every=0, warmup=0.0
+    )
+    result = {"tokens": length, "checkpointing": checkpointing}
+    release()
+    try:
+        with tempfile.TemporaryDirectory() as folder, watched_optimizer() as optimizers:
+            out = Path(folder)
+            train(host, method, config, out)
+            result |= speed(base, out, length, checkpointing)
+            train(host, method, replace(config, steps=steps + 1), out, resume=True)
+            before, after = (optim.paged_state_is_managed(o)["policy"] for o in optimizers)
+            result |= {"trained_weights": host.flat("policy").master.numel()}
+            result |= {"state_is_paged": before, "state_is_paged_after_resume": after}
+    except (torch.OutOfMemoryError, Exception) as error:
+        result["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    host.delete("policy")
+    return result
+
+
+def speed(base: Base, out: Path, length: int, checkpointing: str) -> dict:
+    """Median tokens per second after the first step, peak memory, and the share of the card's peak FLOPs."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]
+    rate = statistics.median(rates)
+    linear = sum(m.in_features * m.out_features for m in base.model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    found = {"tokens_per_second": round(rate, 1), "loss": lines[-1]["loss"]}
+    if torch.cuda.is_available():
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        peak = next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)
+        if peak:
+            found["mfu"] = round(rate * linear * (4 if checkpointing == "off" else 6) / peak, 3)
+    return found
+
+
+class watched_optimizer:
+    """Within it the engine's optimizers are also kept in a list, to look at where their state lies."""
+
+    def __enter__(self) -> list:
+        from lowalign.train import engine
+
+        self.engine, self.make, made = engine, engine.make_optimizer, []
+        engine.make_optimizer = lambda *args: made.append(self.make(*args)) or made[-1]
+        return made
+
+    def __exit__(self, *error) -> None:
+        self.engine.make_optimizer = self.make
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def describe(device: str) -> dict:
+    if device == "cpu":
+        return {"name": "CPU", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(0)
+    return {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+
+
+def versions() -> dict:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - started:.0f} s")

@@ -1,0 +1,242 @@
+"""Rows from JSON and JSONL files and from Hub datasets, each with the place it stands at.
+
+A line that is no row becomes a BadRow with its reason: nothing in a file can raise anything but UserError. An array is
+read element by element, so that each row knows its true line; JSONL is read line by line. CSV and Parquet are left out:
+`datasets` converts them in two lines (docs/data.md).
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowalign.errors import UserError
+
+HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands in the file. line: where it begins, from 1 (for a Hub dataset: its number, from 1)."""
+
+    data: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """file.jsonl:417"""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where it stands, what is wrong with it, and its text."""
+
+    where: str
+    message: str
+    raw: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+def is_file(name: str) -> bool:
+    """Whether `name` is a file of rows rather than a Hub dataset. Raises UserError when it can be neither."""
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in (*SUFFIXES, ""):
+            raise UserError(f"{name}: cannot read {path.suffix} files; convert it to JSON or JSONL (see docs/data.md)")
+        return True
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; name the JSON or JSONL files in it")
+    if path.suffix in SUFFIXES or not HUB_ID.fullmatch(name):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, 1)
+        raise UserError(f"{name}: no such file" + (f"; did you mean {path.with_name(close[0])}?" if close else ""))
+    return False
+
+
+def read_rows(name: str, limit: int | None = None) -> list[Row | BadRow]:
+    """All rows, or the first `limit`, of a JSON or JSONL file or of a Hub dataset (NAME or NAME:SPLIT).
+
+    Raises UserError when there is no such file or dataset, or it is not text in UTF-8.
+    """
+    rows = _from_file(name) if is_file(name) else _from_hub(name, limit)
+    found = []
+    for row in rows:
+        if len(found) == limit:
+            break
+        found.append(row)
+    return found
+
+
+def _from_file(name: str) -> Iterator[Row | BadRow]:
+    try:
+        with Path(name).open("rb") as stream:
+            head = stream.read(1024)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in head[:4] and head[:4].strip(b"\0")):
+                raise UserError(f"{name} is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8")
+            stream.seek(len(BOM) if head.startswith(BOM) else 0)
+            # Bytes that are no UTF-8 become lone surrogates here, and _Parser.complaint finds them.
+            if head.removeprefix(BOM).lstrip().startswith(b"["):
+                yield from _array(name, stream.read().decode("utf-8", "surrogateescape"))
+            else:
+                yield from _lines(name, (line.decode("utf-8", "surrogateescape") for line in stream))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
+    parser, first = _Parser(), True
+    for number, line in enumerate(lines, 1):
+        text = line.strip("\r\n\t ")
+        if not text:
+            continue
+        if first and text == "{":
+            message = "a row spread over several lines: write each row in one line, or all of them in one array"
+            yield BadRow(f"{name}:{number}", f"{message}; nothing after this is read", text)
+            return
+        first = False
+        data, end, message = parser.parse(text, 0)
+        if not message and text[end:].strip():
+            message = f"more text after the row, at column {end + 1}: one row a line"
+        elif message and not line.endswith("\n") and parser.ended:
+            message += "; the file seems to be cut off here"
+        yield _judge(name, number, data, message, text, text)
+
+
+def _array(name: str, text: str) -> Iterator[Row | BadRow]:
+    parser = _Parser()
+    at, line, counted = _skip(text, text.index("[") + 1), 1, 0
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        data, end, message = parser.parse(text, at)
+        if end is None:
+            yield _judge(name, line, None, f"{message}; nothing after this can be read", text[at : at + 2000], "")
+            return
+        yield _judge(name, line, data, message, text[at:end], text[at:end])
+        at = _skip(text, end)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "]":
+            break
+    line += text.count("\n", counted, at)
+    if at >= len(text):
+        yield BadRow(f"{name}:{line}", 'the array is not closed with "]"; the file seems to be cut off here', "")
+    elif text[at] != "]":
+        rest = _printable(text[at : at + 2000])
+        yield BadRow(f"{name}:{line}", 'expected "," or "]" after a row; nothing after this can be read', rest)
+    elif text[_skip(text, at + 1) :]:
+        rest = _skip(text, at + 1)
+        line += text.count("\n", at, rest)
+        yield BadRow(
+            f"{name}:{line}", 'more text after the "]" that ends the rows', _printable(text[rest : rest + 2000])
+        )
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _judge(name: str, line: int, data: Any, message: str, raw: str, checked: str) -> Row | BadRow:
+    """checked: the text of the row, looked at for what is no valid text ("" when that is known not to matter)."""
+    if not message and not isinstance(data, dict):
+        message = f"a row must be an object {{…}}, found {kind_of(data)}"
+    message = message or _invalid_text(data, checked)
+    if not message:
+        return Row(data, name, line)
+    return BadRow(f"{name}:{line}", message.encode("utf-8", "backslashreplace").decode(), _printable(raw))
+
+
+def _invalid_text(data: dict[str, Any], raw: str) -> str:
+    bad = re.search(r"[\ud800-\udfff]", raw)
+    if bad:
+        return f"not valid UTF-8 at column {bad.start() - raw.rfind(chr(10), 0, bad.start())}"
+    return half_surrogate(data, raw)
+
+
+def half_surrogate(data: Any, raw: str) -> str:
+    """What is wrong with parsed JSON that an escape such as \\ud800 left without a valid character; "": nothing."""
+    if r"\u" in raw and (bad := re.search(r"[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))):
+        return f"\\u{ord(bad[0]):04x} is half of a surrogate pair, not a character"
+    return ""
+
+
+def _printable(raw: str) -> str:
+    """The text with bytes that are no UTF-8 written as \\xNN."""
+    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class _Parser:
+    """JSON as the standard has it: duplicate keys and NaN are noted instead of passing in silence."""
+
+    def __init__(self) -> None:
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int
+        )
+        self._note = ""
+        self.ended = False  # whether the last error was that the text ended too early
+
+    def parse(self, text: str, at: int) -> tuple[Any, int | None, str]:
+        """The value that begins at `at`, where it ends (None: unknown), and what is wrong with it ("": nothing)."""
+        self._note = ""
+        try:
+            data, end = self._decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            unterminated = error.msg.startswith("Unterminated string")
+            self.ended = unterminated or error.pos >= len(text.rstrip())
+            line = error.lineno - text.count("\n", 0, at)
+            below = f" of line {error.lineno}" if line > 1 else ""
+            return None, None, f"not JSON: {error.msg} (column {error.colno}{below})"
+        except RecursionError:
+            return None, None, "nested too deeply"
+        return data, end, self._note
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        data = dict(pairs)
+        if len(data) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in data if keys.count(key) > 1)
+            self._note = self._note or f'the key "{twice}" is there more than once'
+        return data
+
+    def _constant(self, name: str) -> None:
+        self._note = self._note or f"{name} is not JSON: write null or a number"
+
+    def _int(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python's own limit on the digits of a number
+            self._note = self._note or f"a number of {len(digits)} digits"
+            return 0
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    kinds |= {int: "a number", float: "a number"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _from_hub(name: str, limit: int | None) -> Iterator[Row | BadRow]:
+    import datasets
+
+    match = HUB_ID.fullmatch(name)
+    dataset, split = match["name"], match["split"] or "train"
+    try:
+        rows = datasets.load_dataset(dataset, split=split)
+    except Exception as error:  # the Hub, the network and the builders raise all sorts
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: no such file, and as a Hub dataset it cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
+    for number in range(min(len(rows), len(rows) if limit is None else limit)):
+        yield Row(dict(rows[number]), f"{dataset}:{split}", number + 1)

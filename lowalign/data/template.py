@@ -1,0 +1,129 @@
+"""A chat template: what it renders, what it can say, and how it ends an assistant turn."""
+
+import json
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lowalign.data.turns import Message
+from lowalign.errors import UserError
+
+Tools = list[dict[str, Any]] | None
+
+DATE = "26 Jul 2024"  # Llama 3's own default; its templates would otherwise write the day of the run
+START, END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{%% for message in messages %%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + %s + '\\n' }}"
+    "{%% endfor %%}{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
+)
+
+# What a template is tried with. The call's id has nine letters and digits: Mistral's templates refuse any other.
+USER = {"role": "user", "content": "probe_user"}
+SYSTEM = {"role": "system", "content": "probe_system"}
+ANSWER = {"role": "assistant", "content": "probe_answer"}
+FUNCTION = {"name": "probe_name", "description": "probe_description"}
+PARAMETERS = {"type": "object", "properties": {"place": {"type": "string", "description": "A place."}}}
+TOOL = {"type": "function", "function": FUNCTION | {"parameters": PARAMETERS}}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "probe_name", "arguments": {"place": "probe_place"}},
+}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "probe_result", "name": "probe_name", "tool_call_id": "call00001"}
+
+
+class Unrenderable(UserError):
+    """The chat template cannot say this conversation."""
+
+
+class Template:
+    """The template in force.
+
+    text: its Jinja text (the "default" one of several). with_tools: another for rows with tools, or None. closing: the string it ends an assistant turn with, None where
+    it writes no token there. markers: the strings only it may write. forbidden: a string that begins a turn without
+    being a token, so that it cannot be told from the same words in a row (default template only).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
+        """text: Jinja; None takes the tokenizer's own, or ChatML where it has none. Raises UserError when it cannot
+        render a question and an answer."""
+        self.tokenizer = tokenizer
+        self.forbidden: str | None = None
+        self.with_tools: str | None = None
+        own = tokenizer.chat_template
+        if text is None and isinstance(own, dict):
+            if "default" not in own:
+                raise UserError(
+                    f"the tokenizer has several chat templates ({', '.join(own)}); choose one (--data.template)"
+                )
+            own, self.with_tools = own["default"], own.get("tool_use")
+        self.text: str = text or own or self._chatml()
+        self._find_closing()
+
+    def _chatml(self) -> str:
+        """The default. A turn ends with <|im_end|> where that is a token, else with eos: no vocabulary is changed."""
+        tokenizer = self.tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.forbidden = None if START in vocabulary else START
+        end = END if END in vocabulary else tokenizer.eos_token
+        if end is None:
+            raise UserError("the tokenizer has no chat template and no end-of-sequence token to end a turn with")
+        begins_with_bos = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+        return ("{{ bos_token }}" if begins_with_bos else "") + CHATML % json.dumps(end)
+
+    def _find_closing(self) -> None:
+        rendered = self.render([USER, ANSWER])
+        if "probe_user" not in rendered or "probe_answer" not in rendered:
+            raise UserError(
+                "the chat template drops what the user or the assistant says; give another (--data.template)"
+            )
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in tokens if token.special)}
+        added = special | {token.content for token in tokens if token.content.strip()}
+        after = rendered.rpartition("probe_answer")[2]
+        found = {text: after.index(text) for text in added if text in after}
+        self.closing = min(found, key=lambda text: (found[text], -len(text)), default=None)
+        # Some tokenizers do not call the tokens round a turn special. Whatever stands round a user's turn is a marker;
+        # what may stand within an answer (<think>) is none.
+        around = self.render([USER])
+        self.markers = {text for text in added if text in special or text in around or text == self.closing}
+
+    def render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
+        """The conversation as text, with the header of an assistant turn at its end where `generation` is set.
+
+        Raises Unrenderable with the template's own words when it refuses.
+        """
+        messages = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        text = self.with_tools if tools and self.with_tools else self.text
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=text,
+                add_generation_prompt=generation,
+                tokenize=False,
+                date_string=DATE,
+            )
+        except Exception as error:  # a template is somebody's program: it can fail in any way
+            words = str(error).strip().split("\n")[0] or type(error).__name__
+            raise Unrenderable(f"the chat template cannot render it: {words}") from error
+
+    @cached_property
+    def has_system(self) -> bool:
+        """Whether a system message is rendered."""
+        return self._renders([SYSTEM, USER], None, "probe_system")
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether tools, calls and results are all rendered."""
+        turns = [USER, CALLING, RESULT, ANSWER]
+        return self._renders(turns, [TOOL], "probe_description", "probe_place", "probe_result")
+
+    def _renders(self, messages: list[Message], tools: Tools, *words: str) -> bool:
+        try:
+            rendered = self.render(messages, tools)
+        except Unrenderable:
+            return False
+        return all(word in rendered for word in words)

@@ -1,0 +1,181 @@
+"""Turns of a conversation, in OpenAI's or ShareGPT's words, as the messages and tools that chat templates expect.
+
+A message is {"role": "system" | "user" | "assistant" | "tool", "content": str} with, where they apply, "tool_calls",
+"tool_call_id" and "name", "reasoning_content", and "weight": 0 on an assistant turn that is not to be learnt.
+"""
+
+import difflib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from lowalign.data.read import half_surrogate, kind_of
+from lowalign.errors import UserError
+
+Message = dict[str, Any]
+ROLES = {
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+class RowError(UserError):
+    """What is wrong with a row. `load_examples` adds where it stands."""
+
+
+def expected(wanted: str, found: Collection[str]) -> str:
+    """`expected "completion", found "completoin"; did you mean "completion"?`"""
+    close = closest(wanted, found)
+    if close:
+        return f'expected "{wanted}", found "{close}"; did you mean "{wanted}"?'
+    return f'expected "{wanted}", found ' + (", ".join(f'"{name}"' for name in found) or "nothing")
+
+
+def closest(wanted: str, found: Collection[str]) -> str | None:
+    """The name among `found` that is most like `wanted`, upper case or lower."""
+    lower = {name.lower(): name for name in found}
+    close = difflib.get_close_matches(wanted.lower(), lower, 1, cutoff=0.7)
+    return lower[close[0]] if close else None
+
+
+def read_turns(value: Any, column: str) -> list[Message]:
+    """The messages of a list of turns. Raises RowError, naming the turn as in `messages[2]`."""
+    if not isinstance(value, list):
+        raise RowError(f'"{column}" must be a list of turns, found {kind_of(value)}')
+    if not value:
+        raise RowError(f'"{column}" is empty')
+    messages: list[Message] = []
+    for i, turn in enumerate(value):
+        messages.append(_message(turn, f"{column}[{i}]", "from" if column == "conversations" else "role"))
+    _connect(messages)
+    return messages
+
+
+def _message(turn: Any, at: str, role_key: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError(f"{at} must be an object, found {kind_of(turn)}")
+    role_key = next((key for key in ("role", "from") if key in turn), role_key)
+    content_key = "value" if role_key == "from" else "content"
+    if role_key not in turn:
+        raise RowError(f"{at}: {expected(role_key, turn)}")
+    role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+    if role is None:
+        close = closest(str(turn[role_key]), ROLES)
+        hint = f'; did you mean "{close}"?' if close else f"; roles are {', '.join(ROLES)}"
+        raise RowError(f"{at}: unknown {role_key} {json.dumps(turn[role_key], ensure_ascii=False)}{hint}")
+    if role == "call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls(turn.get(content_key), f"{at}.{content_key}")}
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if turn.get(content_key) is None and not calls:
+        if content_key in turn:
+            raise RowError(f'{at}: "{content_key}" is null')
+        raise RowError(f"{at}: {expected(content_key, [key for key in turn if key != role_key])}")
+    message = {"role": role, "content": _content(turn.get(content_key), f"{at}.{content_key}")}
+    if role == "assistant":
+        if calls:
+            message["tool_calls"] = _calls(calls, f"{at}.tool_calls")
+        reasoning = next((turn[key] for key in REASONING if isinstance(turn.get(key), str)), "")
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if not calls and not reasoning and not message["content"].strip():
+            raise RowError(f"{at}: the assistant says nothing")
+        weight = turn.get("weight", turn.get("loss_weight"))
+        if weight not in (None, 0, 1):
+            raise RowError(f'{at}: "weight" must be 0 or 1, found {json.dumps(weight)}')
+        if weight == 0:
+            message["weight"] = 0
+    message |= {key: turn[key] for key in ("tool_call_id", "name") if role == "tool" and isinstance(turn.get(key), str)}
+    return message
+
+
+def _content(value: Any, at: str) -> str:
+    """A string, or the text parts of a list joined, so that no marker can hide between two parts."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, dict | bool | int | float):
+        raise RowError(f"{at} must be a string or a list of text parts, found {kind_of(value)}")
+    texts = []
+    for j, part in enumerate(value):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise RowError(f"{at}[{j}]: only text can be learnt, found a part of type {json.dumps(part['type'])}")
+        text = next((part[k] for k in ("text", "value") if k in part), None) if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise RowError(f'{at}[{j}] must be {{"type": "text", "text": …}}')
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(value: Any, at: str) -> list[dict[str, Any]]:
+    """[{"id": …?, "type": "function", "function": {"name": str, "arguments": dict}}]: templates want a dict there."""
+    value = _from_json(value, at)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f'{at}: a call must be an object with "name" and "arguments"')
+        arguments = function.get("arguments")
+        arguments = {} if arguments in (None, "") else _from_json(arguments, f"{at}: the arguments")
+        if not isinstance(arguments, dict):
+            raise RowError(f"{at}: the arguments must be an object, found {kind_of(arguments)}")
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append(identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    if not calls:
+        raise RowError(f"{at}: no call in it")
+    return calls
+
+
+def _from_json(value: Any, at: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        data = json.loads(value, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{at}: not JSON ({error})") from error
+    if problem := half_surrogate(data, value):
+        raise RowError(f"{at}: {problem}")
+    return data
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} in it")
+
+
+def _connect(messages: list[Message]) -> None:
+    """Number the calls that have no id (nine letters and digits, as Mistral's templates demand), and name the call
+    that each result answers."""
+    made, open_calls = 0, []
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            made += 1
+            call.setdefault("id", f"call{made:05d}")
+            open_calls.append(call)
+        if message["role"] == "tool":
+            asked = message.get("tool_call_id")
+            call = next((c for c in open_calls if asked in (None, c["id"])), None)
+            if call is not None:
+                open_calls.remove(call)
+                message.setdefault("tool_call_id", call["id"])
+                message.setdefault("name", call["function"]["name"])
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """A list of functions, bare or in OpenAI's wrapping, or that list as a JSON string; None when there are none."""
+    value = _from_json(value, '"tools"') if value != "" else None
+    if value in (None, []):
+        return None
+    if not isinstance(value, list):
+        raise RowError(f'"tools" must be a list of functions, found {kind_of(value)}')
+    tools = []
+    for i, tool in enumerate(value):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            found = expected("name", function) if isinstance(function, dict) else f"found {kind_of(tool)}"
+            raise RowError(f"tools[{i}]: a tool must be an object with a name; {found}")
+        tools.append({"type": "function", "function": function})
+    return tools

@@ -1,0 +1,1 @@
+"""What is run beside training: checks, reports, recipes."""

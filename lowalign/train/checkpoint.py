@@ -1,0 +1,238 @@
+"""Checkpoints: whole or absent, verified before they are used, rotated after a newer one is safe.
+
+    OUT/checkpoints/step-000040/   weights.safetensors   fp32 weights, ADAPTER/TENSOR
+                                   optimizer.safetensors its state, ADAPTER/KEY
+                                   method.safetensors    the method's tensors
+                                   state.json            step, numbers, and size and sha256 of the three files
+    OUT/checkpoints/best/weights.safetensors             the weights with the lowest held-out loss; step in its metadata
+
+Random generators are not stored: the engine seeds them from (seed, step) before each step.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowalign.errors import UserError
+from lowalign.train.durable import replace, sync, write_point
+from lowalign.train.track import say
+
+FORMAT = 1
+PARTS = ("weights", "optimizer", "method")
+_locked: set[Path] = set()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written. state: what was given to `save` as state."""
+
+    folder: Path
+    step: int
+    state: dict
+
+    def read(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one of PARTS, in CPU memory."""
+        return load_file(self.folder / f"{part}.safetensors")
+
+
+def save(out: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    parts: for each of PARTS, tensors in CPU memory. Raises UserError when weights are not finite or the disk does not
+    take it; what was there before is then untouched.
+    """
+    folder = _folder(out, step)
+    _refuse_not_finite(out, step, parts["weights"])
+    temp = folder.with_name(f".saving-{folder.name}")
+    with _explained(folder, out, _bytes(parts), temp):
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        write_point("save-begin")
+        files = {}
+        for part in PARTS:
+            path = temp / f"{part}.safetensors"
+            save_file(dict(parts[part]), path)
+            sync(path)
+            files[path.name] = _fingerprint(path)
+            write_point(f"save-{part}")
+        record = {"format": FORMAT, "step": step, "files": files, "state": state}
+        (temp / "state.json").write_text(json.dumps(record, indent=1) + "\n")
+        sync(temp / "state.json")
+        sync(temp)
+        write_point("save-state")
+        _remove(folder)  # one that was found to be damaged
+        temp.rename(folder)
+        sync(folder.parent)
+    write_point("save-renamed")
+    _rotate(out, step, keep)
+    return folder
+
+
+def save_best(out: Path, step: int, weights: Mapping[str, Tensor]) -> None:
+    """Keep these weights as the best so far, instead of those kept before. Raises UserError like `save`."""
+    path = out / "checkpoints" / "best" / "weights.safetensors"
+    _refuse_not_finite(out, step, weights)
+    with _explained(path, out, _bytes({"weights": weights})):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, lambda temp: save_file(dict(weights), temp, {"step": str(step)}), "best")
+
+
+def read_best(out: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """(step, weights named ADAPTER/TENSOR) with the lowest held-out loss; None when nothing was evaluated."""
+    path = out / "checkpoints" / "best" / "weights.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def newest_valid(out: Path) -> Checkpoint | None:
+    """The newest checkpoint that is as it was written; newer ones that are not are named and skipped."""
+    for step in reversed(steps(out)):
+        folder = _folder(out, step)
+        try:
+            return Checkpoint(folder, step, _verified(folder, step))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"checkpoint {folder} is damaged and skipped: {error}")
+    return None
+
+
+def steps(out: Path) -> list[int]:
+    """Steps there are checkpoints of, oldest first."""
+    found = (re.fullmatch(r"step-(\d+)", p.name) for p in (out / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def clean(out: Path, best: bool) -> None:
+    """Remove what a killed run left half-written; with `best`, the best weights of an earlier run too."""
+    folder = out / "checkpoints"
+    if best:
+        shutil.rmtree(folder / "best", ignore_errors=True)
+    leftovers = (found for pattern in (".saving-*", ".old-*", "best/.saving-*") for found in folder.glob(pattern))
+    for leftover in [*out.glob(".saving-*"), *leftovers]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def check_space(out: Path, one: int, keep: int) -> None:
+    """Refuse a run whose checkpoints, of `one` byte count each, will not fit: `keep`, the best, and one being written."""
+    there = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*") if p.is_file())
+    needed, free = one * (keep + 2) - there, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"not enough disk space for checkpoints in {out}: {needed:,} bytes are needed ({keep + 2} of {one:,}), "
+            f"{free:,} are free; make room, lower --train.keep or choose another --out"
+        )
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the run folder. Raises UserError when another process does; this process may nest it."""
+    path = (out / ".lock").resolve()
+    if path in _locked:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"{out} cannot be the folder of a run: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{out} is in use by process {file.read().strip()}; wait for it, or choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        _locked.add(path)
+        try:
+            yield
+        finally:
+            _locked.discard(path)
+
+
+def _folder(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:06d}"
+
+
+def _bytes(parts: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+
+
+def _fingerprint(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _verified(folder: Path, step: int) -> dict:
+    """The state of a checkpoint. Raises OSError, ValueError, KeyError or TypeError when it is not as it was written."""
+    record = json.loads((folder / "state.json").read_text())
+    if record["format"] != FORMAT or record["step"] != step:
+        raise ValueError(f"state.json is of format {record['format']}, step {record['step']}")
+    for part in PARTS:
+        name = f"{part}.safetensors"
+        if _fingerprint(folder / name) != record["files"][name]:
+            raise ValueError(f"{name} is not the file that was written")
+    return record["state"]
+
+
+def _remove(folder: Path) -> None:
+    """Make a folder vanish as a whole, then delete it."""
+    if folder.exists():
+        aside = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        write_point("rotate-aside")
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rotate(out: Path, step: int, keep: int) -> None:
+    # A checkpoint of a later step was found damaged, or this one would not be written; it is no reason to drop this one.
+    for old in [s for s in steps(out) if s <= step][: -max(1, keep)]:
+        _remove(_folder(out, old))
+    write_point("rotate-done")
+
+
+def _refuse_not_finite(out: Path, step: int, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"after step {step} {name} holds NaN or infinity; it was not saved. {last(out)} "
+                "Start anew with a lower --train.learning-rate."
+            )
+
+
+@contextlib.contextmanager
+def _explained(path: Path, out: Path, needed: int, temp: Path | None = None) -> Iterator[None]:
+    """A failed write leaves nothing behind, and tells what is still there."""
+    try:
+        yield
+    # A full disk is a SafetensorError, an OSError or a RuntimeError, depending on which library was writing.
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+        free = shutil.disk_usage(out).free
+        raise UserError(
+            f"{path} could not be written ({error}). It needs {needed:,} bytes; {free:,} are free on that disk. "
+            f"{last(out)} Make room and go on with --resume."
+        ) from error
+
+
+def last(out: Path) -> str:
+    there = steps(out)
+    return f"The last checkpoint, {_folder(out, there[-1])}, is intact." if there else "There is no earlier checkpoint."

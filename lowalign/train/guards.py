@@ -1,0 +1,37 @@
+"""What must hold in every run, or the run stops."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lowalign.data.pack import Example
+from lowalign.errors import UserError
+from lowalign.model.flat import FlatWeights
+from lowalign.train import checkpoint
+
+
+def refuse_not_finite(step: int, metrics: Mapping[str, float], examples: Sequence[Example], out: Path) -> None:
+    """Raises UserError, before the weights are touched, when loss or gradient norm of step `step` is NaN or infinite."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    sources = [e.source for e in examples if e.source]
+    listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+    raise UserError(
+        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The weights were not changed by it. "
+        f"Its examples: {listed or 'without sources'}. {checkpoint.last(out)} "
+        "Look at these rows, or start anew with a lower --train.learning-rate."
+    )
+
+
+def assert_all_reached(flats: Mapping[str, FlatWeights]) -> None:
+    """Raises RuntimeError when a backward produced no gradient (not even a zero one) for some trained tensor."""
+    for adapter, flat in flats.items():
+        missed = sorted(flat.tensors().keys() - flat.reached)
+        if missed:
+            raise RuntimeError(f'no gradient reached {len(missed)} tensors of "{adapter}": {", ".join(missed[:5])}')
+
+
+def assert_base_unchanged(before: int, now: int) -> None:
+    """Raises RuntimeError when the base's checksum is not what it was."""
+    if before != now:
+        raise RuntimeError("the base's weights have changed during training; they must not")

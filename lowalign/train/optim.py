@@ -1,0 +1,131 @@
+"""AdamW in 32 bit, 8 bit and paged 8 bit over flat fp32 weights, its schedule, and its state as plain tensors."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowalign.config import TrainConfig
+from lowalign.errors import UserError
+from lowalign.train.track import say
+
+PAGED_FROM = 100_000  # elements; bitsandbytes keeps smaller states resident
+
+
+def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
+    """One parameter group per adapter, named after it, holding its flat master."""
+    groups = [{"name": name, "params": [master]} for name, master in masters.items()]
+    options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    cuda = all(master.is_cuda for master in masters.values())
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=cuda, **options)
+
+    import bitsandbytes as bnb  # takes seconds
+
+    paged = config.optimizer == "paged_adamw_8bit"
+    if paged and not cuda:
+        say(
+            "paged_adamw_8bit: there is nothing to page to without a GPU; the optimizer state stays in memory, same results"
+        )
+    for name, master in masters.items():
+        if paged and cuda and master.numel() < PAGED_FROM:
+            say(
+                f'"{name}" has {master.numel():,} weights: its optimizer state is too small to page and stays on the GPU'
+            )
+    return bnb.optim.AdamW8bit(groups, is_paged=paged and cuda, **options)
+
+
+def schedule(config: TrainConfig, step: int, steps: int) -> float:
+    """What the learning rate is multiplied by at `step` (from 0) of `steps`.
+
+    It rises in ceil(warmup · steps) equal parts, the last of them 1, and then falls; no step has a learning rate of 0.
+    """
+    warmup = math.ceil(config.warmup * steps - 1e-9)  # 0.07 · 100 is 7.000000000000001
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def state_bytes(config: TrainConfig, numel: int) -> int:
+    """Bytes of optimizer state for that many weights."""
+    return 8 * numel if config.optimizer == "adamw" else 2 * numel + 8 * math.ceil(numel / 256)
+
+
+def read_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The state as (tensors, numbers), named ADAPTER/KEY. The tensors are copies in CPU memory."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, int] = {}
+    for name, state in _states(optimizer):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
+            else:
+                numbers[f"{name}/{key}"] = value
+    return tensors, numbers
+
+
+def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
+    """Put back what `read_state` gave, bit for bit.
+
+    bitsandbytes' own load_state_dict would copy paged state into ordinary GPU memory; here its buffers are made anew by
+    itself (in managed memory where they were) and filled. Raises UserError when the state is another optimizer's.
+    """
+    saved: dict[str, dict] = {}
+    for full, value in {**tensors, **numbers}.items():
+        name, _, key = full.partition("/")
+        saved.setdefault(name, {})[key] = value
+    if not saved:  # saved before the first step
+        return
+    if isinstance(optimizer, torch.optim.AdamW):
+        expected = {"step", "exp_avg", "exp_avg_sq"}
+        _same_optimizer(expected, saved)
+        whole = optimizer.state_dict()
+        whole["state"] = {i: saved[group["name"]] for i, group in enumerate(optimizer.param_groups)}
+        optimizer.load_state_dict(whole)
+        return
+    for i, group in enumerate(optimizer.param_groups):
+        master = group["params"][0]
+        optimizer.init_state(group, master, i, 0)
+        state = optimizer.state[master]
+        _same_optimizer(set(state), {group["name"]: saved.get(group["name"], {})})
+        for key, value in saved[group["name"]].items():
+            if isinstance(value, Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = value
+
+
+def paged_state_is_managed(optimizer: Optimizer) -> dict[str, bool]:
+    """For each adapter, whether all of its 8-bit state lies in managed memory, from which the driver can page it out."""
+    managed = {id(t) for t in optimizer.page_mng.paged_tensors} if hasattr(optimizer, "page_mng") else set()
+    return {
+        name: "state1" in state and all(id(state[key]) in managed for key in ("state1", "state2"))
+        for name, state in _states(optimizer)
+    }
+
+
+def move_state(optimizer: Optimizer, name: str, device: torch.device | str) -> None:
+    """Park the state of an idle adapter in CPU memory, or bring it back. Paged state is left to the driver."""
+    state = dict(_states(optimizer))[name]
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not getattr(value, "is_paged", False):
+            state[key] = value.to(device)
+
+
+def _states(optimizer: Optimizer) -> Iterator[tuple[str, dict]]:
+    for group in optimizer.param_groups:
+        yield group["name"], optimizer.state.get(group["params"][0], {})
+
+
+def _same_optimizer(expected: set[str], saved: Mapping[str, Mapping]) -> None:
+    for name, state in saved.items():
+        if set(state) != expected:
+            raise UserError(
+                f'the optimizer state of "{name}" is another optimizer\'s (it has {", ".join(sorted(state)) or "nothing"}); '
+                "resume with the --train.optimizer the run was started with"
+            )

@@ -1,0 +1,47 @@
+"""What `lowalign data check` prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowalign.config import DataConfig
+from lowalign.data.chat import Chat
+from lowalign.errors import UserError
+from lowalign.tools.data_check import check, show
+from tests.data import made
+
+
+def test_check_prints_rows_with_what_is_learnt(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))
+    made.chatml().save_pretrained(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "hi\x1b[2J"}, {"role": "assistant", "content": "ho"}] * 2
+    rows = [{"messages": talk}, {"messages": talk}, {"mesages": talk}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert check(DataConfig(files=(str(file),)), str(tmp_path / "model"), rows=1) == 1
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0] == f"{file}: 3 rows (2 messages), 2 used"
+    assert "  end of turn in loss: 4/4" in lines and "  1 of 3 rows repeat an earlier one" in lines
+    assert f'  {file}:3: expected "messages", found "mesages"; did you mean "messages"?' in lines
+    shown = "\n".join(lines[-9:])
+    assert shown == (
+        "<|im_start|>user\nhi\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«ho<|im_end|>»\n"
+        "<|im_start|>user\nhi\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«ho<|im_end|>»\n"
+    )
+
+
+def test_colour_and_long_rows() -> None:
+    tokenizer = made.chatml()
+    (example,) = Chat(tokenizer).example(
+        [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "ho"}]
+    )
+    text = show(example, tokenizer, colour=True)
+    assert text.endswith("\x1b[32mho<|im_end|>\x1b[0m") and " […] " in text and len(text) < 1300
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer of .*nothing cannot be loaded"):
+        check(DataConfig(files=("a.jsonl",)), str(tmp_path / "nothing"))

@@ -1,0 +1,81 @@
+"""Rows that are too long: what is kept, to the token."""
+
+import random
+
+import pytest
+
+from lowalign.data.fit import chunks, fit
+from lowalign.data.pack import Example
+
+BOS = 99
+
+
+def example(prompt: int, completion: int, bos: bool = True) -> Example:
+    """Prompt ids 0, 1, 2, … after bos; completion ids 1000, 1001, …, of which every third is not supervised."""
+    ids = [1000 + i for i in range(completion)]
+    return Example([BOS] * bos + list(range(prompt - bos)), [ids], [[i % 3 != 1 for i in range(completion)]])
+
+
+@pytest.mark.parametrize("length", [19, 20])
+def test_what_fits_is_left_alone(length: int) -> None:
+    whole = example(length - 5, 5)
+    assert fit(whole, 20, [BOS]) == (whole, None)
+
+
+def test_the_prompt_is_cut_from_the_left() -> None:
+    fitted, cut = fit(example(16, 5), 20, [BOS])
+    assert cut == "prompt"
+    assert fitted.prompt == [BOS, *range(1, 15)] and fitted.completions == example(16, 5).completions
+    assert fitted.masks == example(16, 5).masks
+    fitted, _ = fit(example(16, 5, bos=False), 20, [])
+    assert fitted.prompt == list(range(1, 16))
+
+
+@pytest.mark.parametrize("completion", [18, 19, 20, 21, 40])
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_completion_is_kept_until_it_alone_is_too_long(completion: int, bos: bool) -> None:
+    whole = example(30, completion, bos)
+    fitted, cut = fit(whole, 20, [BOS] if bos else [])
+    assert fitted.length == 20
+    assert cut == ("completion" if completion > 20 else "prompt")
+    kept = min(completion, 20 - bos if completion > 20 else 20)
+    assert fitted.completions == [whole.completions[0][:kept]]
+    room = 20 - kept
+    assert fitted.prompt == ([BOS] * bos + whole.prompt[30 - (room - bos) :] if room else [])
+    assert fitted.mask(0)[1:] == whole.mask(0)[1:kept]
+
+
+def test_nothing_supervised_is_nothing() -> None:
+    lonely = Example([1] * 10, [[5, 6, 7]], [[True, False, False]])
+    assert fit(lonely, 3, []) == (None, "prompt")
+    assert fit(lonely, 4, [])[0].supervised == 1
+
+
+@pytest.mark.parametrize("front", [[], [BOS]])
+def test_random_rows(front: list[int]) -> None:
+    """Never longer than allowed; prompt and completion are ends and beginnings of what they were."""
+    rng = random.Random(0)
+    for _ in range(300):
+        whole, limit = example(rng.randrange(1, 30), rng.randrange(1, 30), bool(front)), rng.randrange(3, 40)
+        fitted, cut = fit(whole, limit, front)
+        if whole.length <= limit:
+            assert (fitted, cut) == (whole, None)
+            continue
+        assert fitted.length == limit and fitted.supervised
+        tail = fitted.prompt[len(front) :] if fitted.prompt[:1] == [BOS] else fitted.prompt
+        assert whole.prompt[len(whole.prompt) - len(tail) :] == tail
+        assert whole.completions[0][: len(fitted.completions[0])] == fitted.completions[0]
+        assert cut == "completion" or fitted.completions == whole.completions
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 11, 19, 20, 21, 57])
+@pytest.mark.parametrize("front", [[], [BOS]])
+def test_no_token_of_a_document_is_lost(tokens: int, front: list[int]) -> None:
+    ids = list(range(tokens))
+    pieces = chunks(Example(list(front), [ids]), 10)
+    assert [i for piece in pieces for i in piece.completions[0]] == ids
+    assert all(piece.length <= 10 for piece in pieces) and all(piece.length == 10 for piece in pieces[:-1])
+    assert sum(piece.supervised for piece in pieces) == tokens - (not front)
+    assert all(piece.prompt == front for piece in pieces) if front else pieces[0].prompt == []
+    if not front:  # later stretches are predicted from the token before them
+        assert all(piece.prompt == [piece.completions[0][0] - 1] for piece in pieces[1:])
