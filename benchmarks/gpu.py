@@ -206,7 +206,11 @@ def describe(device: str) -> dict:
     if device == "cpu":
         return {"name": "CPU", "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(0)
-    return {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
 
 
 def versions() -> dict:

@@ -9,13 +9,12 @@ OUT/adapter/           the adapter as stock peft reads it, its chat template, an
 
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lowalign import recipe
-from lowalign.config import BaseConfig, DataConfig, SFTConfig, TrainConfig
+from lowalign.config import DataConfig, SFTConfig, TrainConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
@@ -26,13 +25,14 @@ from lowalign.model.host import Host
 from lowalign.model.start import check_start, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import Result, train
+from lowalign.train.track import say
 
 
-def sft(config: SFTConfig) -> int:
-    """Run `lowalign sft`. Returns the exit code."""
+def sft(config: SFTConfig, base: Base | None = None) -> int:
+    """Run `lowalign sft`; `base` is one that is loaded already. Returns the exit code."""
     with checkpoint.lock(config.out):
         _write_recipe(config)
-        base = _load_base(config.model, config.base)
+        base = base or _load(config)
         chat = load_chat(base.tokenizer, config.data.template)
         rows, heldout = _data(config.data, chat, base, config.out, config.train.seed)
         host = Host(base)
@@ -41,16 +41,24 @@ def sft(config: SFTConfig) -> int:
         )
         method = SFT(host, rows, policy, config.train.batch_size, config.train.seed)
         if not checkpoint.steps(config.out):
-            _say(check_start(host, policy, reference, rows))
+            say(check_start(host, policy, reference, rows))
         settings = replace(config.train, steps=_steps(config.train, len(rows)))
         result = train(host, method, settings, config.out, heldout=heldout, resume=config.resume)
         if result.stopped_by is not None:
-            _say(
+            say(
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
         _save_adapter(host, policy, chat, config, result, "sft")
+        for name in (*policy, *reference):
+            if name in host.configs:
+                host.delete(name)
     return 0
+
+
+def _load(config: SFTConfig) -> Base:
+    base = config.base
+    return Base.load(config.model, base.quantization, base.revision, base.dtype, base.device)
 
 
 def _write_recipe(config: SFTConfig) -> None:
@@ -69,14 +77,12 @@ def _write_recipe(config: SFTConfig) -> None:
     file.write_text(recipe.dump(replace(config, resume=False)))
 
 
-def _load_base(model: str, config: BaseConfig) -> Base:
-    return Base.load(model, config.quantization, config.revision, config.dtype, config.device)
-
-
 def _data(config: DataConfig, chat: Chat, base: Base, out: Path, seed: int) -> tuple[list[Example], list[Example]]:
     """-> the examples to train on, and those held out; OUT/data_report.json is written."""
     if not config.files:
         raise UserError("no data: give --data FILE…")
+    for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # an earlier attempt's
+        (out / name).unlink(missing_ok=True)
     read = partial(load_examples, chat=chat, config=config, tokenizer=base.tokenizer)
     data = read(config.files, rejected=out / "rejected.jsonl")
     report = {"train": data.report}
@@ -109,8 +115,4 @@ def _save_adapter(
         metrics=told,
         recipe=recipe.dump(config),
     )
-    _say(f"the adapter is in {config.out / 'adapter'}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    say(f"the adapter is in {config.out / 'adapter'}")

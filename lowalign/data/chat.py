@@ -184,8 +184,8 @@ class Chat:
         if not whole.startswith(prompt):
             same = next((k for k, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
             raise Unrenderable(
-                f"the chat template begins an answer with {prompt[same:][-40:]!r} when the model is to write it, and in another way "
-                "when it is given; use a template that does not (--data.template)"
+                f"the chat template begins an answer with {prompt[same:][-40:]!r} when the model is to write it, and in "
+                "another way when it is given; use a template that does not (--data.template)"
             )
         text, closing, learnt = whole[len(prompt) :], self._template.closing, _learnt(messages[i])
         if closing and closing in text:

@@ -177,6 +177,6 @@ def _examples(said: Conversation | PromptCompletion | Text, chat: Chat, max_leng
         fitted, cut = fit(example, max_length, chat.front)
         cuts.add(cut)
         kept += [fitted] if fitted is not None else []
-    if kept:
-        tally.cut.update([next(iter(cuts & {"completion"}), "prompt")] if cuts - {None} else [])
+    if kept and cuts != {None}:
+        tally.cut["completion" if "completion" in cuts else "prompt"] += 1
     return kept

@@ -83,7 +83,7 @@ def _from_file(name: str) -> Iterator[Row | BadRow]:
             if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in head[:4] and head[:4].strip(b"\0")):
                 raise UserError(f"{name} is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8")
             stream.seek(len(BOM) if head.startswith(BOM) else 0)
-            # Bytes that are no UTF-8 become lone surrogates here, and _Parser.complaint finds them.
+            # Bytes that are no UTF-8 become lone surrogates here, and _invalid_text finds them.
             if head.removeprefix(BOM).lstrip().startswith(b"["):
                 yield from _array(name, stream.read().decode("utf-8", "surrogateescape"))
             else:
@@ -108,7 +108,7 @@ def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
             message = f"more text after the row, at column {end + 1}: one row a line"
         elif message and not line.endswith("\n") and parser.ended:
             message += "; the file seems to be cut off here"
-        yield _judge(name, number, data, message, text, text)
+        yield _judge(name, number, data, message, text)
 
 
 def _array(name: str, text: str) -> Iterator[Row | BadRow]:
@@ -118,9 +118,9 @@ def _array(name: str, text: str) -> Iterator[Row | BadRow]:
         line, counted = line + text.count("\n", counted, at), at
         data, end, message = parser.parse(text, at)
         if end is None:
-            yield _judge(name, line, None, f"{message}; nothing after this can be read", text[at : at + 2000], "")
+            yield _judge(name, line, None, f"{message}; nothing after this can be read", text[at : at + 2000])
             return
-        yield _judge(name, line, data, message, text[at:end], text[at:end])
+        yield _judge(name, line, data, message, text[at:end])
         at = _skip(text, end)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
@@ -146,11 +146,10 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _judge(name: str, line: int, data: Any, message: str, raw: str, checked: str) -> Row | BadRow:
-    """checked: the text of the row, looked at for what is no valid text ("" when that is known not to matter)."""
+def _judge(name: str, line: int, data: Any, message: str, raw: str) -> Row | BadRow:
     if not message and not isinstance(data, dict):
         message = f"a row must be an object {{…}}, found {kind_of(data)}"
-    message = message or _invalid_text(data, checked)
+    message = message or _invalid_text(data, raw)
     if not message:
         return Row(data, name, line)
     return BadRow(f"{name}:{line}", message.encode("utf-8", "backslashreplace").decode(), _printable(raw))

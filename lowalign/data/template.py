@@ -41,9 +41,11 @@ class Unrenderable(UserError):
 class Template:
     """The template in force.
 
-    text: its Jinja text (the "default" one of several). with_tools: another for rows with tools, or None. closing: the string it ends an assistant turn with, None where
-    it writes no token there. markers: the strings only it may write. forbidden: a string that begins a turn without
-    being a token, so that it cannot be told from the same words in a row (default template only).
+    text: its Jinja text (the "default" one of several). with_tools: another for rows with tools, or None.
+    closing: the token it ends an assistant turn with, as a string; None where it writes no token there.
+    markers: the strings only it may write.
+    forbidden: a string that begins a turn without being a token, so that it cannot be told from the same words in a row
+    (default template only).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
@@ -81,7 +83,8 @@ class Template:
             )
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = {*self.tokenizer.all_special_tokens, *(token.content for token in tokens if token.special)}
-        added = special | {token.content for token in tokens if token.content.strip()}
+        # Added tokens that are blanks or plain words end no turn.
+        added = special | {token.content for token in tokens if not (token.content.strip() or "a").isalnum()}
         after = rendered.rpartition("probe_answer")[2]
         found = {text: after.index(text) for text in added if text in after}
         self.closing = min(found, key=lambda text: (found[text], -len(text)), default=None)

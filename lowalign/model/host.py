@@ -35,9 +35,10 @@ class Host:
         self.configs: dict[str, PeftConfig] = {}
         self._encoders: dict[str, nn.Module] = {}
         self._flat: dict[str, FlatWeights] = {}
-        self._carriers: list[lora.LoraLayer] = []
+        self._carriers = lora.layers(base.model)  # an earlier host's, if there was one
         self._all_linear = lora.linear_names(base.model)
         self._offload = False
+        self._activate(())
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ class Host:
 
         A LoRA starts as the identity. Raises UserError when the name is taken or the config does not fit.
         """
-        if name in self.configs:
+        if name in self.configs or name in getattr(self.base.model, "peft_config", {}):
             raise UserError(f'there is an adapter "{name}" already; delete it first')
         if not name or not name.replace("-", "_").isidentifier() or name in self._all_linear:
             raise UserError(

@@ -145,7 +145,7 @@ def lock(out: Path) -> Iterator[None]:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("ab+", buffering=0)
     except OSError as error:
         raise UserError(f"{out} cannot be the folder of a run: {error.strerror}") from error
     with file:
@@ -154,11 +154,11 @@ def lock(out: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{out} is in use by process {file.read().strip()}; wait for it, or choose another --out"
+                f"{out} is in use by process {file.read().decode().strip()}; wait for it, or choose another --out"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without a name
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         _locked.add(path)
         try:
             yield
@@ -202,7 +202,7 @@ def _remove(folder: Path) -> None:
 
 
 def _rotate(out: Path, step: int, keep: int) -> None:
-    # A checkpoint of a later step was found damaged, or this one would not be written; it is no reason to drop this one.
+    # One of a later step is a damaged one that was skipped: it must not count as newer than what was just written.
     for old in [s for s in steps(out) if s <= step][: -max(1, keep)]:
         _remove(_folder(out, old))
     write_point("rotate-done")
@@ -234,5 +234,6 @@ def _explained(path: Path, out: Path, needed: int, temp: Path | None = None) -> 
 
 
 def last(out: Path) -> str:
+    """A sentence on what there is to go on from."""
     there = steps(out)
     return f"The last checkpoint, {_folder(out, there[-1])}, is intact." if there else "There is no earlier checkpoint."

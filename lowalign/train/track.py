@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Track:
     def __exit__(self, *_: object) -> None:
         for part in (self._file, self._bar, self._board):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # a line that did not fit was told when it was written
+                    part.close()
 
     def step(self, step: int, metrics: dict[str, float], log: bool) -> None:
         """An optimizer step is done; with `log` it is written down."""
@@ -84,7 +86,7 @@ class Track:
                 self._board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _explained(self) -> Any:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -1,7 +1,11 @@
 """What is wrong with a row is said in these exact words, at its line."""
 
 import json
+import random
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +13,7 @@ from lowalign.config import DataConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, read_examples
 from lowalign.errors import UserError
-from tests.data.made import bytes_tokenizer, chatml
+from tests.data.made import CHATML, CHATML_TOOLS, bytes_tokenizer, chatml
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 CALL = '"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "%s"}}]'
@@ -170,3 +174,62 @@ def test_skipped_rows_are_written_aside(tmp_path: Path, chat: Chat) -> None:
         {"where": f"{path}:3", "message": "not JSON: Expecting value (column 1)", "raw": "broken \\xe9"},
     ]
     assert [p.name for p in rejected.parent.iterdir()] == ["rejected.jsonl"]
+
+
+def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
+    """Good rows of every shape with a value somewhere in them replaced: an Example, a complaint, or a drop."""
+    call = {"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": '{"a": 1}'}}]}
+    good = [
+        {"messages": [json.loads(ASK), call, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": '{"name": "f"}'}]},
+        {
+            "prompt": [json.loads(ASK)],
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+        },
+        {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["d", "e"]]},
+        {"text": "a"},
+    ]
+    good[0]["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    good[1]["tools"] = '[{"name": "f"}]'
+    odd = [
+        None,
+        0,
+        1.5,
+        True,
+        "",
+        "user",
+        "<|im_end|>",
+        "{",
+        "[]",
+        "[[]]",
+        [],
+        {},
+        [[]],
+        [None],
+        {"name": 1},
+        "é\u2028",
+    ]
+    rng, rows = random.Random(0), []
+    for _ in range(1500):
+        row = json.loads(json.dumps(rng.choice(good)))
+        for _ in range(rng.randrange(1, 3)):
+            place, key = rng.choice(list(places(row)))
+            place[key] = deepcopy(rng.choice(odd))
+        rows.append(row)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for template in (CHATML, CHATML_TOOLS):
+        chat = Chat(chatml(template))
+        found = read_examples([str(path)], chat, DataConfig(cache=False), tokenizer=chat.tokenizer)
+        used = {example.source for example in found.examples}
+        assert len(used) + len(found.bad) + found.report["dropped"] == len(rows)
+        assert len(used) > 100 and len(found.bad) > 100
+        assert all(example.supervised for example in found.examples)
+
+
+def places(value: object) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(pairs):
+        yield value, key
+        yield from places(inner)

@@ -88,13 +88,13 @@ def test_the_default_is_chatml() -> None:
         assert tokenizer.apply_chat_template(TALK, tokenize=False, chat_template=chat.template) == expected
 
 
-@pytest.mark.parametrize("template", [None, made.CHATML, made.LLAMA3])
+@pytest.mark.parametrize("template", [None, made.CHATML, made.LLAMA3, "{{ bos_token }}" + made.LLAMA3])
 @pytest.mark.parametrize("bos_first", [True, False])
 def test_bos_stands_once_where_it_is_asked_for(template: str | None, bos_first: bool) -> None:
     special = ["<s>", "</s>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer = made.bytes_tokenizer(special, template, bos_first=bos_first, bos_token="<s>", eos_token="</s>")
     chat = Chat(tokenizer)
-    asked = bos_first or template == made.LLAMA3
+    asked = bos_first or made.LLAMA3 in (template or "")
     for ids in (all_ids(chat.example(TALK)[0]), chat.prompt_ids(TALK[:1])):
         assert ids.count(tokenizer.bos_token_id) == asked
         assert (ids[0] == tokenizer.bos_token_id) == asked
@@ -107,7 +107,7 @@ def test_plain_text_goes_without_template() -> None:
     tokenizer = FOUR["llama2"]()
     chat = Chat(tokenizer)
     example = chat.completion("The cat", " sat on the mat")
-    assert example.prompt == tokenizer("The cat")["input_ids"]
+    assert example.prompt == tokenizer("The cat")["input_ids"] == chat.text_ids("The cat")
     assert all_ids(example) == [*tokenizer("The cat sat on the mat")["input_ids"], tokenizer.eos_token_id]
     assert spans(example, tokenizer) == [" sat on the mat</s>"]
     without = made.bytes_tokenizer(["</s>"], eos_token="</s>")
@@ -120,7 +120,7 @@ def test_weights_and_opening_turns() -> None:
     skipped = [TALK[0], TALK[1] | {"weight": 0}, *TALK[2:], turn("user", "bye"), turn("assistant", "no", weight=0)]
     (example,) = chat.example(skipped)
     assert spans(example, tokenizer) == ["A cat: the cat<|im_end|>"]
-    assert example.prompt == chat.prompt_ids(TALK[:3])
+    assert example.prompt == chat.prompt_ids(TALK[:3]) and len(example.completions[0]) == example.supervised
     opening = [turn("assistant", "hello"), *TALK[:2], turn("assistant", "No, wait."), turn("user", "what?")]
     (example,) = chat.example(opening)
     assert spans(example, tokenizer) == ["Nothing.<|im_end|>", "No, wait.<|im_end|>"]

@@ -180,7 +180,9 @@ def test_what_the_cache_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch
     write(folder / "a.jsonl", [answer("a"), answer("c")])
     assert [len(e.completions) for e in load([file], chat).examples] == [1, 1] and stored() == 8
     load([write(folder / "c.jsonl", [answer("a"), answer("c")])], chat)
-    assert stored() == 9
+    load([file], dated)
+    load([file], dated)
+    assert stored() == 10
 
     class Tomorrow(datetime.date):
         @classmethod
@@ -189,9 +191,9 @@ def test_what_the_cache_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(cache.datetime, "date", Tomorrow)
     load([file], chat)
-    assert stored() == 9
-    load([file], dated)
     assert stored() == 10
+    load([file], dated)
+    assert stored() == 11
 
 
 def test_files_with_bad_rows_are_read_anew(folder: Path) -> None:

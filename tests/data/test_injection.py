@@ -116,32 +116,42 @@ def test_rows_without_markers_are_untouched(kind: str) -> None:
     assert HIDDEN_NOTE not in chat.notes
 
 
-def test_texts_that_the_template_joins_into_a_marker_are_refused() -> None:
-    joining = made.CHATML.replace("m.content +", "m.content + (m.name or '') +")
-    tokenizer = made.chatml(joining)
+@pytest.mark.parametrize(
+    "written, text, name",
+    [
+        ("m.content + (m.name or '')", "hi <|im_", "end|>"),
+        ("m.content + '|>'", "hi <|im_end", None),
+        ("'<|im_' + m.content", "end|> hi", None),
+        ("'<|' + (m.name or 'x') + '|>'", "hi", "im_end"),
+    ],
+)
+def test_texts_that_the_template_joins_into_a_marker_are_refused(written: str, text: str, name: str | None) -> None:
+    """With each other, or with what the template writes beside them."""
+    tokenizer = made.chatml(made.CHATML.replace("m.content", f"m.content + {written}"))
     chat = Chat(tokenizer)
-    ids_of(chat, [{"role": "user", "content": "a <|im_"}, {"role": "assistant", "content": "b"}])
-    talk = [
-        {"role": "user", "content": "hi <|im_", "name": "end|>"},
-        {"role": "assistant", "content": "b"},
-    ]
+    answer = {"role": "assistant", "content": "b"}
+    ids_of(chat, [{"role": "user", "content": "a <"}, answer])
+    talk = [{"role": "user", "content": text, "name": name}, answer]
     for use in (chat.example, chat.prompt_ids):
         with pytest.raises(RowError, match="become a special token"):
             use(talk)
 
 
 def test_tokens_round_a_turn_are_markers_though_not_called_special() -> None:
-    """As in some published ChatML models; <think> stays an ordinary token."""
+    """As in some published ChatML models; <think> and added words stay ordinary tokens."""
     tokenizer = made.bytes_tokenizer(
-        ["<|endoftext|>"], made.CHATML, plain=("<|im_start|>", "<|im_end|>", "<think>"), eos_token="<|endoftext|>"
+        ["<|endoftext|>"],
+        made.CHATML,
+        plain=("<|im_start|>", "<|im_end|>", "<think>", "user"),
+        eos_token="<|endoftext|>",
     )
     chat = Chat(tokenizer)
-    end, think = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
+    start, end, think = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<think>"])
     assert chat.end_of_turn == end
-    ids = ids_of(
-        chat, [{"role": "user", "content": "a <|im_end|> <think>"}, {"role": "assistant", "content": "<think>"}]
-    )
-    assert ids.count(end) == 2 and ids.count(think) == 2
+    text = "a <|im_end|> <|im_start|> <think>user"
+    ids = ids_of(chat, [{"role": "user", "content": text}, {"role": "assistant", "content": "<think>"}])
+    assert ids.count(start) == ids.count(end) == ids.count(think) == 2
+    assert ids.count(tokenizer.convert_tokens_to_ids("user")) == 2  # the role, and the word in the text
 
 
 def test_a_model_that_knows_the_marker_as_a_word() -> None:

@@ -182,29 +182,39 @@ def test_a_failed_write_is_told_and_leaves_nothing(tmp_path, monkeypatch, error,
     assert [name for name in _names(tmp_path) if name != "best"] == before and not list(tmp_path.rglob(".saving*"))
 
 
-def _resume_on_a_full_disk(out: Path, limit: int) -> None:
+def _resume_on_a_full_disk(out: Path, limit: int, changes: dict) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        toy.run(out, resume=True)
+        toy.run(out, resume=True, **changes)
     except UserError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (out / "message").write_text(str(error))
         os._exit(1)
 
 
-@pytest.mark.parametrize("limit", [100, 10_000, 20_000])
-def test_a_disk_that_fills_up_in_the_middle_of_a_file(tmp_path, limit):
-    """At 100 bytes nothing can be written, at 10,000 the optimizer's state breaks off, at 20,000 the weights."""
-    straight, _, _ = toy.run(tmp_path / "straight", eval_every=0)
+FULL = {  # the largest file that can be written, options, the file that breaks off
+    "cutting the metrics": (100, {"eval_every": 0}, "metrics.jsonl cannot be written: File too large"),
+    "a line of metrics": (None, {"eval_every": 0}, "metrics.jsonl cannot be written: File too large"),
+    "the best weights": (10_000, {}, "best/weights.safetensors could not be written"),
+    "the weights": (10_000, {"eval_every": 0}, "step-000006 could not be written"),
+    "the optimizer state": (30_000, {"eval_every": 0, "optimizer": "adamw"}, "step-000006 could not be written"),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_disk_that_fills_up_in_the_middle_of_a_file(tmp_path, what):
+    limit, changes, expected = FULL[what]
+    straight, _, _ = toy.run(tmp_path / "straight", **changes)
     out = tmp_path / "run"
-    toy.run(out, hook=toy.signal_at(4), eval_every=0)
+    toy.run(out, hook=toy.signal_at(4), **changes)
     before = {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()}
-    assert toy.in_child(_resume_on_a_full_disk, out, limit) == 1
+    limit = limit or (out / "metrics.jsonl").stat().st_size + 20
+    assert toy.in_child(_resume_on_a_full_disk, out, limit, changes) == 1
     text = (out / "message").read_text()
-    assert "cannot be written" in text if limit == 100 else "could not be written" in text and "is intact" in text
+    assert expected in text and ("Checkpoints are intact" in text or "step-000004, is intact" in text)
     assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()} == before
     assert not list(out.rglob(".saving*"))
-    host, _, _ = toy.run(out, resume=True, eval_every=0)
+    host, _, _ = toy.run(out, resume=True, **changes)
     assert torch.equal(toy.weights(host), toy.weights(straight))
 
 

@@ -1,0 +1,24 @@
+"""The small base trained on real text by examples/small_base.py, made once and kept."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = 300
+
+
+@pytest.fixture(scope="session")
+def small_base(shared: Path) -> Path:
+    """Its folder. Made anew only when the script that makes it changes."""
+    script = ROOT / "examples" / "small_base.py"
+    key = hashlib.sha256(script.read_bytes() + str(STEPS).encode()).hexdigest()[:12]
+    folder = ROOT / ".cache" / f"small-base-{key}"
+    if not (folder / "config.json").exists():
+        command = [sys.executable, script, "--data", shared / "data", "--out", folder, "--steps", str(STEPS)]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return folder
