@@ -33,6 +33,7 @@ from transformers import (
 
 from lowalign import Base, Example, Host
 from lowalign.config import AdapterConfig, TrainConfig
+from lowalign.errors import UserError
 from lowalign.methods.sft import SFT
 from lowalign.model import attention
 from lowalign.model.base import freeze
@@ -159,8 +160,8 @@ def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, st
             before, after = (optim.paged_state_is_managed(o)["policy"] for o in optimizers)
             result |= {"trained_weights": host.flat("policy").master.numel()}
             result |= {"state_is_paged": before, "state_is_paged_after_resume": after}
-    except (torch.OutOfMemoryError, Exception) as error:
-        result["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except (torch.OutOfMemoryError, UserError) as error:  # the engine says so when one example does not fit
+        result["failed"] = str(error).splitlines()[0]
     host.delete("policy")
     return result
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="session")

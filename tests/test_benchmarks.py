@@ -1,0 +1,27 @@
+"""The benchmark of one card, in its tiny form on the CPU: the same code, so that it runs when there is a card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_gpu_benchmark_in_its_tiny_form(tmp_path):
+    out = tmp_path / "tiny.json"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--steps", "3", "--out", out]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    report = json.loads(out.read_text())
+    assert set(report["versions"]) == {"torch", "transformers", "peft", "bitsandbytes"}
+    cases = {(c["adapter"], c["tokens"], c["checkpointing"]): c for c in report["cases"]}
+    assert len(cases) == 7
+    for (adapter, _, _), case in cases.items():
+        assert "failed" not in case
+        assert case["tokens_per_second"] > 0 and 5 < case["loss"] < 8  # random weights, 512 tokens: ln 512 = 6.2
+        assert case["state_is_paged"] is case["state_is_paged_after_resume"] is False  # there is no GPU to page to
+        # LoRA r 16 on 14 layers of 64 and 128; 20 embeddings of 64; 20 keys and values of 2 heads of 16 in 2 layers.
+        shapes = {"lora": 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192), "prompt": 20 * 64, "prefix": 20 * 2 * 2 * 32}
+        assert case["trained_weights"] == shapes[adapter]
