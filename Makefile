@@ -36,7 +36,7 @@ docs: install
 	$(BIN)/zensical build --clean --strict
 
 bench: install
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --out gpu.json
 
 clean:
 	rm -rf $(VENV) site dist .pytest_cache .ruff_cache

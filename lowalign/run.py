@@ -113,6 +113,21 @@ def _save_adapter(
         method=method,
         step=result.step,
         metrics=told,
-        recipe=recipe.dump(config),
+        recipe=recipe.dump(_without_paths(config, host.base.identity.name)),
     )
     say(f"the adapter is in {config.out / 'adapter'}")
+
+
+def _without_paths(config: SFTConfig, base: str) -> SFTConfig:
+    """The recipe as it may be published with the adapter: names of files, but not where they lie on this machine."""
+    name = lambda path: Path(path).name if Path(path).exists() else str(path)  # noqa: E731  a Hub id stays as it is
+    data = config.data
+    files = {"files": tuple(map(name, data.files)), "eval": tuple(map(name, data.eval))}
+    template = data.template and Path(data.template.name)
+    return replace(
+        config,
+        model=base,
+        out=Path(config.out.name),
+        init=config.init and name(config.init),
+        data=replace(data, **files, template=template),
+    )

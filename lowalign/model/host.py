@@ -35,6 +35,7 @@ class Host:
         self.configs: dict[str, PeftConfig] = {}
         self._encoders: dict[str, nn.Module] = {}
         self._flat: dict[str, FlatWeights] = {}
+        self._parked: set[str] = set()
         self._carriers = lora.layers(base.model)  # an earlier host's, if there was one
         self._all_linear = lora.linear_names(base.model)
         self._offload = False
@@ -118,6 +119,7 @@ class Host:
         if self._encoders.pop(name, None) is None:
             lora.remove(self.base.model, name)
         self._flat.pop(name, None)
+        self._parked.discard(name)
         del self.configs[name]
         self.trained = tuple(n for n in self.trained if n != name)
 
@@ -130,6 +132,8 @@ class Host:
         prompts = [n for n in names if n in self._encoders]
         if len(prompts) > 1:
             raise UserError(f"{' and '.join(prompts)} are both soft prompts; at most one can be active")
+        for name in self._parked.intersection(names):
+            self._move(name, self.base.device)
         before = self.active
         self._activate(names)
         try:
@@ -144,6 +148,14 @@ class Host:
         for name in self.configs:
             for p in self.parameters(name):
                 p.requires_grad_(name in names)
+
+    def park(self, name: str) -> None:
+        """Move an idle adapter and its gradients to CPU memory; `use` brings it back. No bit changes."""
+        self._check((name,))
+        if name in self.active:
+            raise UserError(f'adapter "{name}" is active; leave `use` before parking it')
+        self._move(name, torch.device("cpu"))
+        self._parked.add(name)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's weights as the model uses them."""
@@ -231,6 +243,14 @@ class Host:
         return None, None
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _move(self, name: str, device: torch.device) -> None:
+        if name in self._flat:
+            self._flat[name].move(device)
+        else:
+            for p in self.parameters(name):
+                p.data = p.data.to(device)
+        self._parked.discard(name)
 
     def _activate(self, names: tuple[str, ...]) -> None:
         lora.activate(self._carriers, [n for n in names if n not in self._encoders])

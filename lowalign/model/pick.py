@@ -77,9 +77,7 @@ def _truncated(scores: Tensor, lse: Tensor, uniform: Tensor, top_k: int, top_p: 
             break
         count = min(8 * count, scores.shape[1])
     if top_p < 1:
-        outside = p.cumsum(-1) - p >= top_p
-        outside[:, 0] = False
-        p.masked_fill_(outside, 0)
+        p.masked_fill_(p.cumsum(-1) - p >= top_p, 0)
     cumulative = p.cumsum(-1)
     return index.gather(1, _invert(cumulative, uniform.double()[:, None] * cumulative[:, -1:]))
 

@@ -225,7 +225,7 @@ class _Run:
         holes = [r for r in range(live) if over[r]]
         movers = [r for r in range(live, len(over)) if not over[r]]
         if movers:
-            self.rollout.move(movers, holes, max(len(self.rows[r].ids) for r in movers))
+            self.rollout.move(movers, holes, max(len(self.rows[r].ids) for r in movers) - 1)
         for hole, mover in zip(holes, movers, strict=True):
             self.rows[hole] = self.rows[mover]
         del self.rows[live:]

@@ -258,3 +258,42 @@ def test_flat_weights_train_what_the_model_uses(folder):
         assert p.dtype == torch.bfloat16
         assert torch.equal(p, host.weights("reward")[key].bfloat16())
         assert host.weights("reward")[key].dtype == torch.float32
+
+
+def test_parked_and_brought_back(folder, monkeypatch):
+    """Parking goes to the CPU, `use` brings back to the base's device, and neither changes a bit."""
+    host = four_adapters(folder)
+    host.flat("policy")
+    moves = []
+    move = Host._move
+    monkeypatch.setattr(
+        Host, "_move", lambda self, name, device: moves.append((name, device.type)) or move(self, name, device)
+    )
+    for name in ("policy", "prefix"):
+        with host.use(name), torch.no_grad():
+            want = flatten(host.logprobs(batch()))
+            with pytest.raises(UserError, match="is active"):
+                host.park(name)
+        host.park(name)
+        with host.use(), torch.no_grad():
+            host.logprobs(batch())  # others go on meanwhile
+        with host.use(name), torch.no_grad():
+            assert torch.equal(flatten(host.logprobs(batch())), want)
+        with host.use(name):
+            pass  # is there already
+    assert moves == [("policy", "cpu")] * 2 + [("prefix", "cpu")] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["policy", "prefix"])
+def test_parking_frees_the_card(folder, name):
+    host = Host(Base.load(folder, device="cuda", quiet=True))
+    torch.manual_seed(0)
+    host.add(name, LoraConfig(r=8, **LORA) if name == "policy" else PrefixTuningConfig(num_virtual_tokens=4))
+    host.flat(name)
+    with host.use(name), torch.no_grad():
+        want = flatten(host.logprobs(batch()))
+    host.park(name)
+    assert all(p.device.type == "cpu" for p in host.parameters(name)) and host.flat(name).master.device.type == "cpu"
+    with host.use(name), torch.no_grad():
+        assert torch.equal(flatten(host.logprobs(batch())), want)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowalign.model.pick import BLOCK, pick, uniforms
+from lowalign.model.pick import BLOCK, _invert, pick, uniforms
 
 ALMOST_ONE = 1 - 2**-24
 TRUNCATIONS = [(0, 1.0), (7, 1.0), (1, 1.0), (0, 0.6), (0, 0.999), (20, 0.7), (10**6, 1.0)]
@@ -64,6 +64,12 @@ def test_probability_zero_is_never_drawn(top_k, top_p):
         logits[3 * BLOCK] = 1.0
         tokens, _ = pick(logits.expand(len(u), -1), u, 1.0, top_k, top_p)
         assert (logits.double().softmax(-1)[tokens] > 1e-40).all()
+
+
+def test_a_point_on_the_total_finds_the_last_place_that_added_something():
+    cumulative = torch.tensor([[0.0, 0.3, 0.3, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0, 2.0]])
+    assert _invert(cumulative, cumulative[:, -1:]).tolist() == [[3], [2]]
+    assert _invert(cumulative, torch.zeros(2, 1)).tolist() == [[1], [2]]
 
 
 def test_barred_tokens_give_up_their_share_but_not_their_log_prob():

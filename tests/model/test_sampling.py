@@ -9,7 +9,9 @@ from transformers import DynamicCache, GptOssConfig
 
 from lowalign.config import Sampling
 from lowalign.errors import UserError
-from lowalign.model import attention, blockwise
+from lowalign.model import attention, blockwise, rollout, sampling
+from lowalign.model.rollout_layout import Tokens
+from lowalign.model.rows import row_sample
 from lowalign.model.sampling import sample
 from tests.model.test_pick import truncated
 from tests.tiny import CONFIGS, tiny_model
@@ -126,6 +128,18 @@ def test_soft_prompts(kind, soft, models):
     assert (got[3][0].logprobs - bare.logprobs).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_a_prompt_computed_in_chunks(kind, models, monkeypatch):
+    """Chunks shorter than the window, behind a prefix, several prompts to a forward, and to several."""
+    model, stock = models(kind)
+    _, prefix = soft_prompt("prefix", model)
+    monkeypatch.setattr(rollout, "CHUNK", 5)
+    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 30)
+    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), prefix=prefix)
+    for prompt, (completion,) in zip(PROMPTS, got, strict=True):
+        check_logprobs(stock, prompt, completion, prefix=prefix)
+
+
 def test_a_learned_sink_takes_its_share():
     shape = CONFIGS["llama"]().to_dict()
     keep = (
@@ -220,6 +234,26 @@ def test_each_token_is_computed_once(models):
     hook.remove()
 
 
+@pytest.mark.parametrize("budget,rows", [(150, 64), (400, 12)])
+def test_keys_and_values_stay_within_the_budget(budget, rows, models):
+    """Prompts as long as a sample of theirs is live or waits, samples at their longest; and no more rows than asked for."""
+    model, _ = models("llama")
+    held = []
+
+    def look(module, args, kwargs):
+        state = kwargs["rollout"]
+        tokens = sum(len(key) for key, _ in state._prompts.get(0, {}).values())
+        live = len(state.now.lengths) if isinstance(state.now, Tokens) else 0
+        assert live <= rows
+        held.append(tokens + 30 * live)
+
+    hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    how = Sampling(max_new_tokens=30, batch_tokens=budget, max_rows=rows)
+    sample(model, PROMPTS * 12, 4, how, eos_ids=range(0, 380, 12))
+    hook.remove()
+    assert budget / 2 < max(held[10:]) <= budget
+
+
 # -- the distribution -------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +334,10 @@ def test_a_completion_ends_with_the_positions_of_the_model():
 
 
 def test_longrope_keeps_short_and_long_apart():
-    """Beside a long prompt a short one keeps its factors, in both the log-probs are the model's own."""
+    """Beside a long prompt a short one keeps its factors; on either side of the switch log-probs are the model's own.
+
+    Past the switch a sample does not see the others' positions: it is what a row of its own with a cache gives.
+    """
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32)
@@ -312,6 +349,9 @@ def test_longrope_keeps_short_and_long_apart():
     for prompt, completions in zip(prompts, got, strict=True):
         for completion in completions:
             check_logprobs(stock, prompt, completion)
+    how = {"eos_ids": range(0, 380, 12), "virtual": None, "prefix": None, "seeds": None}
+    crossing = [model, [draw(26, 4)], 8, Sampling(max_new_tokens=20)]
+    same(sample(*crossing, **how), row_sample(*crossing, **how))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -99,7 +99,11 @@ def test_what_a_run_writes(world, straight, kind):
     assert meta["base"]["revision"].startswith("sha256:") and meta["method"] == "sft" and meta["parents"] == 0
     assert "<|im_start|>" in (out / "adapter" / "chat_template.jinja").read_text()
     everything = "".join(p.read_text(errors="replace") for p in out.rglob("*.json*"))
-    assert str(world) not in json.dumps(meta["base"]) and "hf_" not in everything
+    assert "hf_" not in everything
+    published = "".join(
+        p.read_text(errors="replace") for p in (out / "adapter").iterdir() if p.suffix != ".safetensors"
+    )
+    assert str(world) not in published and str(out) not in published and "rows.jsonl" in meta["recipe"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
