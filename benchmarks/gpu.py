@@ -119,7 +119,7 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
     )
-    identity = Identity(name, "random", "random", config.vocab_size, "", "nf4")
+    identity = Identity(name, None, "random", "random", config.vocab_size, "", "nf4")
     return Base(model, tokenizer, identity, Path("."), (2,), 0.0, packed, why_not)
 
 

@@ -149,7 +149,7 @@ def _plain(config: PeftConfig, identity: Identity) -> dict[str, object]:
     raw |= {"inference_mode": True, "base_model_name_or_path": identity.name}
     if raw.get("tokenizer_name_or_path"):
         raw["tokenizer_name_or_path"] = identity.name
-    if not identity.revision.startswith("sha256:"):
+    if identity.revision:
         raw["revision"] = identity.revision
     # The projection is computed away in the file; what is left is a plain prefix, which stock peft can load and train.
     return raw | ({"prefix_projection": False} if "prefix_projection" in raw else {})

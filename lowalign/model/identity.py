@@ -14,22 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Identity:
-    """What an adapter was trained on. Two bases are the same when all of it is equal but the name.
+    """What an adapter was trained on.
 
-    revision: the Hub commit, or "sha256:…" of a folder's weight files.
+    revision: the Hub commit, None for a folder. weights: one hash over the weight files, the same for a Hub model and a
+    copy of it. config, template: hashes. vocabulary: its size.
     """
 
     name: str
-    revision: str
+    revision: str | None
+    weights: str
     config: str
     vocabulary: int
     template: str
     quantization: str
 
     def differences(self, other: dict) -> list[str]:
-        """Lines "field: ours, theirs" for what differs from a stored identity; the name alone never does."""
+        """Lines "field: ours, theirs" for what makes a stored identity another base."""
         mine = asdict(self)
-        keys = [k for k in ("revision", "config", "vocabulary") if k in other and other[k] != mine[k]]
+        keys = [k for k in ("weights", "config", "vocabulary") if k in other and other[k] != mine[k]]
         return [f"{k}: here {mine[k]}, the adapter's {other[k]}" for k in keys]
 
 
@@ -37,27 +39,27 @@ def identify(
     name: str, folder: Path, commit: str | None, tokenizer: PreTrainedTokenizerBase, quantization: str
 ) -> Identity:
     """The identity of a model folder; `commit` is its Hub commit, None for a folder of the user's."""
-    if commit is None:
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-        commit = f"sha256:{digest.hexdigest()[:40]}"
-        name = folder.name  # a path says nothing on another machine
     config = json.loads((folder / "config.json").read_text())
-    # Not part of what the model computes.
-    kept = {
-        k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
-    }
-    template = tokenizer.chat_template or ""
+    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):  # nothing the model computes
+        config.pop(key, None)
     return Identity(
-        name,
-        commit,
-        _short(json.dumps(kept, sort_keys=True)),
-        len(tokenizer),
-        _short(json.dumps(template)),
-        quantization,
+        name=name if commit else folder.name,  # a path says nothing on another machine
+        revision=commit,
+        weights=_short("".join(_file_hash(file) for file in sorted(folder.glob("*.safetensors")))),
+        config=_short(json.dumps(config, sort_keys=True)),
+        vocabulary=len(tokenizer),
+        template=_short(json.dumps(tokenizer.chat_template or "")),
+        quantization=quantization,
     )
+
+
+def _file_hash(file: Path) -> str:
+    """sha256 of a file; one in the Hub's cache is a link to a blob of that name and is not read."""
+    blob = file.resolve().name
+    if file.is_symlink() and len(blob) == 64:
+        return blob
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _short(text: str) -> str:

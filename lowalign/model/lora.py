@@ -5,6 +5,7 @@ So the two private attributes that peft's layers read in their forward are set h
 """
 
 import copy
+import warnings
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -56,7 +57,9 @@ def inject(model: nn.Module, name: str, config: LoraConfig, all_linear: list[str
             f'adapter "{name}": LoRA on experts is not supported; target the attention ({", ".join(all_linear)})'
         )
     config.inference_mode = False
-    inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+        inject_adapter_in_model(config, model, name)
     for layer in layers(model):
         for part in _PARTS:
             container = getattr(layer, part)

@@ -51,7 +51,8 @@ class Rollout:
         """Keep the (1, kv_heads, T, head_dim) of Prompts, the prefix in front; returns (L, kv_heads, head_dim) each."""
         split = zip(*(x[0].transpose(0, 1).split(self.now.lengths) for x in (key, value)), strict=True)
         if self.prefix is None:
-            pairs = [(k.contiguous(), v.contiguous()) for k, v in split]
+            # Copies: a view would keep the whole row in memory as long as one of its prompts.
+            pairs = [tuple(x.clone(memory_format=torch.contiguous_format) for x in pair) for pair in split]
         else:
             k0, v0 = (p[0].transpose(0, 1).to(key) for p in self.prefix[layer])
             pairs = [(torch.cat([k0, k]), torch.cat([v0, v])) for k, v in split]

@@ -1,7 +1,9 @@
 """Loading a base: 4 bit where it should be, frozen, named exactly, refused where it cannot be right."""
 
+import hashlib
 import json
 import shutil
+from functools import partial
 
 import bitsandbytes as bnb
 import psutil
@@ -11,6 +13,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from lowalign import Base
 from lowalign.errors import UserError
+from lowalign.model import files
 from lowalign.model.base import NF4_BYTES
 from tests.tiny import tiny_folder, tiny_tokenizer
 
@@ -94,7 +97,39 @@ def test_identity_tells_bases_apart(folder, tmp_path):
     b = Base.load(tmp_path / "copy", device="cpu", quiet=True).identity
     assert not a.differences(vars(b)) and a.name != b.name and "/" not in b.name
     other = Base.load(tiny_folder(tmp_path / "other", "qwen3", seed=1), device="cpu", quiet=True).identity
-    assert [d.split(":")[0] for d in other.differences(vars(a))] == ["revision"]
+    assert [d.split(":")[0] for d in other.differences(vars(a))] == ["weights"]
+
+
+def test_a_hub_model_and_a_copy_of_it_are_one(folder, tmp_path):
+    """In the Hub's cache a weight file is a link to a blob named by its sha256: the same identity, without reading it."""
+    from lowalign.model.identity import identify
+
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    shutil.copytree(folder, snapshot)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "blobs").mkdir()
+    (snapshot / "model.safetensors").rename(tmp_path / "blobs" / digest)
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "blobs" / digest)
+    hub = identify("org/model", snapshot, "0123abcd", tiny_tokenizer(), "nf4")
+    local = identify(str(folder), folder, None, tiny_tokenizer(), "nf4")
+    assert hub.revision == "0123abcd" and local.revision is None
+    assert not hub.differences(vars(local)) and hub.weights == local.weights
+    (tmp_path / "blobs" / digest).write_bytes(b"")  # not read
+    assert identify("org/model", snapshot, "0123abcd", tiny_tokenizer(), "nf4").weights == local.weights
+
+
+def test_loads_by_hub_id(folder, tmp_path, monkeypatch):
+    """Through the Hub client and its cache, as it is without a network; the resolved commit is the identity's."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(files, "snapshot_download", partial(files.snapshot_download, cache_dir=tmp_path))
+    base = Base.load("org/tiny", device="cpu", quiet=True)
+    assert (base.identity.name, base.identity.revision) == ("org/tiny", commit)
+    with pytest.raises(UserError, match='"org/none" is neither a folder here nor reachable on the Hub'):
+        Base.load("org/none", device="cpu", quiet=True)
 
 
 def test_pad_is_not_eos(tmp_path):

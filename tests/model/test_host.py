@@ -180,7 +180,7 @@ def test_save_and_load(folder, tmp_path, name):
         want = flatten(host.logprobs(batch()))
     host.save(name, tmp_path / "a", method="sft")
     meta = host.load("again", tmp_path / "a")
-    assert meta["method"] == "sft" and meta["base"]["revision"] == host.base.identity.revision
+    assert meta["method"] == "sft" and meta["base"]["weights"] == host.base.identity.weights
     with host.use("again"), torch.no_grad():
         assert torch.equal(flatten(host.logprobs(batch())), want)
 
@@ -230,9 +230,9 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
     rewritten(lambda t: t.update({"x": torch.ones(1)}), "1 weights have no place here")
     rewritten(lambda t: t.update({first: torch.ones(4, 32)}), "another shape")
     meta = json.loads((tmp_path / "a" / "lowalign.json").read_text())
-    meta["base"]["revision"] = "0123456"
+    meta["base"]["weights"] = "0123456"
     (tmp_path / "a" / "lowalign.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"trained on another base .*revision: here sha256:.*0123456"):
+    with pytest.raises(UserError, match=r"trained on another base .*weights: here .*0123456"):
         host.load("b", tmp_path / "a")
     host.load("b", tmp_path / "a", allow_base_mismatch=True)
     file.unlink()
