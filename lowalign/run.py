@@ -13,14 +13,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from lowalign import recipe
 from lowalign.config import DataConfig, SFTConfig, TrainConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
+from lowalign.data.report import describe
 from lowalign.errors import UserError
 from lowalign.methods.sft import SFT
 from lowalign.model.base import Base
+from lowalign.model.files import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.start import check_start, start_policy
 from lowalign.train import checkpoint
@@ -32,9 +36,11 @@ def sft(config: SFTConfig, base: Base | None = None) -> int:
     """Run `lowalign sft`; `base` is one that is loaded already. Returns the exit code."""
     with checkpoint.lock(config.out):
         _write_recipe(config)
+        # The rows first: what is wrong with them should not cost the loading of a 7B model.
+        tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
+        chat = load_chat(tokenizer, config.data.template)
+        rows, heldout = _data(config.data, chat, tokenizer, config.out, config.train.seed)
         base = base or _load(config)
-        chat = load_chat(base.tokenizer, config.data.template)
-        rows, heldout = _data(config.data, chat, base, config.out, config.train.seed)
         host = Host(base)
         policy, reference = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
@@ -77,13 +83,15 @@ def _write_recipe(config: SFTConfig) -> None:
     file.write_text(recipe.dump(replace(config, resume=False)))
 
 
-def _data(config: DataConfig, chat: Chat, base: Base, out: Path, seed: int) -> tuple[list[Example], list[Example]]:
+def _data(
+    config: DataConfig, chat: Chat, tokenizer: PreTrainedTokenizerBase, out: Path, seed: int
+) -> tuple[list[Example], list[Example]]:
     """-> the examples to train on, and those held out; OUT/data_report.json is written."""
     if not config.files:
         raise UserError("no data: give --data FILE…")
     for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # an earlier attempt's
         (out / name).unlink(missing_ok=True)
-    read = partial(load_examples, chat=chat, config=config, tokenizer=base.tokenizer)
+    read = partial(load_examples, chat=chat, config=config, tokenizer=tokenizer)
     data = read(config.files, rejected=out / "rejected.jsonl")
     report = {"train": data.report}
     if config.eval:
@@ -92,6 +100,8 @@ def _data(config: DataConfig, chat: Chat, base: Base, out: Path, seed: int) -> t
         rows, heldout = data.examples, held.examples
     else:
         rows, heldout = split_heldout(data.examples, config.eval_rows, seed)
+    for part in report.values():
+        say("\n".join(describe(part)))
     (out / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     return rows, heldout
 

@@ -10,12 +10,12 @@ import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lowalign.errors import UserError
 from lowalign.model import attention
-from lowalign.model.files import resolve
+from lowalign.model.files import TOKENIZER_FILES, load_tokenizer, resolve
 from lowalign.model.identity import Identity, checksum, identify
 from lowalign.model.probe import probe
 
@@ -75,7 +75,7 @@ class Base:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(str(folder))
         freeze(model)
         packed, why_not = probe(config)
         if packed:
@@ -118,8 +118,7 @@ class Base:
         return "\n".join(lines)
 
 
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-           "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"]  # fmt: skip
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def freeze(model: nn.Module) -> None:

@@ -4,8 +4,14 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowalign.errors import UserError
+
+TOKENIZER_FILES = [
+    *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model", "*.jinja"),
+]
 
 
 def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tuple[Path, str | None]:
@@ -25,3 +31,15 @@ def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tup
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'"{path_or_hub_id}" is neither a folder here nor reachable on the Hub: {reason}') from error
     return Path(snapshot), Path(snapshot).name
+
+
+def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a Hub model; code that comes with it is never run. Raises UserError."""
+    folder, _ = resolve(path_or_hub_id, revision, TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # every tokenizer class raises its own
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the tokenizer of {path_or_hub_id} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error

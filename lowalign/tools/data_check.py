@@ -5,14 +5,14 @@ import re
 import sys
 from dataclasses import replace
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lowalign.config import DataConfig
 from lowalign.data.chat import load_chat
 from lowalign.data.dataset import list_bad, read_examples
 from lowalign.data.pack import Example
 from lowalign.data.report import describe
-from lowalign.errors import UserError
+from lowalign.model.files import load_tokenizer
 
 HEAD, TAIL = 800, 300  # characters shown of a long stretch
 
@@ -38,15 +38,6 @@ def check(config: DataConfig, model: str, revision: str | None = None, rows: int
         print(f"\n{example.source} (supervised {marked}: {example.supervised:,} of {example.length:,} tokens)")
         print(show(example, tokenizer, colour))
     return len(dataset.bad)
-
-
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a Hub model; code that comes with it is never run."""
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except Exception as error:  # the Hub, the network and every tokenizer class raise their own
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the tokenizer of {model} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
