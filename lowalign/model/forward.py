@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lowalign.data.pack import Example, Pack, pack
 from lowalign.model import attention
 from lowalign.model.logprob import Head, token_logprobs
+from lowalign.model.rope import stretching
 
 Prefix = list[tuple[Tensor, Tensor]]
 
@@ -59,20 +61,19 @@ def _laid_out(examples: list[Example], model: nn.Module, virtual: Tensor | None,
     return pack(examples, tokens, first).to(model.get_input_embeddings().weight.device)
 
 
-def _groups(config, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None) -> list[list[int]]:
+def _groups(
+    config: PretrainedConfig, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None
+) -> list[list[int]]:
     """Which Examples may share a row: all, unless the model's RoPE changes with the longest position in it.
 
-    longrope switches its factors at the original length, so short and long Examples go apart; dynamic RoPE stretches with
-    the very length, so each long Example goes alone.
+    With longrope short and long Examples go apart, with dynamic RoPE each long Example goes alone.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    kind, original = stretching(config)
     everything = list(range(len(examples)))
-    if not kinds & {"longrope", "dynamic"}:
+    if kind is None:
         return [everything]
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     before = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
     ends = [before + len(e.prompt) + max(map(len, e.completions)) for e in examples]
-    short, long = ([i for i in everything if (ends[i] > limit) == above] for above in (False, True))
-    apart = [[i] for i in long] if "dynamic" in kinds else [long]
+    short, long = ([i for i in everything if (ends[i] > original) == above] for above in (False, True))
+    apart = [[i] for i in long] if kind == "dynamic" else [long]
     return [group for group in [short, *apart] if group]

@@ -148,7 +148,10 @@ def _draw(
     eos[0, list(eos_ids)] = True
     ids: list[int] = []
     logps: list[Tensor] = []
-    for t in range(sampling.max_new_tokens):
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    if at >= positions:
+        raise UserError(f"a prompt takes {at} positions and the model has {positions}; shorten it")
+    for t in range(int(min(sampling.max_new_tokens, positions - at))):
         token, logp = pick(
             logits,
             torch.tensor(luck[t : t + 1], device=device),

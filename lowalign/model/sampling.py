@@ -15,6 +15,7 @@ from lowalign.model import attention
 from lowalign.model.pick import pick, uniforms
 from lowalign.model.rollout import KeysValues, Rollout
 from lowalign.model.rollout_layout import Prompts, Tokens
+from lowalign.model.rope import stretching
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward, or one prompt
 
@@ -60,7 +61,7 @@ def sample(
     ahead = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
     config = model.config.get_text_config()
     # Dynamic RoPE goes on past the positions the config names.
-    last = None if "dynamic" in _rope_kinds(config) else getattr(config, "max_position_embeddings", None)
+    last = None if stretching(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
     positions = last or math.inf
     tasks = []
     for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -240,15 +241,9 @@ def _groups(config: PretrainedConfig, prompts: list[_Prompt], max_rows: int) -> 
     All of them, unless the model's RoPE changes with the longest position of a forward (longrope, dynamic): then what
     passes the original length goes one row at a time.
     """
-    if not _rope_kinds(config) & {"longrope", "dynamic"}:
+    kind, original = stretching(config)
+    if kind is None:
         return [(prompts, max_rows)] if prompts else []
-    original = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     short = [p for p in prompts if p.length + p.limit <= original]
     alone = [([p], 1) for p in prompts if p.length + p.limit > original]
     return [(short, max_rows), *alone] if short else alone
-
-
-def _rope_kinds(config: PretrainedConfig) -> set[str | None]:
-    """The kinds of rotary embedding; a model may have one for each type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
