@@ -1,9 +1,9 @@
-"""Every option there is. A field is a flag, a YAML key and a line of the docs; its docstring is the help text.
+"""The options that commands share, by section (what each command takes as a whole is in lowalign.commands).
 
-Nothing here imports torch, so `lowalign --help` answers at once.
+A field is a flag, a YAML key and a line of the docs; its docstring is the help text. Nothing here imports torch, so `lowalign --help` answers at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ import tyro
 from lowalign.errors import UserError
 
 Shape = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+PreferenceShape = Literal["auto", "pairs", "ranking", "scores", "labels", "verdicts"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,24 @@ class DataConfig:
     """Use only the first N rows of each file."""
     cache: bool = True
     """Keep the tokenized rows on disk and use them again when neither rows, tokenizer nor template changed."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(DataConfig):
+    """The preferences to learn from."""
+
+    shape: PreferenceShape = "auto"
+    """The shape of the rows; auto tells it from their columns."""
+    gap: float = 0.0
+    """scores: from the highest down, a score ties with the highest of its rank unless that is higher by more than this."""
+    verdicts: Literal["majority", "weight"] = "majority"
+    """Annotators of a pair. majority: what most chose, counting 1. weight: who leads, counting its lead / all votes."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Pairs without a winner: leave them out, or keep them (the reward model can learn from them)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gap < float("inf"):
+            raise UserError(f"gap is {self.gap}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -123,29 +142,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning: learn to give the answers in the data."""
-
-    model: str
-    """The base: a folder or a Hub id."""
-    out: Path
-    """Folder of the run. The adapter is written to OUT/adapter."""
-    data: DataConfig = field(default_factory=DataConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    base: BaseConfig = field(default_factory=BaseConfig)
-    init: str | None = None
-    """Start from this adapter: a run, an adapter folder or a Hub id."""
-    init_mode: Literal["stack", "copy"] = "stack"
-    """stack: the new adapter is put on the frozen old one. copy: the old one's weights are trained on.
-    A soft prompt is always copied onto a soft prompt."""
-    allow_base_mismatch: bool = False
-    """Start from --init even if it was trained on another base."""
-    resume: bool = False
-    """Go on from the newest valid checkpoint in OUT."""
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How completions are drawn."""
 
@@ -178,27 +174,3 @@ class Sampling:
         for name, (fine, range_) in checks.items():
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {range_}")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Prompts in, completions out: a line of JSON (prompt, completion) for each completion."""
-
-    model: str
-    """The base: a folder or a Hub id."""
-    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A run, an adapter folder or a Hub id. Given several times, they act together."""
-    prompt: str | None = None
-    """One prompt, written out."""
-    prompts: Path | None = None
-    """A file of prompts: JSON or JSONL rows with prompt or messages."""
-    raw: bool = False
-    """Give the prompt to the model as it stands, without the chat template."""
-    n: int = 1
-    """Completions of each prompt."""
-    out: Path | None = None
-    """File to write to, instead of the terminal."""
-    allow_base_mismatch: bool = False
-    """Use the adapters even if they were trained on another base."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    base: BaseConfig = field(default_factory=BaseConfig)

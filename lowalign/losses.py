@@ -1,6 +1,11 @@
-"""Losses as pure functions: tensors in and out, equation and source at the line."""
+"""Losses as pure functions: tensors in and out, equation and source at the line.
 
+Functions of pairs take and give (N,) tensors, one number a pair; whoever calls weighs and sums them.
+"""
+
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
 
 
 def negative_log_likelihood(logps: list[Tensor], tokens: float) -> Tensor:
@@ -9,3 +14,117 @@ def negative_log_likelihood(logps: list[Tensor], tokens: float) -> Tensor:
     Dividing by the step's count, not by this micro-batch's, is what makes the sum over micro-batches the step's mean.
     """
     return -sum(logp.sum() for logp in logps) / tokens
+
+
+# -- reward model ----------------------------------------------------------------------------------------------------
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-log σ(r_w - r_l - m) of scores: (N,), (N,) -> (N,). arXiv 2203.02155 eq. 1; the margin: 2307.09288 eq. 2."""
+    return -logsigmoid(chosen - rejected - margin)
+
+
+def bradley_terry_tie(a: Tensor, b: Tensor) -> Tensor:
+    """-½ log σ(r_a - r_b) - ½ log σ(r_b - r_a): two completions that are equally good, each winning half the time."""
+    return -0.5 * (logsigmoid(a - b) + logsigmoid(b - a))
+
+
+def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
+    """-Σ_i log( exp r_i / Σ_(j: rank_j ≥ rank_i) exp r_j ): scores (K,), rank (K,) with the best lowest -> ().
+
+    The likelihood of picking best, second best, … in turn (Plackett 1975, doi 10.2307/2346567). Ties pick from the same
+    set (Breslow). With K = 2 it is the Bradley-Terry loss.
+    """
+    open_ = rank[None, :] >= rank[:, None]
+    rivals = scores[None, :].masked_fill(~open_, float("-inf")).logsumexp(-1)
+    return (rivals - scores).sum()
+
+
+def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(r_w + r_l)²: holds the mean score of a pair at zero. arXiv 2312.09244 eq. 2."""
+    return (chosen + rejected) ** 2
+
+
+# -- DPO and its kin: h is the difference of two log-ratios, log π/π_ref (y_w) - log π/π_ref (y_l) ---------------------
+
+
+def dpo(h: Tensor, beta: float, smoothing: float = 0.0, robust: bool = False) -> Tensor:
+    """-log σ(β h) (arXiv 2305.18290 eq. 7).
+
+    smoothing ε: -(1-ε) log σ(βh) - ε log σ(-βh) (cDPO); robust: [-(1-ε) log σ(βh) + ε log σ(-βh)] / (1-2ε), which is
+    unbiased when a share ε < ½ of the preferences is the wrong way round (arXiv 2403.00409 eq. 12).
+    """
+    kept, flipped = -logsigmoid(beta * h), -logsigmoid(-beta * h)
+    if robust:
+        return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
+    return (1 - smoothing) * kept + smoothing * flipped
+
+
+def hinge(h: Tensor, beta: float) -> Tensor:
+    """max(0, 1 - β h). SLiC-HF's rank calibration (arXiv 2305.10425) with DPO's reward."""
+    return relu(1 - beta * h)
+
+
+def ipo(h: Tensor, tau: float) -> Tensor:
+    """(h - 1/(2τ))² (arXiv 2310.12036 eq. 17), with h of log-ratios averaged over a completion's tokens.
+
+    The paper does not speak of the average, but its authors have confirmed it: a sum would grow with the length.
+    """
+    return (h - 1 / (2 * tau)) ** 2
+
+
+def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log σ(β (p_w - p_l) - γ), p a completion's log-prob averaged over its tokens. arXiv 2405.14734 eq. 6."""
+    return -logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log σ(log odds_w - log odds_l), odds = P/(1-P), log P averaged over a completion's tokens. arXiv 2403.07691 eq. 7."""
+    return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    return logp - (-logp.expm1()).log()
+
+
+def kto(ratio: Tensor, label: Tensor, z0: Tensor | float, beta: float) -> Tensor:
+    """1 - σ(β (r - z0)) of completions with thumbs up, 1 - σ(β (z0 - r)) of others; r = log π/π_ref. arXiv 2402.01306 eq. 8.
+
+    ratio, label (bool): (N,) -> (N,). z0: how far the policy has moved from the reference, a constant of the step.
+    """
+    lead = beta * (ratio - z0)
+    return 1 - lead.where(label, -lead).sigmoid()
+
+
+# -- PPO: everything per token, (N,) -> (N,) --------------------------------------------------------------------------
+
+
+def clipped_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float, dual_clip: float = 0.0) -> Tensor:
+    """-min(ρ A, clip(ρ, 1-ε, 1+ε) A) with ρ = π/π_old. arXiv 1707.06347 eq. 7.
+
+    dual_clip c > 1: where A < 0 the objective is held above c A, so that a huge ratio cannot dominate
+    (arXiv 1912.09729 eq. 5); 0 leaves it out.
+    """
+    ratio = (logp - old).exp()
+    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    if dual_clip:
+        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
+    return -objective
+
+
+def clipped_value(value: Tensor, old: Tensor, target: Tensor, clip: float) -> Tensor:
+    """½ max((V - R)², (clip(V, V_old ± ε) - R)²). arXiv 2005.12729 section 3, 2403.17031; clip 0: ½ (V - R)²."""
+    error = (value - target) ** 2
+    if clip:
+        held = old + (value - old).clamp(-clip, clip)
+        error = torch.maximum(error, (held - target) ** 2)
+    return 0.5 * error
+
+
+def k3(logp: Tensor, reference: Tensor) -> Tensor:
+    """π_ref/π - 1 - log π_ref/π: an estimate of KL(π ‖ π_ref) that is never negative; its gradient pulls to π_ref.
+
+    joschu.net/blog/kl-approx; as a loss in arXiv 2402.03300 eq. 4.
+    """
+    log_ratio = reference - logp
+    return log_ratio.exp() - 1 - log_ratio

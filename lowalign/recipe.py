@@ -29,7 +29,7 @@ FLAG_OF = {"data.files": "data"}  # every other key is the flag of the same name
 # What may differ when a run is resumed. `out` may: a run folder can be moved, and named in several ways.
 MAY_CHANGE = {
     *("out", "resume", "train.steps", "train.save_every", "train.log_every", "train.eval_every", "train.keep"),
-    *("train.track", "train.token_budget"),
+    *("train.track", "train.token_budget", "rounds"),
 }
 
 
@@ -218,10 +218,13 @@ def _comment(config: type) -> str:
 
 
 def _docs(config: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass."""
+    """The docstrings under the fields of a dataclass and of those it is made from."""
+    inherited = {
+        name: doc for parent in config.__bases__ if is_dataclass(parent) for name, doc in _docs(parent).items()
+    }
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     pairs = zip(body.body, body.body[1:], strict=False)
-    return {
+    return inherited | {
         field.target.id: inspect.cleandoc(doc.value.value) if isinstance(doc, ast.Expr) else ""
         for field, doc in pairs
         if isinstance(field, ast.AnnAssign)

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.pack import Example
 
-FORMAT = 1  # raised when the meaning of a stored file or of any step before it changes
+FORMAT = 2  # raised when the meaning of a stored file or of any step before it changes
+OTHERS = ("rank", "margin", "label", "weight", "source")  # what is kept of an Example besides its tokens
 
 
 def cache_folder() -> Path:
@@ -55,7 +56,7 @@ def key(content: str, templates: list[str | None], tokenizer: PreTrainedTokenize
 
 
 def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
-    """Keep the Examples (prompt, completions, masks, source) of a file and its report. A full or read-only disk is no
+    """Keep the Examples of a file (all but their reference) and its report. A full or read-only disk is no
     error: the rows are then tokenized again next time."""
     lengths, ids, mask = [], [], []
     for example in examples:
@@ -66,7 +67,7 @@ def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
         "ids": torch.tensor(ids, dtype=torch.int32),
         "lengths": torch.tensor(lengths, dtype=torch.int32),
         "mask": torch.tensor(mask, dtype=torch.bool),
-        "sources": _as_tensor([example.source for example in examples]),
+        "others": _as_tensor([[getattr(example, name) for name in OTHERS] for example in examples]),
         "report": _as_tensor(report),
     }
     tensors["checksum"] = _checksum(tensors)
@@ -85,12 +86,13 @@ def recall(name: str) -> tuple[list[Example], dict[str, Any]] | None:
     lengths, ids = iter(tensors["lengths"].tolist()), iter(tensors["ids"].tolist())
     mask = iter(tensors["mask"].tolist())
     examples = []
-    for source in _from_tensor(tensors["sources"]):
+    for others in _from_tensor(tensors["others"]):
         completions = next(lengths)
         prompt = [next(ids) for _ in range(next(lengths))]
         sizes = [next(lengths) for _ in range(completions)]
         answers = [[next(ids) for _ in range(n)] for n in sizes]
-        examples.append(Example(prompt, answers, [[next(mask) for _ in range(n)] for n in sizes], source=source))
+        masks = [[next(mask) for _ in range(n)] for n in sizes]
+        examples.append(Example(prompt, answers, masks, **dict(zip(OTHERS, others, strict=True))))
     return examples, _from_tensor(tensors["report"])
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,14 @@ from lowalign.data.fit import chunks, fit
 from lowalign.data.pack import Example
 from lowalign.data.read import BadRow, Row, is_file, read_rows
 from lowalign.data.report import Tally, totals
-from lowalign.data.schema import (
-    Conversation,
-    PromptCompletion,
-    Text,
-    common_shape,
-    ignored_columns,
-    interpret,
-    shape_of,
-)
+from lowalign.data.schema import SFT, Conversation, PromptCompletion, Text
+from lowalign.data.shapes import Shape, Shapes
 from lowalign.data.template import Unrenderable
-from lowalign.data.turns import RowError
+from lowalign.data.turns import RowDropped, RowError
 from lowalign.errors import UserError
 
 LISTED = 20  # bad rows shown before training is refused
+UNUSED = ("files", "eval", "eval_rows", "on_error", "template", "cache")  # options that change no tokenized row
 
 
 @dataclass
@@ -42,6 +36,30 @@ class Dataset:
     bad: list[BadRow] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows become Examples.
+
+    shapes: what each row means. together: rows of the same key (not None) make one Example between them. encode: what
+    such rows mean, to Examples of at most config.max_length tokens; none when nothing supervised is left. It raises
+    RowError, RowDropped or Unrenderable.
+    """
+
+    shapes: Shapes
+    together: Callable[[Any], Hashable]
+    encode: Callable[[list[Any], Chat, DataConfig, Tally], list[Example]]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A row, its number in the file, its shape and its meaning."""
+
+    number: int
+    row: Row
+    shape: Shape
+    meaning: Any
+
+
 def load_examples(
     files: Sequence[str],
     chat: Chat,
@@ -50,14 +68,15 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     heldout: bool = False,
     rejected: Path | None = None,
+    reading: Reading | None = None,
 ) -> Dataset:
     """The Examples of all files, in order, each with its `source` (file:line), and the report.
 
     Bad rows: refused with the first 20 listed or, with config.on_error "skip", left out and written to `rejected` (one
     JSON object each: where, message, raw). Raises UserError for bad rows, for unreadable files, and when no row is left.
-    heldout: only noted in the report.
+    heldout: only noted in the report. reading: how rows become Examples; as for fine-tuning when left out.
     """
-    dataset = read_examples(files, chat, config, tokenizer=tokenizer, heldout=heldout)
+    dataset = read_examples(files, chat, config, tokenizer=tokenizer, heldout=heldout, reading=reading)
     if dataset.bad and config.on_error == "refuse":
         raise UserError("\n".join(list_bad(dataset)) + "\nmend them, or leave them out with --data.on-error skip")
     if dataset.bad and rejected is not None:
@@ -77,6 +96,7 @@ def read_examples(
     *,
     tokenizer: PreTrainedTokenizerBase,
     heldout: bool = False,
+    reading: Reading | None = None,
 ) -> Dataset:
     """As load_examples, but bad rows and empty results are only reported."""
     if config.max_length < len(chat.front) + 2:
@@ -85,7 +105,7 @@ def read_examples(
         raise UserError("no data: name files with --data FILE …")
     examples, reports, bad = [], [], []
     for name in files:
-        found = _read_file(name, chat, config, tokenizer)
+        found = _read_file(name, chat, config, tokenizer, reading or SFT_READING)
         examples += found.examples
         reports.append(found.report)
         bad += found.bad
@@ -111,7 +131,9 @@ def split_heldout(examples: Sequence[Example], rows: int, seed: int) -> tuple[li
     return [e for e in examples if e.source not in held], [e for e in examples if e.source in held]
 
 
-def _read_file(name: str, chat: Chat, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _read_file(
+    name: str, chat: Chat, config: DataConfig, tokenizer: PreTrainedTokenizerBase, reading: Reading
+) -> Dataset:
     rows, stored = None, None
     if config.cache:
         if is_file(name):
@@ -119,48 +141,75 @@ def _read_file(name: str, chat: Chat, config: DataConfig, tokenizer: PreTrainedT
         else:
             rows = read_rows(name, config.limit)
             content = hashlib.sha256(json.dumps([row.data for row in rows], default=str).encode()).hexdigest()
-        stored = cache.key(content, chat.templates, tokenizer, name, config.shape, config.max_length, config.limit)
+        options = {option: value for option, value in vars(config).items() if option not in UNUSED}
+        stored = cache.key(content, chat.templates, tokenizer, name, options)
         if (known := cache.recall(stored)) is not None:
             return Dataset(*known)
-    dataset = _tokenize(name, rows if rows is not None else read_rows(name, config.limit), chat, config)
+    dataset = _tokenize(name, rows if rows is not None else read_rows(name, config.limit), chat, config, reading)
     if stored and not dataset.bad:
         cache.store(stored, dataset.examples, dataset.report)
     return dataset
 
 
-def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfig) -> Dataset:
-    usual = common_shape(row.data for row in rows if isinstance(row, Row))
-    tally, examples, bad, before = Tally(name), [], [], chat.notes.copy()
-    for row in rows:
-        tally.rows += 1
-        if isinstance(row, BadRow):
-            bad.append(row)
-            continue
-        shape = config.shape if config.shape != "auto" else shape_of(row.data) or usual
+def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfig, reading: Reading) -> Dataset:
+    tally, examples, before = Tally(name), [], chat.notes.copy()
+    tally.rows = len(rows)
+    groups, bad = _interpret(rows, reading, config.shape, tally)
+    for group in groups:
         try:
-            said = interpret(row.data, shape)
-            tally.shapes[shape] += 1
-            made = _examples(said, chat, config.max_length, tally)
-        except Unrenderable as error:
-            tally.drop(row.where, str(error))
+            made = reading.encode([said.meaning for said in group], chat, config, tally)
+            if not made:
+                raise RowDropped(f"no supervised token is left in {config.max_length:,} tokens")
+        except (Unrenderable, RowDropped) as error:
+            for said in group:
+                tally.drop(said.row.where, str(error))
         except RowError as error:
-            raw = json.dumps(row.data, ensure_ascii=False, default=str)
-            bad.append(BadRow(row.where, str(error), raw))
+            bad |= {said.number: _bad(said.row, error) for said in group}
         else:
-            tally.ignored.update(ignored_columns(row.data, shape))
             for example in made:
-                example.source = row.where
-            if made:
-                tally.add(made, chat.end_ids, document=isinstance(said, Text))
-                examples += made
-            else:
-                tally.drop(row.where, f"no supervised token is left in {config.max_length:,} tokens")
-    tally.notes = chat.notes - before
-    return Dataset(examples, tally.as_dict(len(bad)), bad)
+                example.source = group[0].row.where
+            for said in group:
+                tally.ignored.update(said.shape.ignored(said.row.data))
+            tally.add(made, chat.end_ids, document=isinstance(group[0].meaning, Text), rows=len(group))
+            examples += made
+    tally.notes += chat.notes - before
+    return Dataset(examples, tally.as_dict(len(bad)), [bad[number] for number in sorted(bad)])
 
 
-def _examples(said: Conversation | PromptCompletion | Text, chat: Chat, max_length: int, tally: Tally) -> list[Example]:
-    """The Examples of a row, each of at most max_length tokens; none when nothing supervised is left of them."""
+def _interpret(
+    rows: list[Row | BadRow], reading: Reading, name: str, tally: Tally
+) -> tuple[list[list[_Said]], dict[int, BadRow]]:
+    """The rows with their meaning, those together that belong together, in the order of the first; and the bad ones by
+    their number."""
+    shapes = reading.shapes.named(name)
+    usual = shapes.common(row.data for row in rows if isinstance(row, Row))
+    groups: dict[Hashable, list[_Said]] = {}
+    bad: dict[int, BadRow] = {}
+    for number, row in enumerate(rows):
+        if isinstance(row, BadRow):
+            bad[number] = row
+            continue
+        shape = shapes.of(row.data) or usual
+        try:
+            meaning = shapes.read(row.data, shape)
+        except RowError as error:
+            bad[number] = _bad(row, error)
+            continue
+        tally.shapes[shape.name] += 1
+        key = reading.together(meaning)
+        groups.setdefault(number if key is None else key, []).append(_Said(number, row, shape, meaning))
+    return list(groups.values()), bad
+
+
+def _bad(row: Row, error: RowError) -> BadRow:
+    return BadRow(row.where, str(error), json.dumps(row.data, ensure_ascii=False, default=str))
+
+
+def _examples(
+    meanings: list[Conversation | PromptCompletion | Text], chat: Chat, config: DataConfig, tally: Tally
+) -> list[Example]:
+    """The Examples of a row to fine-tune on."""
+    (said,), max_length = meanings, config.max_length
     if isinstance(said, Text):
         document = chat.document(said.text)
         tally.measure(document)
@@ -180,3 +229,6 @@ def _examples(said: Conversation | PromptCompletion | Text, chat: Chat, max_leng
     if kept and cuts != {None}:
         tally.cut["completion" if "completion" in cuts else "prompt"] += 1
     return kept
+
+
+SFT_READING = Reading(SFT, lambda meaning: None, _examples)

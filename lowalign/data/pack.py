@@ -14,14 +14,19 @@ class Example:
 
     masks: for each completion, which of its tokens are supervised; None means all of them. The first token of a
     completion without a prompt has nothing to be predicted from and is never supervised.
+    rank: for each completion its place among them, the best lowest; equal numbers are ties. margin: by how much the
+    better of a pair is to lead (reward model). label: thumbs up or down, for a completion that stands alone. weight:
+    what the Example counts. reference: for each completion the reference's log-probability of its supervised tokens.
     """
 
     prompt: list[int]
     completions: list[list[int]]
     masks: list[list[bool]] | None = None
     rank: list[float] | None = None
+    margin: float = 0.0
     label: bool | None = None
     weight: float = 1.0
+    reference: list[float] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -29,6 +34,8 @@ class Example:
             raise ValueError(f"an Example needs at least one completion, and none of them empty {self.source}".rstrip())
         if self.masks is not None and list(map(len, self.masks)) != list(map(len, self.completions)):
             raise ValueError(f"masks and completions of an Example differ in length {self.source}".rstrip())
+        if self.rank is not None and len(self.rank) != len(self.completions):
+            raise ValueError(f"rank and completions of an Example differ in length {self.source}".rstrip())
 
     @property
     def length(self) -> int:
@@ -63,7 +70,7 @@ class Pack:
     ids (T,): token ids; -1 where a virtual token stands. positions (T,): restart with each Example.
     virtual (T,): index of the virtual token, -1 elsewhere. source (N,): the place in the row whose hidden state predicts
     the token, labels (N,): that token, supervised (N,) bool, place (N,): where it stands among all completion tokens.
-    lengths: tokens of each completion of each Example.
+    lengths: tokens of each completion of each Example. ends (C,): the place in the row of each completion's last token.
     """
 
     ids: Tensor
@@ -74,6 +81,7 @@ class Pack:
     labels: Tensor
     supervised: Tensor
     place: Tensor
+    ends: Tensor
     lengths: list[list[int]] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "Pack":
@@ -90,7 +98,7 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
     An Example with one completion is a single causal segment; with several, each completion hangs on the prompt's.
     """
     ids, positions, virtual, segments = [], [], [], []
-    source, labels, supervised, place = [], [], [], []
+    source, labels, supervised, place, ends = [], [], [], [], []
     counted, lengths = 0, []
     for example in examples:
         head = [-1] * virtual_tokens + example.prompt
@@ -112,6 +120,7 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
             place += range(counted + skip, counted + len(completion))
             counted += len(completion)
             ids += completion
+            ends.append(len(ids) - 1)
             virtual += [-1] * len(completion)
             after = first_position + len(head)
             positions += range(after, after + len(completion))
@@ -127,6 +136,7 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
         as_long(labels),
         torch.tensor(supervised, dtype=torch.bool),
         as_long(place),
+        as_long(ends),
         lengths,
     )
 
@@ -134,12 +144,16 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
 def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
     """Group Examples so that no group has more than `token_budget` tokens; one longer than that stands alone.
 
-    First-fit decreasing: few groups, the same ones for the same Examples.
+    First-fit decreasing: few groups, the same ones for the same Examples. Examples of different classes stay apart, so
+    that what is packed beside a rollout never changes.
     """
     groups: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda e: -e.length):
-        fits = next((g for g, free in enumerate(room) if example.length <= free), None)
+        same = (type(group[0]) is type(example) for group in groups)
+        fits = next(
+            (g for g, (free, s) in enumerate(zip(room, same, strict=True)) if s and example.length <= free), None
+        )
         if fits is None:
             fits = len(groups)
             groups.append([])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowalign.data.pack import Example
+from lowalign.data.votes import agreement
 
 
 class Tally:
@@ -19,34 +20,38 @@ class Tally:
         self.notes: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
         self.dropped: dict[str, list[str]] = {}
+        self.verdicts: list[dict[str, str]] = []  # for each pair of answers what each annotator said of it
         self._lengths: dict[str, list[int]] = {"prompt": [], "completion": [], "total": []}
         self._seen: set[int] = set()
 
     def measure(self, example: Example) -> None:
         """Note the lengths of an Example as it was rendered."""
-        prompt = len(example.prompt)
-        for name, length in (("prompt", prompt), ("completion", example.length - prompt), ("total", example.length)):
-            self._lengths[name].append(length)
+        prompt, completions = len(example.prompt), [len(completion) for completion in example.completions]
+        self._lengths["prompt"].append(prompt)
+        self._lengths["completion"] += completions
+        self._lengths["total"].append(prompt + max(completions))
 
     def drop(self, where: str, reason: str) -> None:
         """Note that a row is left out."""
         self.dropped.setdefault(reason, []).append(where)
 
-    def add(self, examples: Sequence[Example], end_ids: set[int], document: bool) -> None:
-        """Note the Examples that came of one row. document: they are stretches of one text, which ends once."""
-        self.used += 1
+    def add(self, examples: Sequence[Example], end_ids: set[int], document: bool, rows: int) -> None:
+        """Note the Examples that came of one row, or of several that belong together. document: they are stretches of
+        one text, which ends once."""
+        self.used += rows
         self.examples += len(examples)
         for example in examples:
             self.tokens += example.length
             self.supervised += example.supervised
         turns, ended = count_turns(examples[-1:] if document else examples, end_ids)
         self.turns, self.ended = self.turns + turns, self.ended + ended
-        content = hash(tuple((tuple(e.prompt), *map(tuple, e.completions)) for e in examples))
+        content = hash(tuple((tuple(e.prompt), *map(tuple, e.completions), e.label) for e in examples))
         self.duplicates += content in self._seen
         self._seen.add(content)
 
     def as_dict(self, bad: int) -> dict[str, Any]:
         """The counts as JSON."""
+        agreed = {"agreement": agreement(self.verdicts)} if self.verdicts else {}
         return {
             "file": self.file,
             "rows": self.rows,
@@ -63,6 +68,7 @@ class Tally:
             "duplicates": self.duplicates,
             "ignored_columns": dict(self.ignored),
             "notes": dict(self.notes),
+            **agreed,
         }
 
 
@@ -125,4 +131,15 @@ def _describe_file(file: dict[str, Any], max_length: int) -> list[str]:
         lines.append(f"  {file['duplicates']:,} {of_rows} repeat an earlier one")
     if file["ignored_columns"]:
         lines.append(f"  columns not used: {', '.join(file['ignored_columns'])}")
+    if "agreement" in file:
+        lines += _describe_agreement(file["agreement"])
     return lines + [f"  {count:,} {of_rows}: {note}" for note, count in file["notes"].items()]
+
+
+def _describe_agreement(found: dict[str, Any]) -> list[str]:
+    lines = [f"  {found['verdicts']:,} verdicts of {found['annotators']:,} annotators on {found['pairs']:,} pairs"]
+    if found["agreement"] is not None:
+        lines.append(f"  two annotators of a pair agree: {found['agreement']:.1%}")
+    if found["alpha"] is not None:
+        lines.append(f"  Krippendorff's alpha: {found['alpha']:.3f} (1: always agreed, 0: as by chance)")
+    return lines

@@ -29,6 +29,10 @@ class RowError(UserError):
     """What is wrong with a row. `load_examples` adds where it stands."""
 
 
+class RowDropped(UserError):
+    """Why a row that is sound has nothing to learn from: it is left out and counted."""
+
+
 def expected(wanted: str, found: Collection[str]) -> str:
     """`expected "completion", found "completoin"; did you mean "completion"?`"""
     close = closest(wanted, found)

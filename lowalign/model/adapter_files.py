@@ -24,7 +24,10 @@ from lowalign.errors import UserError
 from lowalign.model.files import resolve
 from lowalign.model.identity import Identity
 
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of a LoRA's keys; without "model." for what stands beside a soft prompt
+SOFT_PREFIX = "base_model."
+HEAD = "score.weight"  # the scalar head, as stock peft names that of a sequence classifier
+HEAD_MODULES = ["classifier", "score"]
 _WANTED = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
 _KINDS = {"LORA": LoraConfig, "PROMPT_TUNING": PromptTuningConfig, "PREFIX_TUNING": PrefixTuningConfig}
 
@@ -74,7 +77,7 @@ def _write_one(folder: Path, adapter: Adapter, identity: Identity, meta: dict) -
     folder.mkdir(parents=True)
     tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "adapter_config.json", _plain(adapter.config, identity))
+    _write_json(folder / "adapter_config.json", _plain(adapter, identity))
     _write_json(folder / "lowalign.json", meta | {"base": asdict(identity), "weights": weights_hash(folder)})
 
 
@@ -101,6 +104,8 @@ def read(folder: Path) -> tuple[Adapter, dict]:
         raise UserError(f"{folder} names classes to import (auto_mapping), which is not done")
     if not file.exists():
         raise UserError(f"{folder} has no adapter_model.safetensors; files that can hold code (.bin, .pt) are not read")
+    if set(raw.get("modules_to_save") or ()) <= set(HEAD_MODULES):
+        raw["modules_to_save"] = None  # a head is told by its weights
     known = _KINDS[kind].__dataclass_fields__
     config = _KINDS[kind](**{k: v for k, v in raw.items() if k in known and k not in ("peft_type", "auto_mapping")})
     try:
@@ -144,8 +149,10 @@ def weights_hash(folder: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _plain(config: PeftConfig, identity: Identity) -> dict[str, object]:
-    raw = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+def _plain(adapter: Adapter, identity: Identity) -> dict[str, object]:
+    raw = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.config.to_dict().items()}
+    head = any(key.endswith(HEAD) for key in adapter.tensors)
+    raw |= {"task_type": "SEQ_CLS", "modules_to_save": HEAD_MODULES} if head else {"task_type": "CAUSAL_LM"}
     raw |= {"inference_mode": True, "base_model_name_or_path": identity.name}
     if raw.get("tokenizer_name_or_path"):
         raw["tokenizer_name_or_path"] = identity.name

@@ -1,6 +1,6 @@
 """FlatWeights: one adapter's weights in one fp32 buffer, so that one optimizer state, norm and update serve them all."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,21 @@ class FlatWeights:
 
     named: the adapter's parameters; they keep their identity, only what they point at changes. Without working_dtype
     (or with fp32) they become views of the master. Otherwise they become views of a copy in that precision: the model
-    computes with the copy, its gradients are summed in fp32, and `publish` renews it after each optimizer step.
+    computes with the copy, its gradients are summed in fp32, and `publish` renews it after each optimizer step. Those
+    named in `exact` are views of the master all the same.
 
     master: (numel,) fp32 parameter with an fp32 .grad of the same size. Each tensor starts at a multiple of 256; what
     an optimizer makes of the gaps has no meaning (their gradient is zero). reached: names of the tensors that a backward pass has produced a gradient for so far.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], working_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        working_dtype: torch.dtype | None = None,
+        exact: Collection[str] = (),
+    ) -> None:
         self._named = dict(named)
+        self._exact = set(exact) & self._named.keys()
         self._starts: dict[str, int] = {}
         end = 0
         for name, p in self._named.items():
@@ -41,7 +48,9 @@ class FlatWeights:
 
     def _point(self) -> None:
         """Make the model's parameters views of the buffers."""
-        views = self._cut(self.master.detach() if self._working is None else self._working)
+        views = self.tensors()
+        if self._working is not None:
+            views |= {k: v for k, v in self._cut(self._working).items() if k not in self._exact}
         self._grads = self.gradients()
         for name, p in self._named.items():
             p.grad = None

@@ -1,6 +1,7 @@
-"""Token log-probabilities of Examples laid end to end in packs."""
+"""Log-probabilities, values and scores of Examples laid end to end in packs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +15,82 @@ from lowalign.model.rope import stretching
 Prefix = list[tuple[Tensor, Tensor]]
 
 
-def packed_logprobs(
-    model: nn.Module,
-    examples: Sequence[Example],
-    virtual: Tensor | None,
-    prefix: Prefix | None,
-    supervised_only: bool,
-    temperature: float,
-) -> list[list[Tensor]]:
-    """For each example, for each completion, (its length,) fp32 log-probs; 0.0 where there is nothing to predict from.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be computed for the completion tokens of Examples.
+
+    logps: each token's log-probability at this temperature, and with `entropy` that of the distribution it comes from.
+    head: a scalar head (1, hidden); the value of the state before each token. supervised_only: 0.0 for all other tokens,
+    whose logits are then never computed.
+    """
+
+    logps: bool = True
+    entropy: bool = False
+    head: Tensor | None = None
+    supervised_only: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """For each example, for each completion, (its length,) in fp32; 0.0 where there is nothing to predict from. None for
+    what was not wanted."""
+
+    logps: list[list[Tensor]] | None
+    entropies: list[list[Tensor]] | None
+    values: list[list[Tensor]] | None
+
+
+def packed_tokens(
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
+) -> Tokens:
+    """What is wanted of the Examples' completion tokens.
 
     virtual (v, hidden): embeddings before every prompt. prefix: for each layer keys and values before every prompt.
     """
-    results: list[list[Tensor]] = [[] for _ in examples]
+    found: list[list[list[Tensor]] | None] = [
+        [[] for _ in examples] if asked else None for asked in (wanted.logps, wanted.entropy, wanted.head is not None)
+    ]
     for group in _groups(model.config.get_text_config(), examples, virtual, prefix):
         row = _laid_out([examples[i] for i in group], model, virtual, prefix)
-        hidden = hidden_states(model, row, virtual, prefix)
-        keep = row.supervised if supervised_only else slice(None)
-        values, _ = token_logprobs(hidden[row.source[keep]], Head.of(model), row.labels[keep], temperature)
-        tokens = sum(map(sum, row.lengths))
-        flat = values.new_zeros(tokens).index_copy(0, row.place[keep], values)
-        pieces = iter(flat.split([n for lengths in row.lengths for n in lengths]))
-        for i, lengths in zip(group, row.lengths, strict=True):
-            results[i] = [next(pieces) for _ in lengths]
+        keep = row.supervised if wanted.supervised_only else slice(None)
+        hidden = hidden_states(model, row, virtual, prefix)[row.source[keep]]
+        logps = entropies = None
+        if wanted.logps:
+            labels = row.labels[keep]
+            logps, entropies = token_logprobs(hidden, Head.of(model), labels, wanted.temperature, wanted.entropy)
+        values = None if wanted.head is None else score(hidden, wanted.head)
+        for into, flat in zip(found, (logps, entropies, values), strict=True):
+            if into is not None:
+                for i, pieces in zip(group, _by_completion(flat, row, keep), strict=True):
+                    into[i] = pieces
+    return Tokens(*found)
+
+
+def _by_completion(flat: Tensor, row: Pack, keep: Tensor | slice) -> list[list[Tensor]]:
+    """One number for each token kept -> for each example, for each completion, (its length,)."""
+    whole = flat.new_zeros(sum(map(sum, row.lengths))).index_copy(0, row.place[keep], flat)
+    pieces = iter(whole.split([n for lengths in row.lengths for n in lengths]))
+    return [[next(pieces) for _ in lengths] for lengths in row.lengths]
+
+
+def packed_scores(
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, head: Tensor
+) -> list[Tensor]:
+    """For each example (its completions,): a scalar head (1, hidden) on the hidden state of each completion's last token."""
+    results: list[Tensor] = [head] * len(examples)
+    for group in _groups(model.config.get_text_config(), examples, virtual, prefix):
+        row = _laid_out([examples[i] for i in group], model, virtual, prefix)
+        scores = score(hidden_states(model, row, virtual, prefix)[row.ends], head)
+        parts = scores.split([len(lengths) for lengths in row.lengths])
+        for i, part in zip(group, parts, strict=True):
+            results[i] = part
     return results
+
+
+def score(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (N, H), head (1, H) -> (N,), in fp32 at least."""
+    return (hidden.to(torch.promote_types(hidden.dtype, head.dtype)) @ head.T)[:, 0]
 
 
 def hidden_states(model: nn.Module, row: Pack, virtual: Tensor | None, prefix: Prefix | None) -> Tensor:

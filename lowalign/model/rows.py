@@ -5,6 +5,7 @@ Slower, through the model's own attention and head; the same results.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,59 +14,84 @@ from transformers import DynamicCache
 from lowalign.config import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.model.forward import Tokens, Wanted, score
 from lowalign.model.pick import pick, uniforms
 from lowalign.model.sampling import Completion
 
 Prefix = list[tuple[Tensor, Tensor]]
 
 
-def row_logprobs(
-    model: nn.Module,
-    examples: Sequence[Example],
-    virtual: Tensor | None,
-    prefix: Prefix | None,
-    supervised_only: bool,
-    temperature: float,
-) -> list[list[Tensor]]:
-    """As `packed_logprobs`, a row at a time."""
-    return [
-        [
-            _one(model, example, i, virtual, prefix, supervised_only, temperature)
-            for i in range(len(example.completions))
-        ]
-        for example in examples
-    ]
+def row_tokens(
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
+) -> Tokens:
+    """As `packed_tokens`, a row at a time."""
+    found = [[_one(model, e, i, virtual, prefix, wanted) for i in range(len(e.completions))] for e in examples]
+    asked = (wanted.logps, wanted.entropy, wanted.head is not None)
+    return Tokens(*([[c[k] for c in row] for row in found] if asked[k] else None for k in range(3)))
 
 
 def _one(
-    model: nn.Module,
-    example: Example,
-    i: int,
-    virtual: Tensor | None,
-    prefix: Prefix | None,
-    supervised_only: bool,
-    temperature: float,
-) -> Tensor:
-    """(length of completion i,) log-probs."""
+    model: nn.Module, example: Example, i: int, virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(length of completion i,) log-probs, entropies and values, as far as they are wanted."""
     completion = example.completions[i]
     n = len(completion)
-    device = model.get_input_embeddings().weight.device
-    logits, _ = _logits(model, example.prompt + completion[:-1], virtual, prefix, keep=n)
-    label = torch.tensor(completion, device=device)
     known = n if example.prompt else n - 1  # without a prompt the first token has nothing to be predicted from
-    logp = (logits[len(logits) - known :].float() / temperature).log_softmax(-1)
-    values = logp.gather(1, label[n - known :, None])[:, 0]
-    if known < n:
-        values = torch.cat([values.new_zeros(1), values])
-    if supervised_only:
-        values = torch.where(torch.tensor(example.mask(i), device=device), values, 0.0)
-    return values
+    before = example.prompt + completion[:-1]
+    logps = entropies = values = None
+    if wanted.logps:
+        logits, _ = _logits(model, before, virtual, prefix, keep=n)
+        logp = (logits[len(logits) - known :].float() / wanted.temperature).log_softmax(-1)
+        label = torch.tensor(completion, device=logp.device)
+        logps = logp.gather(1, label[n - known :, None])[:, 0]
+        entropies = -(logp.exp() * logp).sum(-1) if wanted.entropy else None
+    if wanted.head is not None:
+        values = score(_hidden(model, before, virtual, prefix, known), wanted.head)
+    mask = torch.tensor(example.mask(i)) if wanted.supervised_only else torch.ones(n, dtype=torch.bool)
+    return tuple(None if v is None else _filled(v, n, mask.to(v.device)) for v in (logps, entropies, values))
+
+
+def _filled(values: Tensor, length: int, mask: Tensor) -> Tensor:
+    """(length,): zeros in front where the first has nothing to be predicted from, and where the mask is off."""
+    values = torch.cat([values.new_zeros(length - len(values)), values])
+    return torch.where(mask, values, 0.0)
+
+
+def row_scores(
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, head: Tensor
+) -> list[Tensor]:
+    """As `packed_scores`, a row at a time."""
+    return [
+        torch.cat([score(_hidden(model, e.prompt + c, virtual, prefix, 1), head) for c in e.completions])
+        for e in examples
+    ]
 
 
 def _logits(
     model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int, use_cache: bool = False
 ) -> tuple[Tensor, DynamicCache | None]:
     """Logits (at most keep, V) of the last positions of one row, and its cache."""
+    inputs = _inputs(model, ids, virtual, prefix, use_cache)
+    words, cache = inputs["inputs_embeds"], inputs["past_key_values"]
+    if not words.shape[1]:
+        return words.new_zeros(0, model.get_input_embeddings().weight.shape[0]), cache
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with _Uncheckpointed(model, cache is not None):
+        return model(**inputs, **options).logits[0, -keep:], cache
+
+
+def _hidden(model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int) -> Tensor:
+    """(keep, hidden): the last hidden states of the last positions of one row."""
+    inputs = _inputs(model, ids, virtual, prefix, use_cache=False)
+    with _Uncheckpointed(model, inputs["past_key_values"] is not None):
+        hidden = model.base_model(**inputs).last_hidden_state[0]
+    return hidden[len(hidden) - keep :]
+
+
+def _inputs(
+    model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, use_cache: bool
+) -> dict[str, Any]:
+    """A forward's arguments for one row behind a soft prompt."""
     embed = model.get_input_embeddings()
     device = embed.weight.device
     words = embed(torch.tensor(ids, dtype=torch.long, device=device))
@@ -78,20 +104,14 @@ def _logits(
         first = prefix[0][0].shape[2]
         for layer, (key, value) in enumerate(prefix):
             cache.update(key.to(words.dtype), value.to(words.dtype), layer)
-    if not len(words):
-        return words.new_zeros(0, embed.weight.shape[0]), cache
     total = first + len(words)
-    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with _Uncheckpointed(model, cache is not None):
-        output = model(
-            inputs_embeds=words[None],
-            attention_mask=torch.ones(1, total, dtype=torch.long, device=device),
-            position_ids=torch.arange(first, total, device=device)[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **options,
-        )
-    return output.logits[0, -keep:], cache
+    return {
+        "inputs_embeds": words[None],
+        "attention_mask": torch.ones(1, total, dtype=torch.long, device=device),
+        "position_ids": torch.arange(first, total, device=device)[None],
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
 
 
 class _Uncheckpointed:

@@ -9,6 +9,10 @@ from types import FrameType
 class Interrupted(Exception):
     """A signal asked the run to stop; raised between micro-batches."""
 
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.signal = received
+
 
 class StopSignals:
     """Within it, SIGINT and SIGTERM are noted in `received` and `check` raises Interrupted.
@@ -39,4 +43,4 @@ class StopSignals:
     def check(self) -> None:
         """Raise Interrupted when a signal has arrived."""
         if self.received is not None:
-            raise Interrupted
+            raise Interrupted(self.received)

@@ -32,7 +32,7 @@ LINES = {
     '{"prompt": "a", "answer": "b", "id": 3}': 'expected "completion", found "answer", "id"',
     '{"prompt": "a"}': 'expected "completion", found nothing',
     "{}": 'expected "prompt", found nothing',
-    '{"prompt": "a", "chosen": "b", "rejected": "c"}': 'expected "completion", found "chosen" and "rejected": a row of preferences',
+    '{"prompt": "a", "chosen": "b", "rejected": "c"}': 'expected "completion", found "chosen" and "rejected": a row of preferences; use lowalign dpo or lowalign reward',
     '{"prompt": "a", "completion": null}': '"completion" is null',
     '{"prompt": "a", "completion": " "}': '"completion" is empty',
     '{"prompt": "a", "completion": 7}': '"completion" must be a string, found a number',

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE, TURNS_NOTE, Chat, load_chat
 from lowalign.data.pack import Example
-from lowalign.data.schema import interpret
+from lowalign.data.schema import SFT
 from lowalign.data.turns import read_tools, read_turns
 from lowalign.errors import UserError
 from tests.data import made
@@ -310,6 +310,7 @@ def test_a_written_date_is_always_the_same() -> None:
 
 def test_conversational_prompts_are_not_learnt() -> None:
     tokenizer = made.chatml()
-    row = interpret({"prompt": TALK[:3], "completion": TALK[3:]}, "prompt-completion")
+    columns = {"prompt": TALK[:3], "completion": TALK[3:]}
+    row = SFT.read(columns, SFT.of(columns))
     (example,) = Chat(tokenizer).example(row.messages, row.tools)
     assert spans(example, tokenizer) == ["A cat: the cat<|im_end|>"]

@@ -33,6 +33,35 @@ def test_check_prints_rows_with_what_is_learnt(
     )
 
 
+def test_check_recognises_preferences(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and answers under headings, the best first; what is not a preference is as for fine-tuning."""
+    monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))
+    made.chatml().save_pretrained(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "chosen": "ho", "rejected": "no", "margin": 0.5},
+        {"prompt": "q", "completions": ["x", "y", "z"], "ranks": [2, 1, 1]},
+        {"prompt": "q", "completion": "x", "label": False},
+        {"prompt": "q", "chosen": "x"},
+    ]
+
+    def shown(rows: list[dict]) -> str:
+        file.write_text("\n".join(map(json.dumps, rows)))
+        check(DataConfig(files=(str(file),)), str(tmp_path / "model"))
+        return capsys.readouterr().out
+
+    out = shown(rows)
+    assert f"{file}: 4 rows (1 pairs, 1 ranking, 1 labels), 3 used" in out
+    assert f'  {file}:4: expected "rejected", found nothing' in out
+    prompt = "prompt:\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n\n"
+    assert f"margin 0.5)\n{prompt}chosen:\n«ho<|im_end|>»\nrejected:\n«no<|im_end|>»\n" in out
+    assert "prompt:\nq\nrank 0:\n«y<|im_end|>»\nrank 0:\n«z<|im_end|>»\nrank 1:\n«x<|im_end|>»\n" in out
+    assert "prompt:\nq\nlabelled false:\n«x<|im_end|>»\n" in out
+    assert f"{file}: 1 rows (1 prompt-completion), 1 used" in shown([{"prompt": "q", "completion": "x"}])
+
+
 def test_colour_and_long_rows() -> None:
     tokenizer = made.chatml()
     (example,) = Chat(tokenizer).example(

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from lowalign.data.adapt import alternating, system_as_user, tools_as_text
-from lowalign.data.schema import Conversation, PromptCompletion, Text, common_shape, interpret, shape_of
+from lowalign.data.schema import SFT, Conversation, PromptCompletion, Text
 from tests.data.made import WEATHER, weather_call
 
 
 def said(row: dict) -> object:
-    return interpret(row, shape_of(row))
+    return SFT.read(row, SFT.of(row))
 
 
 def user(text: str) -> dict:
@@ -102,8 +102,8 @@ def test_results_answer_their_calls() -> None:
 
 def test_the_file_decides_what_an_odd_row_was_meant_to_be() -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"text": "c"}, {"prompt": "d"}]
-    assert common_shape(rows) == "prompt-completion"
-    assert [shape_of(row) for row in rows[3:]] == ["text", None]
+    assert SFT.common(rows).name == "prompt-completion"
+    assert SFT.of(rows[3]).name == "text" and SFT.of(rows[4]) is None
 
 
 def test_tools_as_text() -> None:

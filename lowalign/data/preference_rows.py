@@ -1,0 +1,209 @@
+"""The shapes of rows that say what is preferred to what, and what each means.
+
+A prompt or an answer is text or a list of turns. Where all of a row is text it is plain text, without a chat template;
+otherwise a text is a turn of the user (prompt) or of the assistant (answer).
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowalign.data.read import kind_of
+from lowalign.data.schema import SFT, string, with_system
+from lowalign.data.shapes import Shape, Shapes
+from lowalign.data.template import Tools
+from lowalign.data.turns import Message, RowError, closest, expected, read_tools, read_turns
+
+Text = str | list[Message]
+
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and answers to it: all texts, or all lists of messages."""
+
+    prompt: Text
+    completions: list[Text]
+    tools: Tools = None
+
+
+@dataclass(frozen=True)
+class Preference(Asked):
+    """Answers and their ranks, the best lowest, ties the same; or (rank None) one answer with a label, good or bad.
+
+    margin: by how much the better answer is to lead. weight: what the comparison counts.
+    """
+
+    rank: Sequence[float] | None = None
+    margin: float = 0.0
+    label: bool | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score(Asked):
+    """One answer and its score."""
+
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict(Asked):
+    """What one annotator says of two answers: "a" (the first is better), "b" or "tie"."""
+
+    annotator: str = ""
+    verdict: str = ""
+
+
+def _pairs(data: dict[str, Any]) -> Preference:
+    asked = _asked(data, ["chosen", "rejected"])
+    return Preference(**vars(asked), rank=[0, 1], margin=_margin(data))
+
+
+def _sharegpt(data: dict[str, Any]) -> Preference:
+    prompt = with_system(data, read_turns(data["conversations"], "conversations"))
+    asked = _asked(data | {"prompt": prompt}, ["chosen", "rejected"])
+    return Preference(**vars(asked), rank=[0, 1], margin=_margin(data))
+
+
+def _whole_messages(data: dict[str, Any]) -> Preference:
+    return _whole(data, "chosen_messages", "rejected_messages")
+
+
+def _whole_pairs(data: dict[str, Any]) -> Preference:
+    return _whole(data, "chosen", "rejected")
+
+
+def _whole(data: dict[str, Any], *names: str) -> Preference:
+    """Two whole conversations: the turns that both begin with are the prompt."""
+    sides = [_conversation(data, name) for name in names]
+    return Preference([], sides, read_tools(data.get("tools")), rank=[0, 1], margin=_margin(data))
+
+
+def _conversation(data: dict[str, Any], name: str) -> list[Message]:
+    value = data[name]
+    if not isinstance(value, str):
+        return _answering(read_turns(value, name), name)
+    parts = TRANSCRIPT.split(value)
+    if not parts[0].strip() and parts[1:2] == ["Human"]:
+        turns = [{"from": who, "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+        roles = {"Human": "human", "Assistant": "gpt"}
+        return _answering(read_turns([turn | {"from": roles[turn["from"]]} for turn in turns], name), name)
+    others = [key for key in data if key not in ("chosen", "rejected")]
+    if closest("prompt", others):
+        raise RowError(expected("prompt", others))
+    raise RowError(
+        f'"{name}" is plain text, and there is no "prompt"; give one, or write whole conversations: lists of turns, or '
+        r'texts of the form "\n\nHuman: …\n\nAssistant: …"'
+    )
+
+
+def _ranking(data: dict[str, Any]) -> Preference:
+    values = data["completions"]
+    if not isinstance(values, list):
+        raise RowError(f'"completions" must be a list of answers, found {kind_of(values)}')
+    if len(values) < 2:
+        raise RowError(f'"completions" has {len(values)} of the two or more answers that a ranking needs')
+    named = {f"completions[{i}]": value for i, value in enumerate(values)}
+    asked = _asked(data | named, list(named))
+    ranks = data.get("ranks")
+    if ranks is None:
+        return Preference(**vars(asked), rank=range(len(values)))
+    if not isinstance(ranks, list):
+        raise RowError(f'"ranks" must be a list of numbers, the best lowest, found {kind_of(ranks)}')
+    if len(ranks) != len(values):
+        raise RowError(f'"ranks" has {len(ranks)} numbers for {len(values)} completions')
+    ranks = [_number(rank, f"ranks[{i}]", -math.inf) for i, rank in enumerate(ranks)]
+    order = sorted(set(ranks))
+    return Preference(**vars(asked), rank=[order.index(rank) for rank in ranks])
+
+
+def _score(data: dict[str, Any]) -> Score:
+    return Score(**vars(_asked(data, ["completion"])), score=_number(data["score"], '"score"', -math.inf))
+
+
+def _label(data: dict[str, Any]) -> Preference:
+    label = data["label"]
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise RowError(f'"label" must be true or false, found {json.dumps(label, ensure_ascii=False)}')
+    return Preference(**vars(_asked(data, ["completion"])), label=bool(label))
+
+
+def _verdict(data: dict[str, Any]) -> Verdict:
+    annotator, verdict = data["annotator"], data["verdict"]
+    if isinstance(annotator, bool) or not isinstance(annotator, str | int) or not str(annotator).strip():
+        raise RowError(f'"annotator" must be a name or a number, found {json.dumps(annotator, ensure_ascii=False)}')
+    if verdict not in ("a", "b", "tie"):
+        raise RowError(f'"verdict" must be "a", "b" or "tie", found {json.dumps(verdict, ensure_ascii=False)}')
+    asked = _asked(data, ["completion_a", "completion_b"])
+    return Verdict(**vars(asked), annotator=str(annotator), verdict=verdict)
+
+
+def _asked(data: dict[str, Any], names: Sequence[str]) -> Asked:
+    """The column `prompt` and answers in the columns `names`."""
+    prompt, values = data["prompt"], [data[name] for name in names]
+    if not isinstance(prompt, list | dict) and not any(isinstance(value, list | dict) for value in values):
+        return Asked(string(data, "prompt", empty=True), [string(data, name) for name in names])
+    prompt = read_turns(_turns(prompt, "user"), "prompt")
+    answers = []
+    for name, value in zip(names, values, strict=True):
+        turns = read_turns(_turns(value, "assistant"), name)
+        if turns[: len(prompt)] == prompt:  # a whole conversation, prompt and all
+            turns = turns[len(prompt) :]
+        if turns and turns[0]["role"] != "assistant":
+            raise RowError(f"{name} begins with a turn of the {turns[0]['role']}, not of the assistant")
+        answers.append(_answering(turns, name))
+    return Asked(prompt, answers, read_tools(data.get("tools")))
+
+
+def _turns(value: Any, role: str) -> Any:
+    if isinstance(value, dict):
+        return [value]
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _answering(turns: list[Message], name: str) -> list[Message]:
+    if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns):
+        raise RowError(f"{name}: no assistant turn to learn from")
+    return turns
+
+
+def _margin(data: dict[str, Any]) -> float:
+    return 0.0 if data.get("margin") is None else float(_number(data["margin"], '"margin"', 0))
+
+
+def _number(value: Any, name: str, least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(f"{name} must be a number, found {kind_of(value)}")
+    # 1e999 is read as infinite, and an integer may be larger than any float.
+    if not least <= value < math.inf or abs(value) > 1e300:
+        raise RowError(
+            f"{name} must be a finite number{' of 0 or more' if least == 0 else ''}, found {str(value)[:20]}"
+        )
+    return value
+
+
+def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
+    shape = SFT.of(data)
+    return shape.required if shape else ()
+
+
+# The order decides when a row has the columns of several.
+PREFERENCES = Shapes(
+    [
+        Shape("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
+        Shape("pairs", ("prompt", "chosen", "rejected"), ("tools", "margin"), _pairs),
+        Shape("pairs", ("chosen_messages", "rejected_messages"), ("tools", "margin"), _whole_messages),
+        Shape("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole_pairs),
+        Shape("verdicts", ("prompt", "completion_a", "completion_b", "annotator", "verdict"), ("tools",), _verdict),
+        Shape("ranking", ("prompt", "completions"), ("ranks", "tools"), _ranking),
+        Shape("scores", ("prompt", "completion", "score"), ("tools",), _score),
+        Shape("labels", ("prompt", "completion", "label"), ("tools",), _label),
+    ],
+    _foreign,
+    "a row without a preference; use lowalign sft",
+)

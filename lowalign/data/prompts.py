@@ -1,0 +1,78 @@
+"""The prompts of rows, whatever else the rows hold: answers and preferences are left out."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lowalign.data.chat import Chat
+from lowalign.data.preference_rows import PREFERENCES
+from lowalign.data.read import BadRow, read_rows
+from lowalign.data.schema import SFT, with_system
+from lowalign.data.template import Unrenderable
+from lowalign.data.turns import Message, RowError, read_turns
+from lowalign.errors import UserError
+
+Prompt = str | list[Message]  # plain text, or messages
+COLUMNS = ("prompt", "messages", "conversations", "instruction", "chosen_messages", "chosen")
+
+
+class Asked(NamedTuple):
+    """A prompt, and where it stands (file:line)."""
+
+    prompt: Prompt
+    where: str
+
+
+def read_prompts(files: Sequence[str]) -> Iterator[Asked]:
+    """The prompt of each row: its `prompt` (text or messages), or its conversation up to the last answer.
+
+    Raises UserError, with file:line, for a row that has none.
+    """
+    for file in files:
+        for row in read_rows(file):
+            if isinstance(row, BadRow):
+                raise UserError(str(row))
+            try:
+                yield Asked(_prompt(row.data), row.where)
+            except RowError as error:
+                raise UserError(f"{row.where}: {error}") from error
+
+
+def prompt_ids(chat: Chat, asked: Asked, raw: bool) -> list[int]:
+    """The ids that a completion continues. raw: text as it stands, without the chat template."""
+    prompt, where = asked
+    if raw and not isinstance(prompt, str):
+        raise UserError(f"{where}: --raw takes prompts that are text; messages need a chat template")
+    try:
+        return chat.text_ids(prompt) if raw else chat.prompt_ids(as_messages(prompt))
+    except (RowError, Unrenderable) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as messages: text is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _prompt(data: dict[str, Any]) -> Prompt:
+    column = next((c for c in COLUMNS if data.get(c) is not None), None)
+    if column is None:
+        found = ", ".join(data) or "nothing"
+        raise RowError(f'expected "prompt", "messages" or a row of answers or preferences, found {found}')
+    value = data[column]
+    if column == "prompt" and isinstance(value, str):
+        return value
+    if column == "instruction":
+        asked = {key: data[key] for key in ("instruction", "input", "system", "history") if key in data}
+        messages = SFT.read(asked | {"output": "…"}, SFT.of(asked | {"output": "…"})).messages
+    elif column.startswith("chosen"):
+        said = PREFERENCES.read(data, PREFERENCES.of(data))
+        messages = [*said.prompt, *said.completions[0]]
+    else:
+        messages = read_turns(value, column)
+    if column == "conversations":
+        messages = with_system(data, messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise RowError(f'"{column}" holds no question')
+    return messages
