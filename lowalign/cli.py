@@ -10,21 +10,30 @@ import re
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 from lowalign import __version__, recipe
-from lowalign.config import DataConfig, GenerateConfig, SFTConfig
+from lowalign.commands import BestOfNConfig, GenerateConfig, JudgeConfig, ScoreConfig
+from lowalign.config import DataConfig
 from lowalign.errors import UserError
+from lowalign.training import DPOConfig, RewardConfig, SFTConfig
 
 HELP = """\
 usage: lowalign VERB …
 
 train
   sft [RECIPE] --model M --data FILE… --out DIR    supervised fine-tuning; RECIPE is a YAML file or a name: lora/sft
+  reward [RECIPE] --model M --data FILE… --out DIR reward model: a scalar head learns from preferences
+  dpo [RECIPE] --model M --data FILE… --out DIR    DPO, IPO, KTO, SimPO, ORPO …: the policy learns from preferences
+  best-of-n [RECIPE] --model M --reward SPEC … --data FILE… --out DIR
+                                                   sample, score, keep the best; --rounds R --train learns from them
 
 look
   data check FILE… --model M                       what is recognised in the rows, and what is supervised in them
   generate --model M [--adapter A …] --prompt TEXT prompts in, completions out, as JSONL
+  score --model M --adapter RUN --data FILE…       what a reward run gives each completion
+  judge --model M --data FILE… --out DIR           which of two answers is better: preference pairs out of completions
   doctor                                           what this machine can do
 
 recipes
@@ -34,7 +43,7 @@ recipes
 
 demo                                               a whole run in a tiny world, without any download
 
-`lowalign VERB --help` lists the options of sft, data check and generate. --version prints the version.
+`lowalign VERB --help` lists the options of a verb. --version prints the version.
 """
 RECIPES_USAGE = "usage: lowalign recipes list | show NAME | copy NAME [DEST]"
 DATA_USAGE = "usage: lowalign data check FILE… --model M"
@@ -69,8 +78,8 @@ def _dispatch(argv: list[str]) -> int:
             print(HELP, end="")
         case ["--version"]:
             print(f"lowalign {__version__}")
-        case ["sft", *rest]:
-            return _sft(rest)
+        case ["sft" | "reward" | "dpo" as verb, *rest]:
+            return _train(verb, rest)
         case ["data", "check", *rest]:
             return _data_check(rest)
         case ["data", *_]:
@@ -79,6 +88,12 @@ def _dispatch(argv: list[str]) -> int:
             return _recipes(rest)
         case ["generate", *rest]:
             return _generate(rest)
+        case ["best-of-n", *rest]:
+            return _best_of_n(rest)
+        case ["score", *rest]:
+            return _score(rest)
+        case ["judge", *rest]:
+            return _judge(rest)
         case ["demo"]:
             from lowalign.demo.run import main as demo
 
@@ -90,20 +105,35 @@ def _dispatch(argv: list[str]) -> int:
         case ["demo" | "doctor" as verb, *_]:
             return _usage(f"usage: lowalign {verb}", argv)
         case [word, *_]:
-            near = difflib.get_close_matches(word, ["sft", "data", "recipes", "generate", "demo", "doctor"], n=1)
+            near = difflib.get_close_matches(
+                word,
+                [
+                    "sft",
+                    "reward",
+                    "dpo",
+                    "data",
+                    "recipes",
+                    "best-of-n",
+                    "generate",
+                    "score",
+                    "judge",
+                    "demo",
+                    "doctor",
+                ],
+                n=1,
+            )
             raise UserError(f"there is no verb {word}{f'; did you mean {near[0]}?' if near else ''}\n\n{HELP}")
     return 0
 
 
-def _sft(rest: list[str]) -> int:
+def _train(verb: str, rest: list[str]) -> int:
     words, flags = _split(rest)
     if len(words) > 1:
-        raise UserError(f"sft takes one RECIPE, found {' '.join(words)} (data files are given as --data FILE…)")
+        raise UserError(f"{verb} takes one RECIPE, found {' '.join(words)} (data files are given as --data FILE…)")
     path = recipe.find(words[0]) if words else None
-    config = recipe.parse(SFTConfig, flags, path, prog="lowalign sft [RECIPE]")
-    from lowalign.run import sft
-
-    return sft(config)
+    kind = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[verb]
+    config = recipe.parse(kind, flags, path, prog=f"lowalign {verb} [RECIPE]")
+    return getattr(import_module("lowalign.run"), verb)(config)
 
 
 @dataclass(frozen=True)
@@ -153,6 +183,30 @@ def _generate(flags: list[str]) -> int:
     from lowalign.generate import generate
 
     return generate(config)
+
+
+def _best_of_n(rest: list[str]) -> int:
+    words, flags = _split(rest)
+    if len(words) > 1:
+        raise UserError(f"best-of-n takes one RECIPE, found {' '.join(words)} (prompts are given as --data FILE…)")
+    config = recipe.parse(BestOfNConfig, flags, recipe.find(words[0]) if words else None, "lowalign best-of-n [RECIPE]")
+    from lowalign.best_of_n import best_of_n
+
+    return best_of_n(config)
+
+
+def _score(flags: list[str]) -> int:
+    config = recipe.parse(ScoreConfig, flags, prog="lowalign score")
+    from lowalign.score import score
+
+    return score(config)
+
+
+def _judge(flags: list[str]) -> int:
+    config = recipe.parse(JudgeConfig, flags, prog="lowalign judge")
+    from lowalign.judge import judge
+
+    return judge(config)
 
 
 def _split(rest: list[str]) -> tuple[list[str], list[str]]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lowalign import cli
-from lowalign.config import DataConfig, SFTConfig, TrainConfig
+from lowalign.config import DataConfig, TrainConfig
 from lowalign.errors import UserError
+from lowalign.training import SFTConfig
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "numpy")
 MINIMAL = ["sft", "--model", "m", "--out", "o"]

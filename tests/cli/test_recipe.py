@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lowalign import recipe
-from lowalign.config import AdapterConfig, BaseConfig, DataConfig, SFTConfig, TrainConfig
+from lowalign.config import AdapterConfig, BaseConfig, DataConfig, TrainConfig
 from lowalign.errors import UserError
+from lowalign.training import SFTConfig
 
 LARGE_BUT_VALID = "model: m\nout: o\n" + "# padding\n" * 12_000
 

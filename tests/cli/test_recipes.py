@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from lowalign import cli, recipe
-from lowalign.config import SFTConfig
+from lowalign.commands import BestOfNConfig
+from lowalign.training import DPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("adapters/**/*.yaml"))
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "best_of_n": BestOfNConfig}
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "adapters/README.md", *RECIPES]
 TEXTS += sorted(ROOT.glob("examples/*.sh"))
 
@@ -33,26 +35,30 @@ def keys(tree: dict, prefix: str = "") -> set[str]:
 
 
 def test_every_file_is_packaged():
-    assert {"lora/sft", "prompt/sft", "prefix/sft"} <= set(map(name, RECIPES))
+    assert set(map(name, RECIPES)) == {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in CONFIGS}
     assert {n: p.resolve() for n, p in recipe.packaged().items()} == {name(p): p for p in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_has_every_key_and_parses(path):
     written = yaml.safe_load(path.read_text())
-    assert keys(written) == keys(asdict(SFTConfig("m", Path("o"))))
-    config = recipe.parse(SFTConfig, [], path)
-    assert config.adapter.kind == path.parent.name
+    kind = CONFIGS[path.stem]
+    assert keys(written) == keys(asdict(kind("m", Path("o"))))
+    config = recipe.parse(kind, [], path)
     assert config.out == Path("runs") / f"{path.parent.name}-{path.stem}"
-    assert config.train.learning_rate == float(written["train"]["learning_rate"])
-    assert config.data.eval_rows == 0  # so that it runs on a handful of rows too
+    training = config.sft if path.stem == "best_of_n" else config
+    assert training.adapter.kind == path.parent.name
+    learning = written["sft"] if training is not config else written
+    assert training.train.learning_rate == float(learning["train"]["learning_rate"])
+    if training is config:
+        assert config.data.eval_rows == 0  # so that it runs on a handful of rows too
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_begins_with_its_title_and_its_command(path, monkeypatch):
     title, _, command = path.read_text().splitlines()[:3]
     assert re.fullmatch(r"# \w.{20,}[.]", title)
-    assert command.removeprefix("#   ").startswith(f"lowalign {path.stem} {name(path)} --model ")
+    assert command.removeprefix("#   ").startswith(f"lowalign {path.stem.replace('_', '-')} {name(path)} --model ")
 
 
 def test_list_show_and_copy(capsys, tmp_path, monkeypatch):
@@ -61,7 +67,8 @@ def test_list_show_and_copy(capsys, tmp_path, monkeypatch):
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(map(name, RECIPES))
     source = (ROOT / "adapters/lora/sft.yaml").read_text()
-    assert source.splitlines()[0].removeprefix("# ") in listed[0]
+    (line,) = [line for line in listed if line.split()[0] == "lora/sft"]
+    assert source.splitlines()[0].removeprefix("# ") in line
 
     assert cli.main(["recipes", "show", "lora/sft"]) == 0
     assert capsys.readouterr().out == source
@@ -106,9 +113,9 @@ def test_every_command_in_the_documentation_is_understood(path, monkeypatch, tmp
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/recipe.yaml").write_text(recipe.dump(SFTConfig("m", Path("o"))))  # as an earlier run leaves it
     work = types.SimpleNamespace()
-    for called in ("sft", "generate", "main", "check", "doctor"):
+    for called in ("sft", "reward", "dpo", "best_of_n", "score", "judge", "generate", "main", "check", "doctor"):
         setattr(work, called, lambda *_: 0)
-    for module in ("run", "generate", "demo.run", "tools.data_check", "tools.doctor"):
+    for module in ("run", "best_of_n", "score", "judge", "generate", "demo.run", "tools.data_check", "tools.doctor"):
         monkeypatch.setitem(sys.modules, f"lowalign.{module}", work)
     for command in commands(path):
         words = shlex.split(command.replace("$resume", "--resume"), comments=True)[1:]

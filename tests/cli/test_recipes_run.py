@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lowalign import recipe
 from lowalign.cli import main
-from lowalign.config import SFTConfig
+from lowalign.training import SFTConfig
 from tests.tiny import tiny_folder
 
 RECIPES = sorted((Path(__file__).parents[2] / "adapters").rglob("sft.yaml"))

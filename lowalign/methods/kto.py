@@ -1,0 +1,108 @@
+"""KTO: learn from single completions with thumbs up or down (arXiv 2402.01306).
+
+r = log π(y|x) - log π_ref(y|x)        z0 = max(0, mean over the step of log π(y'|x) - log π_ref(y'|x)), y' another prompt's
+L = mean of  λ_D (1 - σ(β (r - z0)))  for thumbs up,  λ_U (1 - σ(β (z0 - r)))  for thumbs down                (eq. 8)
+
+z0 is a constant of the whole step, without gradient: it is among the step's totals.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowalign import losses
+from lowalign.data.pack import Example, micro_batches, step_order
+from lowalign.methods.dpo import completion_logps, reference_logps
+from lowalign.model.host import Host
+from lowalign.training import DPOLossConfig
+
+
+class KTO:
+    """The method of `lowalign dpo --dpo.loss kto`. Of a ranking the best are thumbs up, the others thumbs down.
+
+    token_budget: most tokens at a time where z0 is computed.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        examples: Sequence[Example],
+        stack: tuple[str, ...],
+        reference: tuple[str, ...],
+        config: DPOLossConfig,
+        batch_size: int,
+        seed: int,
+        token_budget: int,
+    ) -> None:
+        self.host, self.examples, self.config = host, examples, config
+        self.stack, self.reference = stack, reference
+        self.trains = {stack[-1]: 1.0}
+        self.batch_size, self.seed, self.token_budget = batch_size, seed, token_budget
+
+    def batch(self, step: int) -> list[Example]:
+        """The Examples of optimizer step `step`, counted from 0."""
+        return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The completions, how many of them are up and down, their weight, and z0."""
+        up = labels(examples)
+        weight = sum(e.weight * len(e.completions) for e in examples)
+        counts = {"completions": len(up), "up": sum(up) or 1, "down": len(up) - sum(up) or 1}
+        return counts | {"weight": weight, "z0": self.z0(examples)}
+
+    @torch.no_grad()
+    def z0(self, examples: Sequence[Example]) -> float:
+        """How far the policy is from the reference on completions that do not belong to their prompts, at least 0."""
+        moved = 0.0
+        for group in micro_batches(mismatched(examples), self.token_budget):
+            with self.host.use(*self.stack):
+                logp = completion_logps(self.host, group)
+            moved += (logp - reference_logps(self.host, self.reference, group)).sum().item()
+        return max(0.0, moved / len(examples))
+
+    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the step's loss."""
+        c = self.config
+        ref = reference_logps(self.host, self.reference, examples)
+        with self.host.use(*self.stack):
+            ratio = completion_logps(self.host, examples) - ref
+        up = torch.tensor(labels(examples), device=ratio.device)
+        weight = torch.tensor([e.weight for e in examples for _ in e.completions], device=ratio.device)
+        weight = weight * torch.where(up, c.desirable, c.undesirable)
+        loss = (weight * losses.kto(ratio, up, totals["z0"], c.beta)).sum() / totals["weight"]
+        reward = c.beta * ratio.detach()
+        chosen, rejected = reward[up].sum() / totals["up"], reward[~up].sum() / totals["down"]
+        metrics = {
+            "loss": loss.detach(),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "kl": totals["z0"] * len(ratio) / totals["completions"],
+        }
+        return loss, metrics
+
+    def state(self) -> dict:
+        """Nothing but the step: the order of the data follows from it."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Nothing to take up."""
+
+
+def labels(examples: Sequence[Example]) -> list[bool]:
+    """Thumbs up or down of every completion."""
+    return [
+        rank == min(e.rank) if e.label is None else e.label
+        for e in examples
+        for rank in (e.rank or [0] * len(e.completions))
+    ]
+
+
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Each prompt with the first completion of the next Example, which says nothing about it."""
+    others = [*examples[1:], examples[0]]
+    return [
+        Example(e.prompt, [o.completions[0]], None if o.masks is None else [o.masks[0]])
+        for e, o in zip(examples, others, strict=True)
+    ]

@@ -1,0 +1,215 @@
+"""What completions are worth: reward runs on the base, functions of the user's, or a weighted sum of both.
+
+A spec is "[WEIGHT*]RUN" (a reward run, an adapter folder or a Hub id) or "[WEIGHT*]FILE.py:NAME", a function that takes
+prompts and completions, two lists of one length, and returns a number for each. A prompt is text or messages; a
+completion is text.
+
+Where there are several, the scores of a reward run are standardised with the mean and spread on held-out data that its
+lowalign.json holds, so that weights compare; what a function returns is taken as it is.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowalign.data.chat import Chat
+from lowalign.data.pack import Example, micro_batches
+from lowalign.data.prompts import Prompt
+from lowalign.errors import UserError
+from lowalign.model.adapter_files import locate
+from lowalign.model.host import Host
+from lowalign.model.start import load_stack
+from lowalign.reward_function import FunctionReward, load_function
+
+TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion is worth. parts: by spec without its weight, before weighting."""
+
+    total: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunReward:
+    """A reward run on the base. stack: its adapters, of which the last has the head. mean, std: of its scores; 0 and 1
+    leave them as they are."""
+
+    host: Host
+    stack: tuple[str, ...]
+    mean: float
+    std: float
+    token_budget: int
+
+    def __call__(
+        self, _: object, prompt_ids: Sequence[Ids], __: object, completion_ids: Sequence[Sequence[Ids]]
+    ) -> list[list[float]]:
+        """The scores; each prompt is computed once for the completions that fit beside it."""
+        examples = [Example(list(p), [list(c) for c in cs]) for p, cs in zip(prompt_ids, completion_ids, strict=True)]
+        raw = score_examples(self.host, self.stack, examples, self.token_budget)
+        return [[(value - self.mean) / self.std for value in values] for values in raw]
+
+
+class Rewards:
+    """Several rewards with their weights, by their specs without them."""
+
+    def __init__(self, parts: dict[str, tuple[float, FunctionReward | RunReward]]) -> None:
+        self.parts = parts
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Ids],
+        completions: Sequence[Sequence[str]],
+        completion_ids: Sequence[Sequence[Ids]],
+    ) -> list[list[Score]]:
+        """For each prompt, the Score of each of its completions, given as texts and as the ids that were sampled.
+
+        Raises UserError when a function fails, or a reward run's score is not finite.
+        """
+        given = (prompts, prompt_ids, completions, completion_ids)
+        found = {name: reward(*given) for name, (_, reward) in self.parts.items()}
+        scores = []
+        for i, group in enumerate(completions):
+            scores.append([])
+            for j in range(len(group)):
+                parts = {name: values[i][j] for name, values in found.items()}
+                scores[-1].append(Score(sum(self.parts[name][0] * value for name, value in parts.items()), parts))
+        return scores
+
+
+def load_rewards(
+    specs: Sequence[str],
+    host: Host,
+    chat: Chat,
+    allow_base_mismatch: bool = False,
+    token_budget: int = TOKEN_BUDGET,
+) -> Rewards:
+    """The rewards that the specs name, their runs loaded onto the host as reward0, reward1, …
+
+    chat: that of the completions to be scored. Raises UserError for what cannot be loaded, for a run without a head,
+    without the mean and spread that a sum needs, or with another chat template.
+    """
+    split = [split_spec(spec) for spec in specs]
+    sources = [source for _, source in split]
+    if len(set(sources)) < len(sources):
+        raise UserError(f"--reward names {next(s for s in sources if sources.count(s) > 1)} more than once")
+    parts = {}
+    for i, (weight, source) in enumerate(split):
+        if (function := as_function(source)) is not None:
+            parts[source] = weight, load_function(*function)
+        else:
+            stack = load_reward_run(host, f"reward{i}", source, allow_base_mismatch)
+            _check_template(source, chat)
+            mean, std = _mean_and_std(source) if len(specs) > 1 else (0.0, 1.0)
+            parts[source] = weight, RunReward(host, stack, mean, std, token_budget)
+    return Rewards(parts)
+
+
+def split_spec(spec: str) -> tuple[float, str]:
+    """ "0.5*runs/reward" -> (0.5, "runs/reward"); the weight is 1 when left out."""
+    weight, star, source = spec.rpartition("*")
+    try:
+        number = float(weight) if star else 1.0
+    except ValueError:
+        number = math.nan
+    if not source or not math.isfinite(number):
+        raise UserError(f"--reward {spec}: expected [WEIGHT*]RUN or [WEIGHT*]FILE.py:NAME, as in 0.5*runs/reward")
+    return number, source
+
+
+def as_function(source: str) -> tuple[Path, str] | None:
+    """The file and name of a function; None when `source` names a run. Raises UserError when there is no such file."""
+    match = re.fullmatch(r"(?P<file>.+\.py):(?P<name>\w+)", source)
+    if match:
+        file = Path(match["file"]).expanduser()
+        if not file.is_file():
+            raise UserError(f"--reward {source}: there is no file {file}")
+        return file, match["name"]
+    if re.search(r"\.py(:|$)", source):
+        raise UserError(f"--reward {source}: name the function after the file: {source.partition(':')[0]}:NAME")
+    return None
+
+
+def load_reward_run(host: Host, name: str, source: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
+    """Load a reward run with what it was trained on top of. Raises UserError when it has no head to score with."""
+    stack = load_stack(host, name, source, allow_base_mismatch)
+    if not host.has_head(name):
+        for loaded in stack:
+            host.delete(loaded)
+        raise UserError(f"{source} is no reward model: it has no scalar head (`lowalign reward` trains one)")
+    return stack
+
+
+@torch.no_grad()
+def score_examples(
+    host: Host, stack: tuple[str, ...], examples: Sequence[Example], token_budget: int = TOKEN_BUDGET
+) -> list[list[float]]:
+    """The score of each completion of each Example, by the head of the last adapter of the stack.
+
+    At most token_budget tokens go through the model at a time; where the completions of a prompt do not fit, the prompt
+    is computed again for the rest. Raises UserError for a score that is not finite.
+    """
+    pieces, owner = [], {}
+    for i, example in enumerate(examples):
+        for completions in _fitting(example, token_budget):
+            pieces.append(Example(example.prompt, completions))
+            owner[id(pieces[-1])] = len(pieces) - 1, i
+    scores: dict[int, list[float]] = {}
+    with host.use(*stack):
+        for batch in micro_batches(pieces, token_budget):
+            for piece, values in zip(batch, host.scores(batch, stack[-1]), strict=True):
+                scores[owner[id(piece)][0]] = values.tolist()
+    found: list[list[float]] = [[] for _ in examples]
+    for k, i in owner.values():
+        found[i] += scores[k]
+    if not all(math.isfinite(value) for values in found for value in values):
+        raise UserError("a reward is not finite; the reward model is broken, or float16 overflowed (bfloat16 does not)")
+    return found
+
+
+def _fitting(example: Example, token_budget: int) -> list[list[list[int]]]:
+    """The completions in groups that fit beside the prompt, one at least in each."""
+    groups: list[list[list[int]]] = []
+    room = 0
+    for completion in example.completions:
+        if not groups or len(completion) > room:
+            groups.append([])
+            room = token_budget - len(example.prompt)
+        groups[-1].append(completion)
+        room -= len(completion)
+    return groups
+
+
+def _meta(source: str) -> dict:
+    file = locate(source) / "lowalign.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _mean_and_std(source: str) -> tuple[float, float]:
+    known = _meta(source).get("reward", {})
+    mean, std = known.get("mean"), known.get("std")
+    if mean is None or std is None or not std > 0:
+        raise UserError(
+            f"{source} does not tell the mean and spread of its scores, without which it cannot be one of several "
+            "rewards; train it with held-out rows (`lowalign reward … --data.eval-rows 100`), or use it alone"
+        )
+    return mean, std
+
+
+def _check_template(source: str, chat: Chat) -> None:
+    file = locate(source) / "chat_template.jinja"
+    if file.exists() and file.read_text(encoding="utf-8") != chat.template:
+        raise UserError(
+            f"{source} was trained with another chat template than what it is to score; train both with the same one "
+            "(--data.template)"
+        )

@@ -1,0 +1,204 @@
+"""DPO and its kin: packed against separate rows with a plain loss, for pairs and rankings and every kind of adapter."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowalign import Example
+from lowalign.data.pack import micro_batches
+from lowalign.errors import UserError
+from lowalign.methods.dpo import DPO
+from lowalign.methods.kto import KTO, labels, mismatched
+from lowalign.training import DPOLossConfig
+from tests.methods.made import apart, gradient, host_with, rankings, relative
+from tests.tiny import tiny_folder
+
+KINDS = ["lora", "prompt", "prefix"]
+LOSSES = {
+    "sigmoid": {},
+    "cdpo": {"loss": "sigmoid", "label_smoothing": 0.1},
+    "robust": {"loss": "sigmoid", "label_smoothing": 0.1, "robust": True},
+    "hinge": {"loss": "hinge"},
+    "ipo": {"loss": "ipo"},
+    "simpo": {"loss": "simpo", "beta": 2.0},
+    "orpo": {"loss": "orpo"},
+    "rpo": {"loss": "sigmoid", "sft": 0.7},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def row_logps(host, stack, e) -> list[torch.Tensor]:
+    """For each completion, its supervised tokens' log-probs by the model's own logits, a row at a time."""
+    found = []
+    for i, row in enumerate(apart(e)):
+        with host.use(*stack):
+            (logps,) = host.logprobs([row])[0]
+        found.append(logps[torch.tensor(e.mask(i))])
+    return found
+
+
+def plain_pair(name: str, c: DPOLossConfig, w, l, ref_w, ref_l):  # noqa: E741
+    """The loss of one pair, from the log-probs of its tokens."""
+    h = (w.sum() - ref_w.sum()) - (l.sum() - ref_l.sum())
+    up, down = -F.logsigmoid(c.beta * h), -F.logsigmoid(-c.beta * h)
+    odds = lambda t: t.mean() - torch.log(1 - t.mean().exp())  # noqa: E731
+    match name:
+        case "sigmoid" | "rpo":
+            return up
+        case "cdpo":
+            return 0.9 * up + 0.1 * down
+        case "robust":
+            return (0.9 * up - 0.1 * down) / 0.8
+        case "hinge":
+            return torch.clamp(1 - c.beta * h, min=0)
+        case "ipo":
+            return ((w.mean() - ref_w.mean()) - (l.mean() - ref_l.mean()) - 1 / (2 * c.beta)) ** 2
+        case "simpo":
+            return -F.logsigmoid(c.beta * (w.mean() - l.mean()) - c.gamma)
+        case "orpo":
+            return -c.beta * F.logsigmoid(odds(w) - odds(l))
+
+
+def plain_loss(host, name, config, examples) -> torch.Tensor:
+    total = 0.0
+    for e in examples:
+        pi = row_logps(host, ("policy",), e)
+        with torch.no_grad():
+            ref = row_logps(host, (), e)
+        k = range(len(pi))
+        each = [plain_pair(name, config, pi[i], pi[j], ref[i], ref[j]) for i in k for j in k if e.rank[i] < e.rank[j]]
+        nll = -pi[e.rank.index(0)].mean()
+        total = total + torch.stack(each).mean() + {"rpo": 0.7, "orpo": 1.0}.get(name, 0.0) * nll
+    return total / len(examples)
+
+
+def test_the_rows_are_the_models_own(folder):
+    """The yardstick of these tests, against full logits without any of our kernels."""
+    host, (e,) = host_with(folder), rankings((2,))
+    with host.use("policy"), torch.no_grad():
+        logits = host.base.model(torch.tensor([e.prompt + e.completions[0]])).logits[0].log_softmax(-1)
+        n = len(e.completions[0])
+        want = logits[-n - 1 : -1].gather(1, torch.tensor(e.completions[0])[:, None])[:, 0]
+        torch.testing.assert_close(row_logps(host, ("policy",), e)[0], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, "lora") for n in LOSSES] + [("sigmoid", "prompt"), ("sigmoid", "prefix")]
+)
+def test_packed_equals_separate_rows(folder, name, kind):
+    config = DPOLossConfig(**({"loss": "sigmoid"} | LOSSES[name]))
+    host, examples = host_with(folder, kind, noise=0.05), rankings((2, 4, 2), masked=True)
+    want = plain_loss(host, name, config, examples)
+    want.backward()
+    want_gradient = gradient(host)
+    host.training("on")
+    method = DPO(host, examples, ("policy",), (), config, len(examples), 0)
+    totals = method.totals(examples)
+    for budget in (10_000, 60):  # however the step is cut
+        parts = [method.loss(group, totals)[0] for group in micro_batches(examples, budget)]
+        sum(parts).backward()
+        assert abs(sum(parts) - want) <= 1e-5 * abs(want)
+        assert relative(gradient(host), want_gradient) <= 1e-5
+    host.training(None)
+
+
+def test_known_reference_values_are_used(folder):
+    host, examples = host_with(folder), rankings((2, 2))
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 2, 0)
+    computed, _ = method.loss(examples, method.totals(examples))
+    with torch.no_grad():
+        for e in examples:
+            e.reference = [t.sum().item() for t in row_logps(host, (), e)]
+    known, _ = method.loss(examples, method.totals(examples))
+    torch.testing.assert_close(known, computed, rtol=1e-5, atol=1e-6)
+    for e in examples:
+        e.reference = [x + 3.0 * (r == 0) for x, r in zip(e.reference, e.rank, strict=True)]
+    moved, metrics = method.loss(examples, method.totals(examples))
+    assert moved > known and metrics["rewards/chosen"] < 0
+
+
+def test_a_fresh_lora_begins_at_ln_2(folder):
+    host, examples = host_with(folder, noise=0.0), rankings((2, 2, 4))
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 3, 0)
+    loss, metrics = method.loss(examples, method.totals(examples))
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0  # the very same forward: no rounding either
+
+
+def test_the_reference_may_be_another_adapter(folder):
+    host, examples = host_with(folder), rankings((2,))
+    against_base = DPO(host, examples, ("policy",), (), DPOLossConfig(), 1, 0)
+    against_itself = DPO(host, examples, ("policy",), ("policy",), DPOLossConfig(), 1, 0)
+    assert against_itself.loss(examples, {"rankings": 1, "pairs": 1})[0].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert abs(against_base.loss(examples, {"rankings": 1, "pairs": 1})[0].item() - math.log(2)) > 1e-3
+
+
+def thumbs() -> list[Example]:
+    examples = [Example(e.prompt, [e.completions[0]], label=bool(i % 2)) for i, e in enumerate(rankings((2, 2, 2, 2)))]
+    return [*examples, *rankings((2,), seed=9)]  # a pair counts as a thumb up and one down
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kto(folder, kind):
+    host, examples = host_with(folder, kind, noise=0.05), thumbs()
+    config = DPOLossConfig(loss="kto", beta=0.5, desirable=1.5, undesirable=0.5)
+    ratio = lambda e, i: row_logps(host, ("policy",), e)[i].sum() - row_logps(host, (), e)[i].sum().detach()  # noqa: E731
+    with torch.no_grad():
+        others = [
+            Example(a.prompt, [b.completions[0]]) for a, b in zip(examples, examples[1:] + examples[:1], strict=True)
+        ]
+        z0 = max(0.0, sum(ratio(e, 0) for e in others).item() / len(others))
+    total = 0.0
+    for e in examples:
+        for i in range(len(e.completions)):
+            up = e.label if e.rank is None else e.rank[i] == 0
+            lead = 0.5 * (ratio(e, i) - z0)
+            total = total + (1.5 * (1 - torch.sigmoid(lead)) if up else 0.5 * (1 - torch.sigmoid(-lead)))
+    want = total / 6
+    want.backward()
+    want_gradient = gradient(host)
+    method = KTO(host, examples, ("policy",), (), config, len(examples), 0, token_budget=40)
+    host.training("on")
+    totals = method.totals(examples)
+    assert totals["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-6)
+    parts = [method.loss(group, totals) for group in micro_batches(examples, 60)]
+    sum(loss for loss, _ in parts).backward()
+    host.training(None)
+    assert abs(sum(loss for loss, _ in parts) - want) <= 1e-5 * want
+    assert relative(gradient(host), want_gradient) <= 1e-5
+    assert sum(float(m["kl"]) for _, m in parts) == pytest.approx(z0, rel=1e-4, abs=1e-6)
+
+
+def test_kto_labels_and_mismatches():
+    assert labels(thumbs())[:4] == [False, True, False, True]
+    pair = rankings((2,), seed=9)[0]
+    assert labels([pair]) == [rank == 0 for rank in pair.rank]
+    a, b = thumbs()[:2]
+    assert [(m.prompt, m.completions) for m in mismatched([a, b])] == [
+        (a.prompt, b.completions),
+        (b.prompt, a.completions),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "--dpo.beta is 0.0; it must be above 0"),
+        ({"label_smoothing": 0.5}, "--dpo.label-smoothing is 0.5; it must be at least 0 and below 0.5"),
+        (
+            {"loss": "ipo", "label_smoothing": 0.1},
+            "--dpo.label-smoothing and --dpo.robust belong to --dpo.loss sigmoid, not ipo",
+        ),
+        ({"loss": "kto", "sft": 1.0}, "--dpo.sft needs pairs, which --dpo.loss kto does without"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(UserError) as error:
+        DPOLossConfig(**options)
+    assert str(error.value) == message

@@ -1,0 +1,219 @@
+"""`lowalign reward` and `lowalign dpo` end to end: what they write, reference values on disk, killing and resuming, real rows."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowalign import Base, Example, Host
+from lowalign.cli import main
+from lowalign.data.cache import cache_folder
+from lowalign.model.start import load_stack
+from tests.tiny import tiny_folder
+
+KINDS = ["lora", "prompt", "prefix"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "what",
+    "is",
+    "capital",
+    "of",
+    "france",
+    "paris",
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder, pairs, rankings and thumbs."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_folder(folder / "model", "llama")
+    rng = random.Random(0)
+    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))  # noqa: E731
+    asked = lambda: [{"role": "user", "content": text()}]  # noqa: E731
+    said = lambda: [{"role": "assistant", "content": text()}]  # noqa: E731
+    rows = {
+        "pairs": [{"prompt": asked(), "chosen": said(), "rejected": said()} for _ in range(24)],
+        "rankings": [{"prompt": asked(), "completions": [said() for _ in range(4)]} for _ in range(16)],
+        "thumbs": [{"prompt": asked(), "completion": said(), "label": i % 3 == 0} for i in range(24)],
+        "sft": [{"messages": asked() + said()} for _ in range(16)],
+    }
+    for name, made in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))
+
+
+def flags(world, verb, out, *more, data="pairs", kind="lora", steps=4) -> list[str]:
+    return [
+        verb, f"{kind}/{verb}", "--model", f"{world}/model", "--data", f"{world}/{data}.jsonl", "--out", str(out),
+        "--train.steps", str(steps), "--train.save-every", "2", "--train.batch-size", "4", "--data.eval-rows", "4",
+        "--data.no-cache", *more,
+    ]  # fmt: skip
+
+
+def lines(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(out) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def refused(capsys, arguments) -> str:
+    assert main(arguments) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_run_tells_what_its_scores_are_worth(world, tmp_path, kind):
+    out = tmp_path / "run"
+    assert main(flags(world, "reward", out, data="rankings", kind=kind)) == 0
+    meta = json.loads((out / "adapter" / "lowalign.json").read_text())
+    assert meta["method"] == "reward" and meta["reward"]["pairs"] == 4 * 6
+    host = Host(Base.load(world / "model", device="cpu", quiet=True))
+    stack = load_stack(host, "judge", str(out))
+    report = json.loads((out / "data_report.json").read_text())
+    assert report["train"]["used"] == 16
+    with torch.no_grad(), host.use(*stack):
+        assert host.scores([Example([5], [[6], [7]])], "judge")[0].shape == (2,)
+
+
+def test_a_reward_on_an_sft_run_carries_it_along(world, tmp_path):
+    sft = flags(world, "sft", tmp_path / "sft", data="sft")
+    assert main(sft) == 0
+    assert main(flags(world, "reward", tmp_path / "reward", "--init", str(tmp_path / "sft"))) == 0
+    host = Host(Base.load(world / "model", device="cpu", quiet=True))
+    stack = load_stack(host, "judge", str(tmp_path / "reward"))
+    assert len(stack) == 2 and host.has_head("judge") and not host.has_head(stack[0])
+
+
+def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, capsys):
+    assert main(flags(world, "dpo", tmp_path / "a")) == 0
+    said = capsys.readouterr().err
+    assert "the LORA starts as its reference: log-probs equal on 4 examples" in said
+    assert "the reference's log-probs of 20 examples are computed once" in said
+    first = lines(tmp_path / "a")[0]
+    assert first["eval/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["eval/rewards/margins"] == 0
+    # Another run on the same rows finds them, and they are the same run.
+    assert main(flags(world, "dpo", tmp_path / "b")) == 0
+    said = capsys.readouterr().err
+    assert "the reference's log-probs of 20 examples are known" in said
+    assert "kept and computed anew differ by at most 0.0e+00" in said  # the packs of the first pass are the same
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    # Without the cache they come from the same packs, as long as this is the first pass.
+    assert main(flags(world, "dpo", tmp_path / "c", "--reference-cache", "off")) == 0
+    assert digest(tmp_path / "c") == digest(tmp_path / "a")
+
+
+def test_another_reference_is_another_file(world, tmp_path, capsys):
+    assert main(flags(world, "sft", tmp_path / "sft", data="sft")) == 0
+    stacked = ["--init", str(tmp_path / "sft")]
+    assert main(flags(world, "dpo", tmp_path / "a", *stacked)) == 0
+    assert main(flags(world, "dpo", tmp_path / "b", *stacked, "--reference", "base")) == 0
+    capsys.readouterr()
+    assert len(list(cache_folder().glob("reference-*"))) == 4  # rows and held-out rows, twice
+    assert main(flags(world, "dpo", tmp_path / "c", *stacked, "--reference", str(tmp_path / "sft"))) == 0
+    assert "are known" in capsys.readouterr().err  # by its weights, whatever its name
+    assert digest(tmp_path / "c") == digest(tmp_path / "a") != digest(tmp_path / "b")
+    assert lines(tmp_path / "a")[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert abs(lines(tmp_path / "b")[0]["eval/loss"] - math.log(2)) > 1e-5
+
+
+def test_reference_values_of_a_cut_off_computation_are_used(world, tmp_path, capsys):
+    assert main(flags(world, "dpo", tmp_path / "a")) == 0
+    (whole,) = (f for f in cache_folder().glob("reference-*") if len(load_file(f)["logps"]) == 40)
+    from safetensors.torch import save_file
+
+    values = load_file(whole)["logps"]
+    values[10:] = math.nan
+    save_file({"logps": values}, whole)
+    capsys.readouterr()
+    assert main(flags(world, "dpo", tmp_path / "b")) == 0
+    assert "of 15 examples are computed once" in capsys.readouterr().err
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_fresh_soft_prompt_tells_its_divergence(world, tmp_path, kind, capsys):
+    assert main(flags(world, "dpo", tmp_path / "a", kind=kind)) == 0
+    assert "the fresh soft prompt starts at a divergence of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["thumbs", "pairs"])
+def test_kto_runs_on_thumbs_and_on_pairs(world, tmp_path, data):
+    assert main(flags(world, "dpo", tmp_path / "a", "--dpo.loss", "kto", data=data)) == 0
+    first = lines(tmp_path / "a")[0]
+    assert first["eval/loss"] == pytest.approx(0.5, rel=1e-6) and first["eval/kl"] == 0  # the policy is its reference
+
+
+KILLED = [("dpo", "pairs", []), ("reward", "rankings", []), ("dpo", "thumbs", ["--dpo.loss", "kto"])]
+
+
+@pytest.mark.parametrize(("verb", "data", "more"), KILLED)
+def test_killed_and_resumed_is_the_same_run(world, tmp_path, verb, data, more):
+    assert main(flags(world, verb, tmp_path / "straight", *more, data=data)) == 0
+    command = [sys.executable, "-m", "lowalign", *flags(world, verb, tmp_path / "killed", *more, data=data)]
+    killed = os.environ | {"OMP_NUM_THREADS": "1", "LOWALIGN_KILL_AT": "metrics-line:3"}
+    assert subprocess.run(command, env=killed, capture_output=True).returncode < 0
+    assert main(flags(world, verb, tmp_path / "killed", *more, "--resume", data=data)) == 0
+    assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
+
+
+def test_held_wrong(world, tmp_path, capsys):
+    said = refused(capsys, flags(world, "dpo", tmp_path / "a", "--adapter.dropout", "0.1"))
+    assert "--adapter.dropout is 0.1: with dropout the policy is not its reference at the start" in said
+    said = refused(capsys, flags(world, "dpo", tmp_path / "b", data="thumbs"))
+    assert (
+        "24 rows, the first" in said and "thumbs.jsonl:1, have a label and no rival: they need --dpo.loss kto" in said
+    )
+    said = refused(capsys, flags(world, "reward", tmp_path / "c", data="thumbs"))
+    assert "a reward model learns from comparisons" in said
+    said = refused(capsys, flags(world, "dpo", tmp_path / "d", "--dpo.loss", "kto", "--train.batch-size", "1"))
+    assert "--train.batch-size 2 or more" in said
+    said = refused(capsys, flags(world, "reward", tmp_path / "e", data="sft"))
+    assert "sft.jsonl:1" in said and "lowalign sft" in said
+
+
+FILES = {"dpo_en_demo.json": 16, "v1_dpo_demo.jsonl": 10}
+LEARNING_RATE = {"lora": "2e-3", "prompt": "3e-2", "prefix": "1e-2"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("verb", ["reward", "dpo"])
+def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, capsys):
+    """Accuracy and margins on the rows themselves rise: all of them are in every step."""
+    out, rows = tmp_path / "run", FILES[file]
+    arguments = [
+        verb, f"{kind}/{verb}", "--model", str(small_base), "--data", str(shared / "data" / file), "--out", str(out),
+        "--train.steps", "8", "--train.batch-size", str(rows), "--train.learning-rate", LEARNING_RATE[kind],
+        "--train.checkpointing", "off", "--data.max-length", "64", "--data.limit", str(rows), "--train.schedule", "constant",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    log = lines(out)
+    first, last = log[0], log[-1]
+    assert last["rewards/margins"] > first["rewards/margins"] and last["loss"] < first["loss"]
+    assert last["rewards/accuracies"] >= max(0.6, first["rewards/accuracies"])
+    if verb == "dpo" and kind == "lora":
+        assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["rewards/margins"] == 0
+    if verb == "dpo" and kind != "lora":
+        assert "starts at a divergence of" in capsys.readouterr().err
