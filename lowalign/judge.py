@@ -20,7 +20,7 @@ from lowalign.data.answers import Answers, Text, as_text, read_answers
 from lowalign.data.cache import write_whole
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
-from lowalign.data.turns import RowError
+from lowalign.data.turns import Message, RowError
 from lowalign.errors import UserError
 from lowalign.methods.judge import JudgePrompt, choice, describe, log_odds, summary, verdict, winner
 from lowalign.model.base import Base
@@ -222,10 +222,8 @@ def _write(out: Path, pairs: Sequence[Pair], lines: Sequence[dict]) -> None:
     say(f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}")
 
 
-def _preference(prompt: Text, chosen: Text, rejected: Text) -> dict[str, Text]:
-    """A row of pairs, in the form of its prompt: texts, or messages throughout."""
-    if not isinstance(prompt, str):
-        chosen, rejected = (
-            [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in (chosen, rejected)
-        )
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def _preference(prompt: Text, chosen: Text, rejected: Text) -> dict[str, list[Message]]:
+    """A row of pairs, all messages: what was judged as a turn of a chat is learnt as one."""
+    turns = lambda text, role: [{"role": role, "content": text}] if isinstance(text, str) else text  # noqa: E731
+    answers = {"chosen": turns(chosen, "assistant"), "rejected": turns(rejected, "assistant")}
+    return {"prompt": turns(prompt, "user"), **answers}

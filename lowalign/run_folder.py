@@ -1,21 +1,30 @@
-"""A run folder of work whose result is a file of lines: what it was started with, and what is done already.
+"""A run's folder: what it was started with, what is done already, and what it leaves.
 
 OUT/recipe.yaml   the whole configuration
-OUT/inputs.json   a fingerprint of what the configuration names, so that it is known when a file was changed
+OUT/inputs.json   where the result is a file of lines: a fingerprint of what the configuration names, so that it is known
+                  when a file was changed
+OUT/adapter       where an adapter is trained: the adapter
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowalign import recipe
 from lowalign.data.cache import write_whole
+from lowalign.data.chat import Chat
 from lowalign.errors import UserError
+from lowalign.model.host import Host
+from lowalign.train import checkpoint
 from lowalign.train.durable import sync
+from lowalign.train.engine import Result
+from lowalign.train.track import say
+from lowalign.training import RunConfig
 
 
 class Journal:
@@ -85,3 +94,69 @@ def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
             )
     write_whole(recipe_file, recipe.dump(replace(config, resume=False)).encode())
     write_whole(inputs_file, (json.dumps(prints, indent=2) + "\n").encode())
+
+
+def write_recipe(config: RunConfig) -> None:
+    """Write OUT/recipe.yaml, or compare with the one a resumed run was started with."""
+    file = config.out / "recipe.yaml"
+    if config.resume and file.exists() and checkpoint.steps(config.out):
+        changed = recipe.diff(recipe.parse(type(config), [], file), config)
+        if changed:
+            listed = "\n  ".join(changed)
+            raise UserError(f"--resume goes on with the run in {config.out}, but these options differ from its recipe.yaml:\n  {listed}\n"
+                            "Give the same options, or start anew in another --out")  # fmt: skip
+    elif checkpoint.steps(config.out):
+        raise UserError(
+            f"{config.out} holds checkpoints of an earlier run: go on with --resume, or choose another --out"
+        )
+    file.write_text(recipe.dump(replace(config, resume=False)))
+
+
+def save_adapter(
+    host: Host,
+    policy: tuple[str, ...],
+    chat: Chat,
+    config: RunConfig,
+    result: Result,
+    method: str,
+    more: dict[str, Any],
+) -> None:
+    """OUT/adapter: what the run was for."""
+    told = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
+    host.save(
+        policy[-1],
+        config.out / "adapter",
+        parents=policy[:-1],
+        files={"chat_template.jinja": chat.template},
+        **more,
+        method=method,
+        step=result.step,
+        metrics=told,
+        recipe=recipe.dump(_without_paths(replace(config, model=host.base.identity.name))),
+    )
+    say(f"the adapter is in {config.out / 'adapter'}")
+
+
+def _without_paths(config: Any) -> Any:
+    """The recipe as it may be published with the adapter: names of files, but not where they lie on this machine."""
+    changed = {}
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            changed[name] = _without_paths(value)
+        elif isinstance(value, tuple):
+            changed[name] = tuple(map(_name, value))
+        else:
+            changed[name] = _name(value)
+    return replace(config, **changed)
+
+
+def _name(value: Any) -> Any:
+    """The last part of a path of this machine, in a WEIGHT*FILE:NAME too; a Hub id stays as it is."""
+    if isinstance(value, Path):
+        return Path(value.name)
+    if not isinstance(value, str):
+        return value
+    weight, star, source = value.rpartition("*")
+    path, colon, function = source.partition(".py:")
+    here = Path(path + (".py" if colon else "")).expanduser()
+    return weight + star + here.name + (f":{function}" if colon else "") if here.exists() else value

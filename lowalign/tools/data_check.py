@@ -4,10 +4,12 @@ import os
 import re
 import sys
 from dataclasses import replace
+from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.config import DataConfig, PreferenceConfig
+from lowalign.commands import AnyDataConfig
+from lowalign.config import PreferenceShape
 from lowalign.data.chat import load_chat
 from lowalign.data.dataset import SFT_READING, Reading, list_bad, read_examples
 from lowalign.data.pack import Example
@@ -20,7 +22,7 @@ HEAD, TAIL = 800, 300  # characters shown of a long stretch
 PEEKED = 100  # rows of each file that decide whether they are preferences
 
 
-def check(config: DataConfig, model: str, revision: str | None = None, rows: int = 3) -> int:
+def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3) -> int:
     """Print what was recognised in config.files, lengths, drops and duplicates, and the first `rows` Examples with their
     supervised tokens marked. Returns the number of bad rows.
 
@@ -29,8 +31,6 @@ def check(config: DataConfig, model: str, revision: str | None = None, rows: int
     tokenizer = load_tokenizer(model, revision)
     chat = load_chat(tokenizer, config.template)
     reading = _reading(config)
-    if reading is PREFERENCE_READING:
-        config = PreferenceConfig(**vars(config))
     config = replace(config, on_error="skip")
     dataset = read_examples(config.files, chat, config, tokenizer=tokenizer, reading=reading)
     print("\n".join(describe(dataset.report)))
@@ -52,10 +52,10 @@ def check(config: DataConfig, model: str, revision: str | None = None, rows: int
     return len(dataset.bad)
 
 
-def _reading(config: DataConfig) -> Reading:
+def _reading(config: AnyDataConfig) -> Reading:
     """What the first rows of the files look like; rows that could be both are preferences."""
     if config.shape != "auto":
-        return SFT_READING
+        return PREFERENCE_READING if config.shape in get_args(PreferenceShape) else SFT_READING
     rows = [row for name in config.files for row in read_rows(name, min(PEEKED, config.limit or PEEKED))]
     likeness = lambda reading: sum(reading.shapes.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
     return max(PREFERENCE_READING, SFT_READING, key=likeness)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.config import DataConfig
+from lowalign.commands import AnyDataConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
 from lowalign.tools.data_check import check, show
@@ -21,7 +21,7 @@ def test_check_prints_rows_with_what_is_learnt(
     talk = [{"role": "user", "content": "hi\x1b[2J"}, {"role": "assistant", "content": "ho"}] * 2
     rows = [{"messages": talk}, {"messages": talk}, {"mesages": talk}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert check(DataConfig(files=(str(file),)), str(tmp_path / "model"), rows=1) == 1
+    assert check(AnyDataConfig(files=(str(file),)), str(tmp_path / "model"), rows=1) == 1
     lines = capsys.readouterr().out.split("\n")
     assert lines[0] == f"{file}: 3 rows (2 messages), 2 used"
     assert "  end of turn in loss: 4/4" in lines and "  1 of 3 rows repeat an earlier one" in lines
@@ -49,7 +49,7 @@ def test_check_recognises_preferences(
 
     def shown(rows: list[dict]) -> str:
         file.write_text("\n".join(map(json.dumps, rows)))
-        check(DataConfig(files=(str(file),)), str(tmp_path / "model"))
+        check(AnyDataConfig(files=(str(file),)), str(tmp_path / "model"))
         return capsys.readouterr().out
 
     out = shown(rows)
@@ -73,4 +73,4 @@ def test_colour_and_long_rows() -> None:
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is not a folder"):
-        check(DataConfig(files=("a.jsonl",)), str(tmp_path / "nothing"))
+        check(AnyDataConfig(files=("a.jsonl",)), str(tmp_path / "nothing"))

@@ -162,12 +162,13 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
     write(Path(config.data[0]), rows)
     config = replace(config, margin=0.3, max_length=200)
     assert judge(config) == 0
-    good, bad = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+    asked = [{"role": "user", "content": "p"}]  # what was judged as a turn of a chat is to be learnt as one
+    good, bad, vain = ([{"role": "assistant", "content": text}] for text in ("good", "bad", "vain"))
     assert read(config.out / "pairs.jsonl") == [
-        {"prompt": "p", "chosen": "good", "rejected": "bad"},
-        {"prompt": "p", "chosen": "vain", "rejected": "good"},
-        {"prompt": "p", "chosen": "good", "rejected": "bad"},  # bad against the other good
-        {"prompt": "p", "chosen": "vain", "rejected": "good"},
+        {"prompt": asked, "chosen": good, "rejected": bad},
+        {"prompt": asked, "chosen": vain, "rejected": good},
+        {"prompt": asked, "chosen": good, "rejected": bad},  # bad against the other good
+        {"prompt": asked, "chosen": vain, "rejected": good},
         {"prompt": messages, "chosen": good, "rejected": bad},
     ]
     where = config.data[0]
@@ -305,9 +306,11 @@ def test_a_function_judges(config, tmp_path, capsys):
     assert (tmp_path / "worth.py.asked").read_text() == "aa\nb\ncc\n"
     lines = read(out / "verdicts.jsonl")
     assert [(x["verdict"], x.get("scores")) for x in lines[:2]] == [("b", [-4.0, -2.0]), ("tie", [-4.0, -4.0])]
+    turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+    asked = [{"role": "user", "content": "p"}]
     assert read(out / "pairs.jsonl") == [
-        {"prompt": "p", "chosen": "b", "rejected": "aa"},
-        {"prompt": "p", "chosen": "b", "rejected": "cc"},
+        {"prompt": asked, "chosen": turn("b"), "rejected": turn("aa")},
+        {"prompt": asked, "chosen": turn("b"), "rejected": turn("cc")},
     ]
     said = capsys.readouterr().err
     assert "3 of 6 pairs judged: 2 with a winner, 1 ties\n3 pairs skipped: an answer is empty" in said
