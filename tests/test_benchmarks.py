@@ -1,10 +1,12 @@
-"""The benchmark of one card, in its tiny form on the CPU: the same code, so that it runs when there is a card."""
+"""The benchmarks in their tiny form on the CPU: the same code, so that it runs when there is a card, or time."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,3 +27,19 @@ def test_gpu_benchmark_in_its_tiny_form(tmp_path):
         # LoRA r 16 on 14 layers of 64 and 128; 20 embeddings of 64; 20 keys and values of 2 heads of 16 in 2 layers.
         shapes = {"lora": 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192), "prompt": 20 * 64, "prefix": 20 * 2 * 2 * 32}
         assert case["trained_weights"] == shapes[adapter]
+
+
+@pytest.mark.parametrize("case, loss", [("dpo", 0.693147), ("reward4", 0.693147)])
+def test_peers_in_their_tiny_form(tmp_path, case, loss):
+    out = tmp_path / "tiny.json"
+    command = [sys.executable, ROOT / "benchmarks" / "peers.py", "--tiny", "--case", case, "--allocator", "glibc"]
+    subprocess.run([*command, "--pairs", "2", "--out", out], check=True, capture_output=True, timeout=300)
+    (result,) = json.loads(out.read_text())["results"]
+    peers = {"plain", "plain-cached"} if case == "dpo" else {"plain"}
+    assert result["contestants"].keys() == peers | {"lowalign"}
+    assert result["fastest_peer"] in peers and result["to_fastest_peer"] > 0
+    for contestant in result["contestants"].values():
+        assert contestant["cpu_seconds"] > 0 and contestant["peak_mb"] > contestant["rss_before_mb"] / 2
+        assert abs(contestant["first_loss"] - loss) < 0.1  # ln 2: nothing is learned yet
+        # The same model, rows and steps in 16 bit, padded or packed.
+        assert contestant["largest_loss_difference"] < 0.01

@@ -1,0 +1,189 @@
+"""lowalign beside trl and beside plain transformers + peft: CPU seconds of a training step, peak memory, and the loss.
+
+    python benchmarks/peers.py --case all --pairs 10 --out peers.json          # about 20 minutes; needs lowalign[bench]
+    python benchmarks/peers.py --tiny --pairs 2 --out tiny.json                # lowalign and plain only, in a minute
+
+One case at a time, each contestant in a process of its own (contestants.py says what each does), one thread. They
+take turns: in each round everyone trains one step on the same rows, and the ratio is taken within the round, so that
+what else the machine does falls on all alike. Time is the process's CPU seconds, with everything between two steps. The
+first rounds are warm-up. Model: a random Llama with hidden size 512, 8 layers and a vocabulary of 32000 in NF4 with double
+quantization; LoRA of rank 16 on all linear layers but the head.
+
+allocator glibc: as the system has it. tuned: memory is never given back to the system (MALLOC_ settings below), without
+which page faults take a large part of every contestant's time on the CPU.
+The peers' attention is transformers' eager one, on the CPU faster than its default sdpa (10 to 20 % of a step measured, the
+backward of the flash kernel being slow there); --attention sdpa has the default.
+The ratio to quote is the one to the fastest peer: "to_fastest_peer".
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+from cases import CASES, SHAPES, Settings, make_model
+
+CONTESTANTS = Path(__file__).with_name("contestants.py")
+NAMES = ("lowalign", "trl", "plain", "plain-cached")
+ALLOCATORS = {
+    "glibc": {},
+    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"},
+}
+
+
+class Contestant:
+    """A process that trains one step whenever it is told to."""
+
+    def __init__(self, name: str, case: str, shape: str, folder: Path, rounds: int, settings: Settings, allocator: str) -> None:  # fmt: skip
+        self.name, self.log, self.steps = name, folder / f"{name}.log", []
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "LD_PRELOAD"}
+        environment |= ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, CONTESTANTS, name, case, shape, folder / "model", str(rounds), *astuple(settings)]
+        with self.log.open("w") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
+
+    def ready(self) -> None:
+        """Wait until it has loaded."""
+        self.start = self._answer()
+        assert self.start["threads"] == 1
+
+    def step(self) -> None:
+        """Let it train one step, and wait for it."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self._answer())
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} has ended:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--pairs", type=int, default=10, help="rounds that count")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count")
+    parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both")
+    parser.add_argument(
+        "--checkpointing", choices=["on", "off"], default="off", help="recompute activations, all of them"
+    )
+    parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager", help="of the peers")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows, without trl")
+    options = parser.parse_args()
+    shape = "tiny" if options.tiny else "full"
+    report = {
+        "machine": machine(),
+        "versions": versions(),
+        "model": SHAPES[shape],
+        "checkpointing": options.checkpointing,
+        "attention_of_peers": options.attention,
+    }
+    report |= {"allocators": ALLOCATORS, "results": []}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder, "model"), shape)
+        for case in CASES if options.case == "all" else [options.case]:
+            for allocator in ALLOCATORS if options.allocator == "both" else [options.allocator]:
+                result = compare(case, shape, Path(folder), options, allocator)
+                report["results"].append(result)
+                print("\n".join(describe(result)), flush=True)
+                options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, allocator: str) -> dict:
+    """All contestants on one case, in turns."""
+    names = [n for n in NAMES if not (n == "trl" and options.tiny) and not (n == "plain-cached" and case != "dpo")]
+    rounds, settings = options.warmup + options.pairs, Settings(options.checkpointing, options.attention)
+    running = []
+    try:
+        for name in names:
+            running.append(Contestant(name, case, shape, folder, rounds, settings, allocator))
+        for contestant in running:
+            contestant.ready()
+        for r in range(rounds):
+            first = r % len(running)  # nobody always comes first
+            for contestant in running[first:] + running[:first]:
+                contestant.step()
+    finally:
+        for contestant in running:
+            contestant.stop()
+    return {"case": case, "allocator": allocator} | summary(running, options.warmup)
+
+
+def summary(contestants: list[Contestant], warmup: int) -> dict:
+    """What each took, and the ratios to lowalign within the rounds."""
+    ours, found = contestants[0], {}
+    for c in contestants:
+        counted = c.steps[warmup:]
+        cpu = [s["cpu"] for s in counted]
+        found[c.name] = {
+            "cpu_seconds": round(statistics.median(cpu), 3),
+            "fastest": round(min(cpu), 3),
+            "rss_before_mb": c.start["rss"],
+            "peak_mb": max(s["peak"] for s in c.steps),
+            "first_loss": c.steps[0]["loss"],
+            "mean_loss": statistics.mean(s["loss"] for s in c.steps),
+            "largest_loss_difference": max(
+                abs(a["loss"] - b["loss"]) for a, b in zip(c.steps, ours.steps, strict=True)
+            ),
+        }
+        if c is not ours:
+            ratios = [a["cpu"] / b["cpu"] for a, b in zip(counted, ours.steps[warmup:], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            found[c.name] |= {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
+    fastest = min((n for n in found if n != ours.name), key=lambda n: found[n]["ratio"])
+    return {"fastest_peer": fastest, "to_fastest_peer": found[fastest]["ratio"], "contestants": found}
+
+
+def describe(result: dict) -> list[str]:
+    """A table for people."""
+    lines = [f"{result['case']}, allocator {result['allocator']}: {result['to_fastest_peer']:.2f} times the fastest peer ({result['fastest_peer']})"]  # fmt: skip
+    for name, c in result["contestants"].items():
+        ratio = (
+            f"{c['ratio']:5.2f} ({c['ratio_quartiles'][0]:.2f}-{c['ratio_quartiles'][1]:.2f})" if "ratio" in c else ""
+        )
+        lines.append(
+            f"  {name:13}{c['cpu_seconds']:8.3f} CPU s/step, peak {c['peak_mb']:5} MB, first loss {c['first_loss']:.6f}, "
+            f"mean {c['mean_loss']:.6f} (off by at most {c['largest_loss_difference']:.1e}) {ratio}"
+        )
+    return lines
+
+
+def machine() -> dict:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())  # fmt: skip
+    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "libc": " ".join(platform.libc_ver())}
+
+
+def versions() -> dict:
+    found = {}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "trl"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - started:.0f} s")
