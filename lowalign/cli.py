@@ -9,15 +9,14 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from lowalign import __version__, recipe
-from lowalign.commands import BestOfNConfig, GenerateConfig, JudgeConfig, ScoreConfig
-from lowalign.config import DataConfig
+from lowalign.commands import BestOfNConfig, DataCheckConfig, GenerateConfig, JudgeConfig, ScoreConfig
 from lowalign.errors import UserError
-from lowalign.training import DPOConfig, RewardConfig, SFTConfig
+from lowalign.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 HELP = """\
 usage: lowalign VERB …
@@ -26,6 +25,8 @@ train
   sft [RECIPE] --model M --data FILE… --out DIR    supervised fine-tuning; RECIPE is a YAML file or a name: lora/sft
   reward [RECIPE] --model M --data FILE… --out DIR reward model: a scalar head learns from preferences
   dpo [RECIPE] --model M --data FILE… --out DIR    DPO, IPO, KTO, SimPO, ORPO …: the policy learns from preferences
+  ppo [RECIPE] --model M --reward SPEC … --data FILE… --out DIR
+                                                   PPO: sample, score, learn; four roles on one base
   best-of-n [RECIPE] --model M --reward SPEC … --data FILE… --out DIR
                                                    sample, score, keep the best; --rounds R --train learns from them
 
@@ -46,6 +47,15 @@ demo                                               a whole run in a tiny world, 
 `lowalign VERB --help` lists the options of a verb. --version prints the version.
 """
 RECIPES_USAGE = "usage: lowalign recipes list | show NAME | copy NAME [DEST]"
+RUNS = {
+    "sft": ("lowalign.run", "sft", SFTConfig),
+    "reward": ("lowalign.run", "reward", RewardConfig),
+    "dpo": ("lowalign.run", "dpo", DPOConfig),
+    "ppo": ("lowalign.ppo", "ppo", PPOConfig),
+    "best-of-n": ("lowalign.best_of_n", "best_of_n", BestOfNConfig),
+}
+"""Verbs that take a recipe: the module and the function that does the work, and its options."""
+OTHERS = ("data", "recipes", "generate", "score", "judge", "demo", "doctor")
 DATA_USAGE = "usage: lowalign data check FILE… --model M"
 
 
@@ -78,8 +88,8 @@ def _dispatch(argv: list[str]) -> int:
             print(HELP, end="")
         case ["--version"]:
             print(f"lowalign {__version__}")
-        case ["sft" | "reward" | "dpo" as verb, *rest]:
-            return _train(verb, rest)
+        case [verb, *rest] if verb in RUNS:
+            return _run(verb, rest)
         case ["data", "check", *rest]:
             return _data_check(rest)
         case ["data", *_]:
@@ -88,8 +98,6 @@ def _dispatch(argv: list[str]) -> int:
             return _recipes(rest)
         case ["generate", *rest]:
             return _generate(rest)
-        case ["best-of-n", *rest]:
-            return _best_of_n(rest)
         case ["score", *rest]:
             return _score(rest)
         case ["judge", *rest]:
@@ -105,53 +113,25 @@ def _dispatch(argv: list[str]) -> int:
         case ["demo" | "doctor" as verb, *_]:
             return _usage(f"usage: lowalign {verb}", argv)
         case [word, *_]:
-            near = difflib.get_close_matches(
-                word,
-                [
-                    "sft",
-                    "reward",
-                    "dpo",
-                    "data",
-                    "recipes",
-                    "best-of-n",
-                    "generate",
-                    "score",
-                    "judge",
-                    "demo",
-                    "doctor",
-                ],
-                n=1,
-            )
+            near = difflib.get_close_matches(word, [*RUNS, *OTHERS], n=1)
             raise UserError(f"there is no verb {word}{f'; did you mean {near[0]}?' if near else ''}\n\n{HELP}")
     return 0
 
 
-def _train(verb: str, rest: list[str]) -> int:
+def _run(verb: str, rest: list[str]) -> int:
+    """A verb that takes a recipe."""
+    module, function, kind = RUNS[verb]
     words, flags = _split(rest)
     if len(words) > 1:
         raise UserError(f"{verb} takes one RECIPE, found {' '.join(words)} (data files are given as --data FILE…)")
     path = recipe.find(words[0]) if words else None
-    kind = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[verb]
     config = recipe.parse(kind, flags, path, prog=f"lowalign {verb} [RECIPE]")
-    return getattr(import_module("lowalign.run"), verb)(config)
-
-
-@dataclass(frozen=True)
-class DataCheck:
-    """Show what is recognised in files of rows: their shape, lengths, drops, and a few rows with what is supervised."""
-
-    model: str
-    """The base whose tokenizer and chat template are used: a folder or a Hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    rows: int = 3
-    """Examples shown with their supervised tokens marked."""
-    data: DataConfig = field(default_factory=DataConfig)
+    return getattr(import_module(module), function)(config)
 
 
 def _data_check(rest: list[str]) -> int:
     words, flags = _split(rest)
-    config = recipe.parse(DataCheck, flags, prog="lowalign data check FILE…")
+    config = recipe.parse(DataCheckConfig, flags, prog="lowalign data check FILE…")
     files = (*words, *config.data.files)
     if not files:
         raise UserError(f"no FILE to check\n{DATA_USAGE}")
@@ -183,16 +163,6 @@ def _generate(flags: list[str]) -> int:
     from lowalign.generate import generate
 
     return generate(config)
-
-
-def _best_of_n(rest: list[str]) -> int:
-    words, flags = _split(rest)
-    if len(words) > 1:
-        raise UserError(f"best-of-n takes one RECIPE, found {' '.join(words)} (prompts are given as --data FILE…)")
-    config = recipe.parse(BestOfNConfig, flags, recipe.find(words[0]) if words else None, "lowalign best-of-n [RECIPE]")
-    from lowalign.best_of_n import best_of_n
-
-    return best_of_n(config)
 
 
 def _score(flags: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lowalign.config import AdapterConfig, BaseConfig, Sampling, TrainConfig
+from lowalign.config import AdapterConfig, BaseConfig, PreferenceConfig, PreferenceShape, Sampling, Shape, TrainConfig
 from lowalign.errors import UserError
 
 
@@ -161,3 +161,24 @@ class ScoreConfig:
     allow_base_mismatch: bool = False
     """Use the adapter even if it was trained on another base."""
     base: BaseConfig = field(default_factory=BaseConfig)
+
+
+@dataclass(frozen=True)
+class AnyDataConfig(PreferenceConfig):
+    """The rows to look at, of sft or of preferences."""
+
+    shape: Shape | PreferenceShape = "auto"
+    """The shape of the rows; auto tells it from their columns."""
+
+
+@dataclass(frozen=True)
+class DataCheckConfig:
+    """Show what is recognised in files of rows: their shape, lengths, drops, and a few rows with what is supervised."""
+
+    model: str
+    """The base whose tokenizer and chat template are used: a folder or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    rows: int = 3
+    """Examples shown with their supervised tokens marked."""
+    data: AnyDataConfig = field(default_factory=AnyDataConfig)

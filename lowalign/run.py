@@ -12,14 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lowalign import recipe
-from lowalign.config import DataConfig, TrainConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import Dataset, load_examples, split_heldout
 from lowalign.data.pack import Example, micro_batches
@@ -35,8 +32,9 @@ from lowalign.model.files import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.start import check_start, load_stack, start_policy
 from lowalign.reference import fill
+from lowalign.run_folder import save_adapter, write_recipe
 from lowalign.train import checkpoint
-from lowalign.train.engine import Result, train
+from lowalign.train.engine import train
 from lowalign.train.method import Method
 from lowalign.train.signals import Interrupted, StopSignals
 from lowalign.train.track import say
@@ -45,16 +43,17 @@ from lowalign.training import DPOConfig, RewardConfig, RunConfig, SFTConfig
 QUALITY_ROWS = 1024  # rankings that a finished reward model is judged on
 
 Stack = tuple[str, ...]
+Read = Callable[[PreTrainedTokenizerBase, Chat], tuple[list, list]]
 
 
 def sft(config: SFTConfig, base: Base | None = None) -> int:
     """Run `lowalign sft`; `base` is one that is loaded already. Returns the exit code."""
 
     def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> SFT:
-        _check_start(host, stack, reference, rows, config)
+        say_start(host, stack, reference, rows, config)
         return SFT(host, rows, stack, config.train.batch_size, config.train.seed)
 
-    return _run(config, "sft", load_examples, start, base)
+    return run(config, "sft", partial(read_rows, config, load_examples), start, base)
 
 
 def reward(config: RewardConfig, base: Base | None = None) -> int:
@@ -73,7 +72,7 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         ties = config.data.ties == "keep"
         return Reward(host, rows, stack, config.reward, config.train.batch_size, config.train.seed, ties)
 
-    return _run(config, "reward", load, start, base, finish=_reward_quality)
+    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_reward_quality)
 
 
 def dpo(config: DPOConfig, base: Base | None = None) -> int:
@@ -87,9 +86,8 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
         return data
 
     def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> DPO | KTO:
-        _check_start(host, stack, reference, rows, config)
-        if config.reference != "start":
-            reference = () if config.reference == "base" else load_stack(host, "reference", config.reference, config.allow_base_mismatch)  # fmt: skip
+        say_start(host, stack, reference, rows, config)
+        reference = reference_stack(host, config.reference, reference, config.allow_base_mismatch)
         if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
             with StopSignals() as stop:
                 for part in (rows, heldout):
@@ -100,26 +98,35 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
             )
         return DPO(host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed)
 
-    return _run(config, "dpo", load, start, base)
+    return run(config, "dpo", partial(read_rows, config, load), start, base)
 
 
-def _run(
+def run(
     config: RunConfig,
     name: str,
-    load: Callable[..., Dataset],
-    start: Callable[..., Method],
+    read: Read,
+    start: Callable[[Host, list, list, Stack, Stack], Method],
     base: Base | None,
-    finish: Callable[..., dict] | None = None,
+    *,
+    steps: Callable[[int], int] | None = None,
+    finish: Callable[[Host, Stack, list, Any], dict] = lambda *_: {},
 ) -> int:
-    """What all methods share. load: files to Examples. start: the method on the host, before the first step. finish: what
-    its adapter's lowalign.json is to say besides."""
+    """What all methods share. Returns the exit code.
+
+    read: from tokenizer and template to the rows to train on and those held out. start: (host, rows, heldout, policy,
+    reference) -> the method, before the first step. steps: how many for that many rows, where epochs do not tell. finish:
+    (host, policy, rows, config) -> what the adapter's lowalign.json is to say besides.
+    """
     with checkpoint.lock(config.out):
-        _write_recipe(config)
+        write_recipe(config)
         # The rows first: what is wrong with them should not cost the loading of a 7B model.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data.template)
-        rows, heldout = _data(load, config.data, chat, tokenizer, config.out, config.train.seed)
-        host = Host(base or _load(config))
+        rows, heldout = read(tokenizer, chat)
+        settings = config.base
+        host = Host(
+            base or Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
+        )
         policy, reference = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
         )
@@ -128,76 +135,55 @@ def _run(
         except Interrupted as stopped:
             say(f"stopped by {stopped.signal.name} before the first step; go on with the same command")
             return 128 + stopped.signal
-        settings = replace(config.train, steps=_steps(config.train, len(rows)))
-        result = train(host, method, settings, config.out, heldout=heldout, resume=config.resume)
+        count = steps(len(rows)) if steps else math.ceil(config.train.epochs * len(rows) / config.train.batch_size)
+        loop = replace(config.train, steps=config.train.steps or max(1, count))
+        result = train(host, method, loop, config.out, heldout=heldout, resume=config.resume)
         if result.stopped_by is not None:
             say(
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        more = finish(host, policy, heldout or rows, config) if finish else {}
-        _save_adapter(host, policy, chat, config, result, name, more)
+        save_adapter(host, policy, chat, config, result, name, finish(host, policy, heldout or rows, config))
         for adapter in tuple(host.configs):
             host.delete(adapter)
     return 0
 
 
-def _check_start(host: Host, policy: Stack, reference: Stack, rows: list[Example], config: RunConfig) -> None:
+def reference_stack(host: Host, named: str, started: Stack, allow_base_mismatch: bool) -> Stack:
+    """The adapters that are the reference: what the policy started from, none (the bare base), or a run's."""
+    if named == "start":
+        return started
+    return () if named == "base" else load_stack(host, "reference", named, allow_base_mismatch)
+
+
+def say_start(host: Host, policy: Stack, reference: Stack, rows: list[Example], config: RunConfig) -> None:
+    """At the beginning of a run, not where it goes on: check and tell how the policy stands to what it started from."""
     if not checkpoint.steps(config.out):
         say(check_start(host, policy, reference, rows))
 
 
-def _load(config: RunConfig) -> Base:
-    base = config.base
-    return Base.load(config.model, base.quantization, base.revision, base.dtype, base.device)
-
-
-def _write_recipe(config: RunConfig) -> None:
-    """Write OUT/recipe.yaml, or compare with the one a resumed run was started with."""
-    file = config.out / "recipe.yaml"
-    if config.resume and file.exists() and checkpoint.steps(config.out):
-        changed = recipe.diff(recipe.parse(type(config), [], file), config)
-        if changed:
-            listed = "\n  ".join(changed)
-            raise UserError(f"--resume goes on with the run in {config.out}, but these options differ from its recipe.yaml:\n  {listed}\n"
-                            "Give the same options, or start anew in another --out")  # fmt: skip
-    elif checkpoint.steps(config.out):
-        raise UserError(
-            f"{config.out} holds checkpoints of an earlier run: go on with --resume, or choose another --out"
-        )
-    file.write_text(recipe.dump(replace(config, resume=False)))
-
-
-def _data(
-    load: Callable[..., Dataset],
-    config: DataConfig,
-    chat: Chat,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    seed: int,
+def read_rows(
+    config: RunConfig, load: Callable[..., Dataset], tokenizer: PreTrainedTokenizerBase, chat: Chat
 ) -> tuple[list[Example], list[Example]]:
-    """-> the examples to train on, and those held out; OUT/data_report.json is written."""
-    if not config.files:
+    """-> the examples to train on, and those held out; OUT/data_report.json is written. load: files to a Dataset."""
+    options, out = config.data, config.out
+    if not options.files:
         raise UserError("no data: give --data FILE…")
     for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # an earlier attempt's
         (out / name).unlink(missing_ok=True)
-    read = partial(load, chat=chat, config=config, tokenizer=tokenizer)
-    data = read(config.files, rejected=out / "rejected.jsonl")
+    read = partial(load, chat=chat, config=options, tokenizer=tokenizer)
+    data = read(options.files, rejected=out / "rejected.jsonl")
     report = {"train": data.report}
-    if config.eval:
-        held = read(config.eval, heldout=True, rejected=out / "rejected_eval.jsonl")
+    if options.eval:
+        held = read(options.eval, heldout=True, rejected=out / "rejected_eval.jsonl")
         report["eval"] = held.report
         rows, heldout = data.examples, held.examples
     else:
-        rows, heldout = split_heldout(data.examples, config.eval_rows, seed)
+        rows, heldout = split_heldout(data.examples, options.eval_rows, config.train.seed)
     for part in report.values():
         say("\n".join(describe(part)))
     (out / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     return rows, heldout
-
-
-def _steps(config: TrainConfig, rows: int) -> int:
-    return config.steps if config.steps is not None else max(1, math.ceil(config.epochs * rows / config.batch_size))
 
 
 def _reward_quality(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
@@ -217,37 +203,3 @@ def _refuse_labels(examples: Sequence[Example], instead: str) -> None:
     lone = [e for e in examples if e.rank is None]
     if lone:
         raise UserError(f"{len(lone):,} rows, the first {lone[0].source}, have a label and no rival: {instead}")
-
-
-def _save_adapter(
-    host: Host, policy: Stack, chat: Chat, config: RunConfig, result: Result, method: str, more: dict[str, Any]
-) -> None:
-    """OUT/adapter: what the run was for."""
-    told = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
-    host.save(
-        policy[-1],
-        config.out / "adapter",
-        parents=policy[:-1],
-        files={"chat_template.jinja": chat.template},
-        **more,
-        method=method,
-        step=result.step,
-        metrics=told,
-        recipe=recipe.dump(_without_paths(config, host.base.identity.name)),
-    )
-    say(f"the adapter is in {config.out / 'adapter'}")
-
-
-def _without_paths(config: RunConfig, base: str) -> RunConfig:
-    """The recipe as it may be published with the adapter: names of files, but not where they lie on this machine."""
-    name = lambda path: Path(path).name if Path(path).exists() else str(path)  # noqa: E731  a Hub id stays as it is
-    data = config.data
-    files = {"files": tuple(map(name, data.files)), "eval": tuple(map(name, data.eval))}
-    template = data.template and Path(data.template.name)
-    return replace(
-        config,
-        model=base,
-        out=Path(config.out.name),
-        init=config.init and name(config.init),
-        data=replace(data, **files, template=template),
-    )

@@ -128,6 +128,7 @@ def save_adapter(
         config.out / "adapter",
         parents=policy[:-1],
         files={"chat_template.jinja": chat.template},
+        head=method == "reward",  # a value function's head has done its work
         **more,
         method=method,
         step=result.step,

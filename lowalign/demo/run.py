@@ -1,38 +1,41 @@
-"""`lowalign demo`: align a base of a tiny world and measure what each stage gained, by the world's own exact score."""
+"""`lowalign demo`: align a base of a tiny world and measure what each stage gained, by the world's own exact score.
+
+base → SFT → reward model → best-of-n → DPO, PPO, all on one 4-bit base that is loaded once.
+"""
 
 import json
+import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from lowalign.config import AdapterConfig, DataConfig, Sampling, SFTConfig, TrainConfig
+from lowalign.best_of_n import best_of_n
+from lowalign.commands import BestOfNConfig
+from lowalign.config import AdapterConfig, DataConfig, PreferenceConfig, TrainConfig
 from lowalign.data.chat import Chat
 from lowalign.demo import world
+from lowalign.demo.measure import ASKED, DRAW, Measured, measure
 from lowalign.model.base import Base
-from lowalign.model.host import Host
-from lowalign.model.start import load_stack
-from lowalign.run import sft
+from lowalign.ppo import ppo
+from lowalign.run import dpo, reward, sft
+from lowalign.training import (
+    DPOConfig,
+    DPOLossConfig,
+    PPOConfig,
+    PPOLossConfig,
+    RewardConfig,
+    RolloutConfig,
+    SFTConfig,
+    ValueConfig,
+)
 
 BASE = Path(__file__).parent / "base"
-ASKED = 128  # held-out instructions a stage is measured on
-SHOWN = 3
-DRAW = Sampling(max_new_tokens=96, temperature=1.0, seed=1, max_rows=128)
-
-
-@dataclass
-class Stage:
-    """How the answers of one stage did on held-out instructions: means of the parts of the world's score, 0 to 1."""
-
-    name: str
-    place: float
-    stopped: float
-    cheerful: float
-    total: float
-    answers: list[str]
+BEST_OF = 8
+LORA = AdapterConfig(r=16, alpha=32)
 
 
 def main() -> int:
@@ -42,72 +45,172 @@ def main() -> int:
     out = Path(tempfile.mkdtemp(prefix="lowalign-demo-"))
     base = Base.load(BASE)
     chat = Chat(base.tokenizer)
-    stages = [measure("base", base, chat, ())]
+    stages = [measure("base", base, chat, None)]
     show(stages[-1])
 
-    data = out / "sft.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in world.sft_rows(1600, seed=0)))
-    held_out = out / "held_out.jsonl"
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in world.sft_rows(64, seed=0, split="held_out")))
-    config = SFTConfig(
-        model=str(BASE),
-        out=out / "sft",
-        data=DataConfig(files=(str(data),), eval=(str(held_out),), cache=False),
-        adapter=AdapterConfig(r=16, alpha=32),
-        train=TrainConfig(steps=100, batch_size=16, learning_rate=5e-3, checkpointing="off", log_every=20),
-    )
-    print("\nSFT: a LoRA on the 4-bit base learns to follow instructions and to stop", file=sys.stderr)
-    if code := sft(config, base):
+    say("SFT: a LoRA on the 4-bit base learns to follow instructions and to stop")
+    if code := sft(sft_config(out), base):
         return code
-    stages.append(measure("sft", base, chat, (str(out / "sft"),)))
+    stages.append(measure("sft", base, chat, str(out / "sft")))
     show(stages[-1])
-    table(stages, losses(out / "sft"), out, time.perf_counter() - started)
+
+    say(
+        "reward model: a second LoRA, on the frozen first, learns from rankings A > B > C > D which card is the better one"
+    )
+    if code := reward(reward_config(out), base):
+        return code
+    name = f"best-of-{BEST_OF}"
+    stages.append(measure(name, base, chat, str(out / "sft"), n=BEST_OF, judge=str(out / "reward")))
+    stages[-1].kl = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+
+    say(f"best-of-{BEST_OF}: the SFT policy answers training instructions, and the reward model ranks its answers")
+    if code := best_of_n(best_of_n_config(out), base):
+        return code
+    say("DPO: a third LoRA, on the frozen first, learns from those rankings")
+    if code := dpo(dpo_config(out), base):
+        return code
+    stages.append(measure("dpo", base, chat, str(out / "dpo"), reference=str(out / "sft")))
+    show(stages[-1])
+
+    say("PPO: a fourth LoRA, on the frozen first, learns from what it samples and the reward model scores")
+    if code := ppo(ppo_config(out), base):
+        return code
+    stages.append(measure("ppo", base, chat, str(out / "ppo"), reference=str(out / "sft")))
+    show(stages[-1])
+
+    table(stages, out)
+    print(f"\n{time.perf_counter() - started:.0f} s; everything that was written is in {out}")
     return 0
 
 
-def measure(name: str, base: Base, chat: Chat, adapters: tuple[str, ...]) -> Stage:
-    """Sample an answer to each held-out instruction under these adapters, and score it."""
-    host = Host(base)
-    stack = [n for i, a in enumerate(adapters) for n in load_stack(host, f"{name}-{i}", a)]
-    asked = world.prompts(ASKED, seed=0, split="held_out")
-    with host.use(*stack):
-        found = host.generate([chat.prompt_ids(messages) for messages in asked], sampling=DRAW)
-    for n in stack:
-        host.delete(n)
-    answers = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in found]
-    scores = [world.score(m, text, c.stopped) for m, text, (c,) in zip(asked, answers, found, strict=True)]
-    means = {key: sum(getattr(s, key) for s in scores) / ASKED for key in ("place", "stopped", "cheerful", "total")}
-    shown = [f"{m[0]['content']}\n{indent(text)}" for m, text in zip(asked, answers, strict=True)]
-    return Stage(name, **means, answers=shown[:SHOWN])
+def sft_config(out: Path) -> SFTConfig:
+    """Answers in every mood."""
+    return SFTConfig(
+        model=str(BASE),
+        out=out / "sft",
+        data=DataConfig(
+            files=(write(out / "sft.jsonl", world.sft_rows(1600, seed=0)),),
+            eval=(write(out / "sft_held_out.jsonl", world.sft_rows(64, seed=0, split="held_out")),),
+            cache=False,
+        ),
+        adapter=LORA,
+        train=TrainConfig(steps=100, batch_size=16, learning_rate=5e-3, checkpointing="off", log_every=20),
+    )
 
 
-def show(stage: Stage) -> None:
+def reward_config(out: Path) -> RewardConfig:
+    """Four answers to each instruction, best first."""
+    return RewardConfig(
+        model=str(BASE),
+        out=out / "reward",
+        data=PreferenceConfig(
+            files=(write(out / "rankings.jsonl", world.ranking_rows(960, seed=0)),),
+            eval=(write(out / "rankings_held_out.jsonl", world.ranking_rows(64, seed=0, split="held_out")),),
+            cache=False,
+        ),
+        adapter=LORA,
+        train=TrainConfig(steps=80, batch_size=12, learning_rate=2e-3, checkpointing="off", log_every=20),
+        init=str(out / "sft"),
+    )
+
+
+def best_of_n_config(out: Path) -> BestOfNConfig:
+    """Instructions alone."""
+    rows = ({"prompt": messages} for messages in world.prompts(384, seed=3))
+    return BestOfNConfig(
+        model=str(BASE),
+        out=out / "best-of-n",
+        data=(write(out / "prompts.jsonl", rows),),
+        adapter=(str(out / "sft"),),
+        reward=(str(out / "reward"),),
+        n=BEST_OF,
+        sampling=DRAW,
+    )
+
+
+def dpo_config(out: Path) -> DPOConfig:
+    """The best against the worst of the policy's own answers."""
+    return DPOConfig(
+        model=str(BASE),
+        out=out / "dpo",
+        data=PreferenceConfig(files=(str(out / "best-of-n" / "pairs.jsonl"),), eval_rows=32, cache=False),
+        adapter=LORA,
+        train=TrainConfig(steps=60, batch_size=16, learning_rate=1.5e-3, checkpointing="off", log_every=10),
+        init=str(out / "sft"),
+        dpo=DPOLossConfig(beta=0.3, sft=0.5),
+        reference_cache="off",
+    )
+
+
+def ppo_config(out: Path) -> PPOConfig:
+    """Ten rounds of 32 instructions with 4 answers each; policy, reference, value and reward on the one base."""
+    rows = ({"prompt": messages} for messages in world.prompts(1024, seed=5))
+    return PPOConfig(
+        model=str(BASE),
+        out=out / "ppo",
+        data=DataConfig(files=(write(out / "ppo_prompts.jsonl", rows),), cache=False),
+        adapter=LORA,
+        train=TrainConfig(
+            steps=40,
+            batch_size=16,
+            learning_rate=2e-3,
+            schedule="constant",
+            checkpointing="off",
+            log_every=4,
+        ),
+        init=str(out / "sft"),
+        reward=(str(out / "reward"),),
+        sampling=DRAW,
+        rollout=RolloutConfig(prompts=32, samples=4, normalise="running"),
+        ppo=PPOLossConfig(epochs=2, kl=0.15),
+        value=ValueConfig(adapter=LORA, learning_rate=3.0),
+    )
+
+
+def write(file: Path, rows: Iterable[dict]) -> str:
+    """Write rows as JSONL -> the file's name."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def say(text: str) -> None:
+    """What comes next."""
+    print(f"\n{text}", file=sys.stderr)
+
+
+def show(stage: Measured) -> None:
     """Some answers, as they are."""
     print(f"\n--- what the {stage.name} answers")
     for answer in stage.answers:
         print(answer)
 
 
-def indent(text: str, width: int = 160) -> str:
-    """An answer under its question, cut when it is long."""
-    text = text if len(text) <= width else text[:width] + " …"
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def losses(run: Path) -> tuple[float, float]:
+def heldout_losses(run: Path) -> tuple[float, float]:
     """Held-out loss before the first and after the last step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line["eval/loss"] for line in lines if "eval/loss" in line]
     return found[0], found[-1]
 
 
-def table(stages: list[Stage], loss: tuple[float, float], out: Path, seconds: float) -> None:
+def table(stages: list[Measured], out: Path) -> None:
     """What each stage gained."""
-    print(f"\nmeans over {ASKED} instructions about places and in words that no training row has")
-    print(f"{'':8}{'held-out loss':>14}{'names the place':>17}{'stops in time':>15}{'cheerful':>10}{'score':>8}")
-    for stage, value in zip(stages, loss, strict=True):
+    before, after = heldout_losses(out / "sft")
+    judged = json.loads((out / "reward" / "adapter" / "lowalign.json").read_text())["reward"]
+    print(f"\nSFT, held-out loss: {before:.3f} -> {after:.3f}")
+    print(f"reward model, held-out rankings: {judged['accuracy']:.1%} of {judged['pairs']} pairs the right way round")
+    print(
+        f"\nmeans over {ASKED} instructions about places and in words that no training row has, by the rules of the world"
+    )
+    print(
+        f"{'':12}{'names the place':>16}{'stops in time':>15}{'cheerful':>10}{'reward':>8}{'wins over sft':>18}{'KL to sft':>11}"
+    )
+    sft_stage = next(stage for stage in stages if stage.name == "sft")
+    for stage in stages:
+        rate, half = stage.against(sft_stage)
+        wins = "" if stage is sft_stage else f"{rate:.0%} ± {half:.0%}"
+        bound = "≤ " if stage.name.startswith("best-of") else ""  # log n - (n-1)/n, whatever the reward
+        kl = "" if stage.kl is None else f"{bound}{stage.kl:.1f} nats"
         print(
-            f"{stage.name:8}{value:>14.3f}{stage.place:>17.0%}{stage.stopped:>15.0%}"
-            f"{stage.cheerful:>10.2f}{stage.total:>8.2f}"
+            f"{stage.name:12}{stage.mean('place'):>16.0%}{stage.mean('stopped'):>15.0%}"
+            f"{stage.mean('cheerful'):>10.2f}{stage.mean('total'):>8.2f}{wins:>18}{kl:>11}"
         )
-    print(f"\n{seconds:.0f} s; everything that was written is in {out}")

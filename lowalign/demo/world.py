@@ -47,6 +47,10 @@ HELD_OUT_PHRASINGS = (
 """Ways to ask that no training prompt uses."""
 
 MIN_SENTENCES, MAX_SENTENCES = 3, 6
+FLAWS = ("none", "none", "none", "repeated", "long")
+"""What is wrong with an answer in a ranking besides its mood; they all name the place, as an SFT policy does."""
+MIN_GAP = 0.05
+"""What the scores of two answers in a ranking differ by at least: people rank what they can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ def sft_rows(n: int, seed: int, split: Split = "train") -> list[dict[str, Messag
 def ranking_rows(n: int, seed: int, split: Split = "train") -> list[dict[str, list]]:
     """`n` rows {"prompt": messages, "completions": [A, B, C, D]}, where score(A) > score(B) > score(C) > score(D).
 
-    The totals of one row differ by at least 0.02. About half of the answers have a flaw besides their mood: another
-    place, a repeated sentence, or too many sentences.
+    The totals of one row differ by at least `MIN_GAP`. Two in five answers have a flaw besides their mood: a repeated
+    sentence, or too many sentences.
     """
     rng = random.Random(f"ranking {split} {seed}")
     return [{"prompt": messages, "completions": _ranked(rng, messages)} for messages in prompts(n, seed, split)]
@@ -141,12 +145,14 @@ def _ranked(rng: random.Random, messages: Messages) -> list[str]:
     place = asked_place(messages)
     totals: dict[str, float] = {}
     while len(totals) < 4:
-        flaw = rng.choice(("none", "none", "none", "place", "repeated", "long"))
-        text = postcard(rng, rng.choice(PLACES) if flaw == "place" else place, 9 if flaw == "long" else None)
+        flaw = rng.choice(FLAWS)
+        text = postcard(rng, place, 9 if flaw == "long" else None)
         if flaw == "repeated":
             greeting, body, closing = text.split("\n")
             text = "\n".join((greeting, body + " " + _sentences(body)[-1], closing))
         total = score(messages, text, stopped=True).total
-        if all(abs(total - other) >= 0.02 for other in totals.values()):
+        if all(abs(total - other) >= MIN_GAP for other in totals.values()):
             totals[text] = total
+        elif rng.random() < 0.05:  # what there is may leave no room for a fourth
+            totals.clear()
     return sorted(totals, key=totals.__getitem__, reverse=True)

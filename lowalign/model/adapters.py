@@ -86,6 +86,8 @@ class Adapters:
         folder = adapter_files.locate(folder_or_hub_id)
         adapter, meta = adapter_files.read(folder)
         config, tensors = adapter.config, adapter.tensors
+        if isinstance(config, LoraConfig):
+            config.lora_dropout = 0.0  # noise of another training; policy and reference would differ by it
         if not allow_base_mismatch:
             adapter_files.check_base(folder, meta, self.base.identity)
         if isinstance(config, PrefixTuningConfig):
@@ -114,14 +116,15 @@ class Adapters:
         *,
         parents: Sequence[str] = (),
         files: dict[str, str] | None = None,
+        head: bool = True,
         **meta: object,
     ) -> None:
         """Write the adapter as a folder that stock peft loads bit for bit.
 
-        parents: adapters it was trained on top of; they are written inside. files: texts to write beside it. meta: more
-        entries of its lowalign.json.
+        parents: adapters it was trained on top of; they are written inside. files: texts to write beside it. head: False
+        leaves its scalar head out. meta: more entries of its lowalign.json.
         """
-        wanted = [self._as_file(n) for n in (name, *parents)]
+        wanted = [self._as_file(name, head), *map(self._as_file, parents)]
         adapter_files.write(Path(folder), wanted[0], self.base.identity, wanted[1:], files or {}, meta)
 
     def delete(self, name: str) -> None:
@@ -211,7 +214,7 @@ class Adapters:
             return dict(self._encoders[name].named_parameters()) | head
         return lora.weights(self.base.model, name) | head
 
-    def _as_file(self, name: str) -> adapter_files.Adapter:
+    def _as_file(self, name: str, head: bool = True) -> adapter_files.Adapter:
         self._check((name,))
         if name in self._encoders:
             tensors = {"prompt_embeddings": soft.flattened(self._encoders[name], self.configs[name])}
@@ -219,6 +222,8 @@ class Adapters:
                 tensors[adapter_files.SOFT_PREFIX + adapter_files.HEAD] = self.weights(name)[adapter_files.HEAD]
         else:
             tensors = {adapter_files.PREFIX + key: t for key, t in self.weights(name).items()}
+        if not head:
+            tensors = {key: t for key, t in tensors.items() if not key.endswith(adapter_files.HEAD)}
         return adapter_files.Adapter(self.configs[name], tensors)
 
     def _file_names(self, name: str) -> dict[str, nn.Parameter]:

@@ -156,7 +156,7 @@ class _Run:
         self.stop.check()
         seed = (self.config.seed * 1_000_003 + self.step) % 2**63
         torch.manual_seed(seed)
-        examples = self.method.batch(self.step)
+        examples = self._batch()
         sums = self.micro_batches.gradients(examples, seed)
         norms = [torch.linalg.vector_norm(flat.master.grad) for flat in self.flats.values()]
         metrics = _numbers(sums | {"grad_norm": torch.linalg.vector_norm(torch.stack(norms))})
@@ -177,6 +177,15 @@ class _Run:
             assert_base_unchanged(self.base_checksum, self.host.base.checksum())
             self.proved = True
         return metrics | {"lr": self.config.learning_rate * factor}, sum(e.length for e in examples)
+
+    def _batch(self) -> list[Example]:
+        """The examples of the next step. Where the method cannot give them, what was done so far is saved."""
+        try:
+            return self.method.batch(self.step)
+        except UserError:
+            if self.step and self.saved != self.step:
+                self.save()
+            raise
 
     def evaluate(self, track: Track) -> None:
         """Loss and metrics of the held-out rows; the adapters are kept when they are the best so far."""

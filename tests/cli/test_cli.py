@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowalign import cli
+from lowalign.commands import AnyDataConfig
 from lowalign.config import DataConfig, TrainConfig
 from lowalign.errors import UserError
 from lowalign.training import SFTConfig
@@ -70,7 +71,7 @@ def test_generate_repeats_adapters_and_takes_one_kind_of_prompt(called, capsys):
 
 def test_data_check_takes_files_before_the_flags(called, capsys):
     assert cli.main(["data", "check", "a", "b", "--model", "m", "--data.shape", "text", "--rows", "9"]) == 0
-    assert called == [(DataConfig(files=("a", "b"), shape="text"), "m", None, 9)]
+    assert called == [(AnyDataConfig(files=("a", "b"), shape="text"), "m", None, 9)]
     assert cli.main(["data", "check", "--model", "m"]) == 1
     assert capsys.readouterr().err.startswith("lowalign: no FILE to check\n")
 

@@ -12,11 +12,11 @@ import yaml
 
 from lowalign import cli, recipe
 from lowalign.commands import BestOfNConfig
-from lowalign.training import DPOConfig, RewardConfig, SFTConfig
+from lowalign.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("adapters/**/*.yaml"))
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "best_of_n": BestOfNConfig}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig, "best_of_n": BestOfNConfig}
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "adapters/README.md", *RECIPES]
 TEXTS += sorted(ROOT.glob("examples/*.sh"))
 
@@ -113,9 +113,11 @@ def test_every_command_in_the_documentation_is_understood(path, monkeypatch, tmp
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/recipe.yaml").write_text(recipe.dump(SFTConfig("m", Path("o"))))  # as an earlier run leaves it
     work = types.SimpleNamespace()
-    for called in ("sft", "reward", "dpo", "best_of_n", "score", "judge", "generate", "main", "check", "doctor"):
+    methods = ("sft", "reward", "dpo", "ppo", "best_of_n")
+    for called in (*methods, "score", "judge", "generate", "main", "check", "doctor"):
         setattr(work, called, lambda *_: 0)
-    for module in ("run", "best_of_n", "score", "judge", "generate", "demo.run", "tools.data_check", "tools.doctor"):
+    modules = ("run", "ppo", "best_of_n", "score", "judge", "generate", "demo.run", "tools.data_check", "tools.doctor")
+    for module in modules:
         monkeypatch.setitem(sys.modules, f"lowalign.{module}", work)
     for command in commands(path):
         words = shlex.split(command.replace("$resume", "--resume"), comments=True)[1:]

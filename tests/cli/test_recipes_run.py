@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from lowalign import recipe
 from lowalign.cli import main
-from lowalign.training import SFTConfig
+from lowalign.training import PPOConfig, SFTConfig
 from tests.tiny import tiny_folder
 
-RECIPES = sorted((Path(__file__).parents[2] / "adapters").rglob("sft.yaml"))
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+RECIPES = sorted(ADAPTERS.rglob("sft.yaml"))
+PPO_RECIPES = sorted(ADAPTERS.rglob("ppo.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,33 @@ def test_two_steps(path, base, rows, tmp_path, capsys):
     assert main(["generate", *ask, "--out", str(answers)]) == 0, capsys.readouterr().err
     drawn = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [(row["prompt"], type(row["completion"])) for row in drawn] == [("Where?", str)] * 2
+
+
+@pytest.mark.parametrize("path", PPO_RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_two_rounds_of_ppo(path, base, rows, tmp_path, capsys):
+    reward, out = tmp_path / "length.py", tmp_path / "run"
+    reward.write_text("def letters(prompts, completions):\n    return [len(text) for text in completions]\n")
+    flags = ["--model", str(base), "--data", str(rows), "--reward", f"{reward}:letters", "--out", str(out)]
+    flags += ["--rollout.prompts", "2", "--rollout.samples", "2", "--train.batch-size", "1", "--ppo.epochs", "1"]
+    # Random weights end nothing of their own accord.
+    flags += ["--sampling.max-new-tokens", "6", "--rollout.missing-eos", "keep"]
+    assert main(["ppo", f"{path.parent.name}/ppo", *flags]) == 0, capsys.readouterr().err
+
+    # Three prompts, once each (epochs: 1), two at a time: two rounds of two steps.
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
+    assert recipe.parse(PPOConfig, [], out / "recipe.yaml") == recipe.parse(PPOConfig, flags, path)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in samples] == [0, 0, 1, 1]
+    assert all(line["reward"] == len(line["completion"]) for line in samples)
+
+    ids = torch.arange(5, 25)[None]
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        before = stock(ids).logits
+        after = PeftModel.from_pretrained(stock, out / "adapter")(ids).logits
+    assert not torch.equal(before, after[:, -20:])
 
 
 def test_a_changed_recipe_is_not_resumed(base, rows, tmp_path, capsys):

@@ -116,8 +116,8 @@ def test_sft_answers_are_postcards_from_the_place_in_every_mood():
 def test_rankings_are_ordered_by_the_score(split):
     for row in world.ranking_rows(200, 0, split):
         totals = [world.score(row["prompt"], text, stopped=True).total for text in row["completions"]]
-        assert len(totals) == 4
-        assert all(better >= worse + 0.02 for better, worse in itertools.pairwise(totals))
+        assert len(totals) == 4 and all(world.asked_place(row["prompt"]) in text for text in row["completions"])
+        assert all(better >= worse + world.MIN_GAP - 1e-9 for better, worse in itertools.pairwise(totals))
 
 
 def test_shipped_base_is_small_and_loads():

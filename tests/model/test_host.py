@@ -297,3 +297,30 @@ def test_parking_frees_the_card(folder, name):
     assert all(p.device.type == "cpu" for p in host.parameters(name)) and host.flat(name).master.device.type == "cpu"
     with host.use(name), torch.no_grad():
         assert torch.equal(flatten(host.logprobs(batch())), want)
+
+
+def test_a_loaded_lora_makes_no_noise_in_train_mode(folder, tmp_path):
+    """Its dropout belongs to the training that is over: a policy on it must be able to equal its reference."""
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    host = Host(Base.load(folder, quantization="none", dtype="float32", device="cpu", quiet=True))
+    host.add("noisy", config)
+    host.save("noisy", tmp_path / "noisy")
+    host.load("quiet", tmp_path / "noisy")
+    host.training("off")
+    twice = lambda: [host.logprobs([Example([5, 6], [[7, 8, 9]])])[0][0] for _ in range(2)]  # noqa: E731
+    with torch.no_grad(), host.use("noisy"):
+        assert not torch.equal(*twice())
+    with torch.no_grad(), host.use("quiet"):
+        assert torch.equal(*twice())
+    host.training(None)
+
+
+def test_a_head_can_be_left_out_of_the_folder(folder, tmp_path):
+    host = Host(Base.load(folder, quantization="none", dtype="float32", device="cpu", quiet=True))
+    host.add("policy", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    host.add_head("policy")
+    for head, task in ((True, "SEQ_CLS"), (False, "CAUSAL_LM")):
+        host.save("policy", tmp_path / task, head=head)
+        assert json.loads((tmp_path / task / "adapter_config.json").read_text())["task_type"] == task
+        host.load(task, tmp_path / task)
+        assert host.has_head(task) is head

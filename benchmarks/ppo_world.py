@@ -1,0 +1,159 @@
+"""PPO in the tiny world: what the exact reward, the KL and the pretraining loss do, over seeds and variants.
+
+    python benchmarks/ppo_world.py --out ppo_world --seeds 3 [--variants gae no-kl ptx …]
+
+Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
+and OUT/ppo_world.svg. A run takes one to two minutes; what is in runs.json already is not run again.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lowalign import Base, Host
+from lowalign.config import AdapterConfig
+from lowalign.data.chat import Chat
+from lowalign.demo import run as demo
+from lowalign.demo import world
+from lowalign.demo.measure import measure
+from lowalign.model.start import load_stack
+from lowalign.ppo import ppo
+from lowalign.run import reward, sft
+from lowalign.training import PPOConfig
+
+SOFT = {"prompt": 1e-2, "prefix": 5e-3}  # learning rates of soft prompts as policy
+VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *SOFT)
+COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
+
+
+def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
+    """The demo's PPO, changed in one thing."""
+    config = replace(config, train=replace(config.train, seed=seed), sampling=replace(config.sampling, seed=seed))
+    if name == "no-kl":
+        return replace(config, ppo=replace(config.ppo, kl=0.0))
+    if name == "ptx":
+        return replace(config, ppo=replace(config.ppo, ptx_data=(str(pages),), ptx_coef=1.0))
+    if name in ("group", "rloo"):
+        return replace(config, ppo=replace(config.ppo, advantage=name))
+    if name in SOFT:
+        train = replace(config.train, learning_rate=SOFT[name])
+        value = replace(config.value, learning_rate=6e-3 / SOFT[name])
+        return replace(config, adapter=AdapterConfig(kind=name), train=train, value=value)
+    return config
+
+
+@torch.no_grad()
+def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
+    """Loss per token on pages of the world that nothing was trained on."""
+    host = Host(base)
+    stack = load_stack(host, "policy", str(adapter))
+    pages = [chat.document(page) for page in world.pretraining_text(48, seed=99)]
+    with host.use(*stack):
+        logps = torch.cat([logp for row in host.logprobs(pages, supervised_only=True) for logp in row])
+    for name in tuple(host.configs):
+        host.delete(name)
+    return -logps.sum().item() / sum(page.supervised for page in pages)
+
+
+def one(name: str, seed: int, base: Base, chat: Chat, made: Path, out: Path) -> dict:
+    """One PPO run: its rounds, and what it is worth by the rules of the world."""
+    folder = out / f"{name}-{seed}"
+    config = variant(replace(demo.ppo_config(made), out=folder), name, seed, made / "pages.jsonl")
+    if code := ppo(replace(config, resume=folder.exists()), base):
+        raise SystemExit(code)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    start = measure("sft", base, chat, str(made / "sft"))
+    end = measure(name, base, chat, str(folder), reference=str(made / "sft"))
+    rate, half = end.against(start)
+    return {
+        "variant": name,
+        "seed": seed,
+        "reward": [line["reward"] for line in log],
+        "kl": [line["kl"] for line in log],
+        "score": end.mean("total"),
+        "sft_score": start.mean("total"),
+        "place": end.mean("place"),
+        "wins": rate,
+        "half": half,
+        "final_kl": end.kl,
+        "page_loss": page_loss(base, chat, folder),
+    }
+
+
+def plot(runs: list[dict], file: Path) -> None:
+    """Reward and KL over the rounds, a line a seed, as SVG."""
+    width, height, left = 340, 220, 50
+    parts = []
+    for k, (key, title) in enumerate((("reward", "reward (as the reward model sees it)"), ("kl", "KL to SFT, nats an answer"))):  # fmt: skip
+        shown = [r for r in runs if r["variant"] in COLOURS]
+        top, low = max(max(r[key]) for r in shown), min(min(r[key]) for r in shown)
+        x0 = left + k * (width + 2 * left)
+        parts.append(f'<text x="{x0}" y="20">{title}</text>')
+        parts.append(f'<rect x="{x0}" y="30" width="{width}" height="{height}" fill="none" stroke="#999"/>')
+        for value, y in ((top, 40), (low, 30 + height)):
+            parts.append(f'<text x="{x0 - 6}" y="{y}" text-anchor="end">{value:.1f}</text>')
+        for r in shown:
+            step = width / max(1, len(r[key]) - 1)
+            points = [
+                f"{x0 + i * step:.1f},{30 + height * (top - v) / ((top - low) or 1):.1f}" for i, v in enumerate(r[key])
+            ]
+            parts.append(f'<polyline fill="none" stroke="{COLOURS[r["variant"]]}" points="{" ".join(points)}"/>')
+        parts.append(f'<text x="{x0 + width}" y="{height + 46}" text-anchor="end">round</text>')
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<text x="{left + 90 * i}" y="{height + 66}" fill="{colour}">{name}</text>')
+    size = f'width="{2 * width + 4 * left}" height="{height + 80}"'
+    body = "\n".join(parts)
+    file.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n')  # fmt: skip
+
+
+def table(runs: list[dict], start: float) -> str:
+    """Means over the seeds, with 95 % intervals of the score where there are several."""
+    lines = [f"page loss of the SFT policy: {start:.3f}"]
+    for name in dict.fromkeys(r["variant"] for r in runs):
+        mine = [r for r in runs if r["variant"] == name]
+        mean = lambda key: sum(r[key] for r in mine) / len(mine)  # noqa: B023, E731
+        gain = [r["score"] - r["sft_score"] for r in mine]
+        centre = sum(gain) / len(gain)
+        spread = math.sqrt(sum((g - centre) ** 2 for g in gain) / max(1, len(gain) - 1))
+        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(gain), math.nan)  # Student's t, 95 %
+        lines.append(
+            f"{name:8} seeds {len(mine)}  score {mean('sft_score'):.3f} -> {mean('score'):.3f} "
+            f"(gain {centre:.3f} ± {t * spread / math.sqrt(len(gain)):.3f})  wins {mean('wins'):.0%}  "
+            f"KL {mean('final_kl'):.1f}  place {mean('place'):.0%}  page loss {mean('page_loss'):.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, and show all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    made = options.out / "made"
+    made.mkdir(parents=True, exist_ok=True)
+    base = Base.load(demo.BASE)
+    chat = Chat(base.tokenizer)
+    for train, config in ((sft, demo.sft_config(made)), (reward, demo.reward_config(made))):
+        if not (config.out / "adapter").exists():
+            train(replace(config, resume=config.out.exists()), base)
+    demo.write(made / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
+    file = options.out / "runs.json"
+    runs = json.loads(file.read_text()) if file.exists() else []
+    for seed in range(options.seeds):
+        for name in options.variants:
+            if not any((r["variant"], r["seed"]) == (name, seed) for r in runs):
+                runs.append(one(name, seed, base, chat, made, options.out))
+                file.write_text(json.dumps(runs, indent=1) + "\n")
+    plot(runs, options.out / "ppo_world.svg")
+    print(table(runs, page_loss(base, chat, made / "sft")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A round of PPO before its update: sample, score, compare with the reference, and work out the advantages.
+
+    reward of token t    r_t = -β (log π - log π_ref)(y_t) + [t is the last] (R(x, y) - penalties)     arXiv 1909.08593 eq. 2
+    gae                  A_t from r and V                                                             arXiv 1506.02438
+    group, rloo          A_t = the completion's lead over the other samples of its prompt
+
+Old log-probs, reference log-probs and values come from forwards over the very packs that the update trains on, not from
+the sampling pass, which differs by up to 0.03 in 16 bit: so the ratio is exactly 1 until the first step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowalign.data.pack import micro_batches
+from lowalign.errors import UserError
+from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
+from lowalign.methods.rollouts import Rollout, flat
+from lowalign.model.forward import Wanted
+from lowalign.model.host import Host
+from lowalign.training import PPOConfig
+
+Stack = tuple[str, ...]
+Score = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
+"""The numbers of the prompts, and for each the ids of its completions -> for each prompt its completions' rewards."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who acts in PPO: stacks of adapters on one base. value: None without a value function; its last adapter has the
+    head, and it is the policy itself where the head is shared."""
+
+    policy: Stack
+    reference: Stack
+    value: Stack | None
+
+
+def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequence[int]], number: int) -> list[Rollout]:
+    """Completions of these prompts under the policy in round `number`."""
+    n = config.rollout.samples
+    # Each time that a prompt is asked it has its own luck: in other rounds, and twice in one where there are few.
+    seeds = range(number * len(prompts), (number + 1) * len(prompts))
+    with host.use(*roles.policy):
+        found = host.generate(prompts, n, config.sampling, seeds=seeds)
+    rollouts = []
+    for prompt, completions in zip(prompts, found, strict=True):
+        learnt = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
+        masks = [[keep] * len(c.ids) for keep, c in zip(learnt, completions, strict=True)]
+        stopped = [c.stopped for c in completions]
+        rollouts.append(Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped))
+    if config.rollout.missing_eos != "keep" and not any(s for r in rollouts for s in r.stopped):
+        raise UserError(
+            f"none of the {n * len(rollouts):,} completions of this round ended within {config.sampling.max_new_tokens} tokens; "
+            "raise --sampling.max-new-tokens, start from an SFT run that ends its answers (--init), or allow it with "
+            "--rollout.missing-eos keep"
+        )
+    return rollouts
+
+
+def earn(
+    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
+) -> None:
+    """Set each completion's reward: normalised, clipped, less the penalties."""
+    c = config.rollout
+    if c.normalise == "running":
+        moments.update([x for values in raw for x in values])
+    for r, values in zip(rollouts, raw, strict=True):
+        r.rewards = []
+        for value, ids, stopped in zip(values, r.completions, r.stopped, strict=True):
+            value = value / moments.std if c.normalise == "running" else value
+            value = max(-c.reward_clip, min(c.reward_clip, value)) if c.reward_clip else value
+            value -= c.eos_penalty if c.missing_eos == "penalise" and not stopped else 0.0
+            r.rewards.append(value - c.length_penalty * len(ids))
+
+
+@torch.no_grad()
+def evaluate(
+    host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
+) -> float:
+    """Set old and reference log-probs and values, in the packs of the update. Returns the policy's mean entropy."""
+    entropy, tokens = 0.0, 0
+    shared = roles.value == roles.policy
+    for minibatch in minibatches:
+        for pack in micro_batches(minibatch, token_budget):
+            head = host.head(roles.value[-1]) if shared else None
+            with host.use(*roles.policy):
+                own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
+            with host.use(*roles.reference):
+                reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
+            values = own.values
+            if roles.value and not shared:
+                with host.use(*roles.value):
+                    wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+                    values = host.tokens(pack, wanted).values
+            for i, r in enumerate(pack):
+                r.old, r.reference_logps = own.logps[i], reference[i]
+                r.values = values[i] if values else []
+            entropy += sum(e.sum().item() for row in own.entropies for e in row)
+            tokens += sum(r.supervised for r in pack)
+    return entropy / max(1, tokens)
+
+
+def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> None:
+    """Set advantages, and with gae the returns that the value function learns."""
+    c = config.ppo
+    for r in rollouts:
+        penalty = [beta * (o - ref) for o, ref in zip(r.old, r.reference_logps, strict=True)]
+        if c.kl_in == "loss":
+            penalty = [torch.zeros_like(p) for p in penalty]
+        if c.advantage == "gae":
+            rewards = [_at_last(-p, reward) for p, reward in zip(penalty, r.rewards, strict=True)]
+            found = [gae(x, v, c.gamma, c.lam) for x, v in zip(rewards, r.values, strict=True)]
+            r.advantages, r.returns = [a for a, _ in found], [ret for _, ret in found]
+        else:
+            whole = torch.tensor(r.rewards) - torch.stack([p.sum() for p in penalty]).cpu()
+            lead = group(whole, c.group_std) if c.advantage == "group" else rloo(whole)
+            r.advantages = [torch.full_like(o, x) for o, x in zip(r.old, lead.tolist(), strict=True)]
+    if c.advantage == "gae" and c.whiten:
+        white = iter(whiten([a[torch.tensor(r.mask(i))] for r in rollouts for i, a in enumerate(r.advantages)]))
+        for r in rollouts:
+            for i, a in enumerate(r.advantages):
+                a[torch.tensor(r.mask(i))] = next(white)
+
+
+def describe(
+    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], beta: float, entropy: float
+) -> dict[str, float]:
+    """The round in numbers: what every of its steps logs."""
+    completions = [(i, r) for r in rollouts for i in range(len(r.completions))]
+    scores = [x for values in raw for x in values]
+    lengths = [len(r.completions[i]) for i, r in completions]
+    ended = sum(r.stopped[i] for i, r in completions) / len(completions)
+    learnt = [(i, r) for i, r in completions if any(r.mask(i))]  # of the others no log-prob was computed
+    kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in learnt]
+    found = {
+        "reward": sum(scores) / len(scores),
+        "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(scores),
+        "kl": sum(kl) / len(kl),
+        "kl_coef": beta,
+        "entropy": entropy,
+        "length": sum(lengths) / len(lengths),
+        "eos_share": ended,
+        "truncated_share": 1 - ended,
+    }
+    if rollouts[0].returns:
+        returns, values = flat(rollouts, "returns"), flat(rollouts, "values")
+        spread = returns.var().item() if len(returns) > 1 else 0.0
+        found["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
+    return found
+
+
+def _at_last(per_token: Tensor, reward: float) -> Tensor:
+    """The completion's reward on its last token."""
+    per_token[-1] += reward
+    return per_token

@@ -1,0 +1,83 @@
+"""One round's experience: sampled completions, what they earned, and what is learned from each of their tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowalign.data.pack import Example
+
+SIGNALS = ("old", "reference_logps", "values", "advantages", "returns")
+
+
+@dataclass
+class Rollout(Example):
+    """A prompt with its sampled completions. Every signal has a (length,) tensor for each completion.
+
+    old, reference_logps: log-probabilities under the policy that sampled, and under the reference. values: V(s_t) before
+    each token. rewards: of each completion as a whole. stopped: whether it ended by itself.
+    """
+
+    rewards: list[float] = field(default_factory=list)
+    stopped: list[bool] = field(default_factory=list)
+    old: list[Tensor] = field(default_factory=list)
+    reference_logps: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    advantages: list[Tensor] = field(default_factory=list)
+    returns: list[Tensor] = field(default_factory=list)
+
+
+def flat(rollouts: Sequence[Rollout], name: str) -> Tensor:
+    """A signal of all supervised tokens, on end: (N,)."""
+    return torch.cat([supervised(r, getattr(r, name)) for r in rollouts])
+
+
+def supervised(example: Example, per_completion: Sequence[Tensor]) -> Tensor:
+    """The supervised tokens' numbers of one Example, on end."""
+    parts = []
+    for i, values in enumerate(per_completion):
+        mask = torch.tensor(example.mask(i), device=values.device)
+        parts.append(values[mask])
+    return torch.cat(parts)
+
+
+def to_tensors(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Rollouts as tensors and plain values, for a checkpoint."""
+    ids = [t for r in rollouts for part in (r.prompt, *r.completions) for t in part]
+    sizes = [n for r in rollouts for n in (len(r.completions), len(r.prompt), *map(len, r.completions))]
+    held: dict[str, Any] = {
+        "ids": torch.tensor(ids, dtype=torch.int32),
+        "sizes": torch.tensor(sizes, dtype=torch.int32),
+        "masks": torch.tensor([m for r in rollouts for i in range(len(r.completions)) for m in r.mask(i)]),
+        "rewards": torch.tensor([x for r in rollouts for x in r.rewards], dtype=torch.float64),
+        "stopped": torch.tensor([x for r in rollouts for x in r.stopped]),
+    }
+    for name in SIGNALS:
+        if all(getattr(r, name) for r in rollouts):
+            held[name] = torch.cat([t.cpu() for r in rollouts for t in getattr(r, name)])
+    return held
+
+
+def from_tensors(held: dict[str, Any], device: torch.device) -> list[Rollout]:
+    """What to_tensors was given."""
+    ids, masks = held["ids"].tolist(), held["masks"].tolist()
+    rewards, stopped = iter(held["rewards"].tolist()), iter(held["stopped"].tolist())
+    sizes = iter(held["sizes"].tolist())
+    at = token = 0
+    rollouts = []
+    for n in sizes:
+        prompt, lengths = next(sizes), [next(sizes) for _ in range(n)]
+        own = [ids[at : at + prompt]]
+        at += prompt
+        mask, spans = [], []
+        for length in lengths:
+            own.append(ids[at : at + length])
+            mask.append(masks[token : token + length])
+            spans.append(slice(token, token + length))
+            at, token = at + length, token + length
+        signals = {name: [held[name][s].to(device) for s in spans] for name in SIGNALS if name in held}
+        outcome = {"rewards": [next(rewards) for _ in lengths], "stopped": [next(stopped) for _ in lengths]}
+        rollouts.append(Rollout(own[0], own[1:], mask, **outcome, **signals))
+    return rollouts

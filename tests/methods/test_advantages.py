@@ -1,0 +1,248 @@
+"""PPO's arithmetic: against numbers worked by hand, and against the formulas written out in fp64."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from lowalign import losses
+from lowalign.methods import experience
+from lowalign.methods.advantages import AdaptiveKL, RunningMoments, gae, group, rloo, whiten
+from lowalign.methods.rollouts import Rollout, from_tensors, to_tensors
+from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
+
+
+def config(rollout=None, **ppo) -> PPOConfig:
+    return PPOConfig(model="", out=None, rollout=RolloutConfig(**rollout or {}), ppo=PPOLossConfig(**ppo))
+
+
+def draw(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- advantages -------------------------------------------------------------------------------------------------------
+
+
+def test_gae_by_hand():
+    advantages, returns = gae(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.2, 0.4]), gamma=0.9, lam=0.8)
+    # δ = 0.9·0.2 - 0.5, 0.9·0.4 - 0.2, 1 - 0.4 = -0.32, 0.16, 0.6;  A = δ_t + 0.72 A_t+1
+    assert advantages.tolist() == pytest.approx([0.10624, 0.592, 0.6])
+    assert returns.tolist() == pytest.approx([0.60624, 0.792, 1.0])
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (0.97, 0.0), (0.97, 1.0)])
+def test_gae_is_the_double_sum(gamma, lam):
+    """A_t = Σ_l (γλ)^l δ_(t+l): no recursion."""
+    rewards, values = draw(9), draw(9, seed=1)
+    at = lambda t: values[t].item() if t < 9 else 0.0  # noqa: E731
+    delta = [rewards[t].item() + gamma * at(t + 1) - at(t) for t in range(9)]
+    want = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, 9)) for t in range(9)]
+    advantages, returns = gae(rewards, values, gamma, lam)
+    assert advantages.tolist() == pytest.approx(want, rel=1e-12)
+    assert returns.tolist() == pytest.approx([a + at(t) for t, a in enumerate(want)], rel=1e-12)
+    if lam == 1.0:  # then the returns are the discounted rewards to go, whatever the values
+        to_go = [sum(gamma ** (k - t) * rewards[k].item() for k in range(t, 9)) for t in range(9)]
+        assert returns.tolist() == pytest.approx(to_go, rel=1e-9)
+
+
+def test_whitening_is_over_all_tokens():
+    first, second = whiten([torch.tensor([1.0, 3.0]), torch.tensor([5.0])])
+    assert first.tolist() == pytest.approx([-1.0, 0.0]) and second.tolist() == pytest.approx([1.0])  # mean 3, spread 2
+    values = [draw(7) * 3 + 1, draw(2, seed=1), draw(11, seed=2)]
+    white = torch.cat(whiten(values)).tolist()
+    everything = torch.cat(values).tolist()
+    mean, spread = statistics.fmean(everything), statistics.stdev(everything)
+    assert white == pytest.approx([(v - mean) / spread for v in everything], rel=1e-7)
+    assert whiten([torch.tensor([4.0])])[0].item() == 4.0  # a single token has no spread
+
+
+def test_group():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])  # mean 1/2, variance 4 · (1/4) / 3 = 1/3
+    side = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert group(rewards).tolist() == pytest.approx([side, -side, -side, side])
+    assert group(rewards, std=False).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert group(torch.full((4,), 0.1)).tolist() == pytest.approx([0.0] * 4, abs=1e-3)  # nothing to choose between
+
+
+def test_rloo_compares_with_the_others():
+    assert rloo(torch.tensor([1.0, 0.0, 0.0])).tolist() == pytest.approx([1.0, -0.5, -0.5])
+    rewards = draw(6)
+    others = [statistics.fmean(rewards[torch.arange(6) != i].tolist()) for i in range(6)]
+    assert rloo(rewards).tolist() == pytest.approx([r - o for r, o in zip(rewards.tolist(), others, strict=True)])
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def surrogate_by_cases(ratio: float, a: float, clip: float, dual: float) -> tuple[float, float]:
+    """(loss, its derivative by log π) of one token."""
+    if a >= 0:
+        return (-ratio * a, -ratio * a) if ratio < 1 + clip else (-(1 + clip) * a, 0.0)
+    if ratio < 1 - clip:
+        return -(1 - clip) * a, 0.0
+    return (-dual * a, 0.0) if dual and ratio > dual else (-ratio * a, -ratio * a)
+
+
+@pytest.mark.parametrize("dual", [0.0, 1.5])
+def test_clipped_surrogate(dual):
+    ratios = [0.2, 0.79, 0.81, 1.0, 1.19, 1.21, 1.49, 1.51, 4.0]
+    cells = [(r, a) for r in ratios for a in (-2.0, -0.3, 0.7, 3.0)]
+    old = draw(len(cells))
+    logp = (old + torch.tensor([r for r, _ in cells], dtype=torch.float64).log()).requires_grad_()
+    advantage = torch.tensor([a for _, a in cells], dtype=torch.float64)
+    loss = losses.clipped_surrogate(logp, old, advantage, 0.2, dual)
+    loss.sum().backward()
+    want = [surrogate_by_cases(r, a, 0.2, dual) for r, a in cells]
+    assert loss.tolist() == pytest.approx([value for value, _ in want], rel=1e-12)
+    assert logp.grad.tolist() == pytest.approx([slope for _, slope in want], rel=1e-12)
+
+
+def test_clipped_value():
+    # V_old = 0, R = 1: within ±0.2 the error itself; beyond, the worse of it and of the clipped value's.
+    cases = {0.1: 0.9**2, 0.5: 0.8**2, 1.0: 0.8**2, 2.5: 1.5**2, -0.5: 1.5**2}
+    values = torch.tensor(list(cases), dtype=torch.float64, requires_grad=True)
+    zeros, ones = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    loss = losses.clipped_value(values, zeros, ones, 0.2)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.5 * e for e in cases.values()])
+    assert values.grad.tolist() == pytest.approx([-0.9, 0.0, 0.0, 1.5, -1.5])  # none where the clip holds
+    plain = losses.clipped_value(values, zeros, ones, 0.0)
+    assert plain.tolist() == pytest.approx([0.5 * (v - 1) ** 2 for v in cases])
+
+
+def test_k3_has_the_mean_and_the_least_of_a_divergence():
+    """Its mean over tokens drawn from π is KL(π ‖ π_ref), exactly; it is never negative; its slope is 1 - π_ref/π."""
+    log_p, log_q = draw(50).log_softmax(-1).requires_grad_(), draw(50, seed=1).log_softmax(-1)
+    found = losses.k3(log_p, log_q)
+    p, q = log_p.detach().exp().tolist(), log_q.exp().tolist()
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert (log_p.exp() * found).sum().item() == pytest.approx(kl, rel=1e-12)
+    assert (found >= 0).all() and losses.k3(log_p, log_p).abs().max() == 0
+    found.sum().backward()
+    assert log_p.grad.tolist() == pytest.approx([1 - b / a for a, b in zip(p, q, strict=True)])
+
+
+# -- coefficient and statistics ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kl", "beta"), [(6.6, 0.101), (9.0, 0.102), (600.0, 0.102), (6.0, 0.1), (5.4, 0.099), (0.0, 0.098), (-3.0, 0.098)]
+)
+def test_adaptive_kl(kl, beta):
+    """Target 6, 100 samples of a horizon of 1,000: a tenth of the relative error, which counts for 0.2 at most."""
+    controller = AdaptiveKL(0.1, 6.0, 1000)
+    controller.update(kl, 100)
+    assert controller.beta == pytest.approx(beta, rel=1e-12)
+
+
+def test_a_fixed_coefficient_stays():
+    controller = AdaptiveKL(0.1, None, 1000)
+    controller.update(100.0, 100)
+    assert controller.beta == 0.1
+
+
+def test_running_moments_are_those_of_all_that_was_seen():
+    moments, seen = RunningMoments(), []
+    assert moments.std == 1.0
+    for n in (5, 1, 8):
+        batch = (1e3 + draw(n, seed=n)).tolist()
+        seen += batch
+        moments = RunningMoments(moments.count, moments.mean, moments.m2)  # as a checkpoint has it
+        moments.update(batch)
+    assert moments.mean == pytest.approx(statistics.fmean(seen), rel=1e-12)
+    assert moments.std == pytest.approx(statistics.pstdev(seen), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e3])
+def test_what_never_varies_is_not_blown_up(value):
+    """The mean of equal numbers is off by their rounding; that is no spread to divide by."""
+    moments = RunningMoments()
+    for _ in range(3):
+        moments.update([value] * 7)
+    assert moments.std == 1.0
+
+
+# -- from rewards to advantages ---------------------------------------------------------------------------------------
+
+
+def rollout(lengths=(2, 3), stopped=(True, False), **signals) -> Rollout:
+    return Rollout([1, 2], [[5] * n for n in lengths], stopped=list(stopped), **signals)
+
+
+def test_what_completions_earn():
+    """Normalised, then clipped, then less what a missing end and each token cost."""
+    r, moments = rollout(), RunningMoments()
+    options = {"normalise": "running", "reward_clip": 1.5, "eos_penalty": 0.25, "length_penalty": 0.1}
+    experience.earn([r], [[4.0, 0.0]], config(options), moments)  # spread 2
+    assert r.rewards == pytest.approx([1.5 - 0.2, 0.0 - 0.25 - 0.3])
+    experience.earn([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
+    assert r.rewards == [4.0, 0.0] and moments.count == 2
+
+
+KL = {
+    "old": [torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0, -3.0])],
+    "reference_logps": [torch.tensor([-1.5, -2.0]), torch.tensor([-1.0, -2.0, -2.0])],
+}  # log π - log π_ref: 0.5, 0 and 0, 1, -1
+
+
+def test_the_divergence_is_a_reward_of_each_token():
+    """k1 with β = 0.2: rewards -0.1, 0 + 3 and 0, -0.2, 0.2 - 1; without values and discount, the sums to go."""
+    values = [torch.zeros(2), torch.zeros(3)]
+    r = rollout(rewards=[3.0, -1.0], values=values, **KL)
+    experience.advantages([r], config(lam=1.0, whiten=False), 0.2)
+    assert r.advantages[0].tolist() == pytest.approx([2.9, 3.0])
+    assert r.advantages[1].tolist() == pytest.approx([-1.0, -1.0, -0.8])
+    assert [x.tolist() for x in r.returns] == [x.tolist() for x in r.advantages]
+    experience.advantages([r], config(lam=1.0, whiten=False, kl_in="loss"), 0.2)
+    assert [x.tolist() for x in r.advantages] == [[3.0, 3.0], [-1.0, -1.0, -1.0]]
+
+
+@pytest.mark.parametrize(("name", "want"), [("group", 2.0), ("rloo", 4.0)])
+def test_a_completion_leads_by_its_reward_less_its_divergence(name, want):
+    r = rollout(rewards=[3.0, -1.0], **KL)  # less β·0.5 and β·0: with β = 0.2 the lead is 2.9 + 1 = 3.9
+    experience.advantages([r], config(advantage=name, group_std=False), 0.2)
+    assert r.advantages[0].tolist() == pytest.approx([want * 3.9 / 4] * 2)
+    assert r.advantages[1].tolist() == pytest.approx([-want * 3.9 / 4] * 3)
+    assert r.returns == []
+    experience.advantages([r], config(advantage=name, group_std=False, kl_in="loss"), 0.2)
+    assert r.advantages[0].tolist() == pytest.approx([want] * 2)
+
+
+def test_masked_tokens_have_no_part_in_the_whitening():
+    values = [torch.tensor([0.5, 0.5]), torch.zeros(3)]
+    r = rollout(rewards=[1.0, 100.0], values=values, masks=[[True] * 2, [False] * 3], **KL)
+    experience.advantages([r], config(lam=1.0), 0.0)
+    assert r.advantages[0].tolist() == [0.0, 0.0]  # 0.5 and 0.5 before
+    assert torch.isfinite(r.advantages[1]).all()
+
+
+def test_a_round_in_numbers():
+    values = [torch.tensor([0.0, 1.0]), torch.zeros(3)]
+    r = rollout(rewards=[1.0, 2.0], values=values, returns=[torch.tensor([1.0, 2.0]), torch.tensor([0, 0, 3.0])], **KL)
+    told = experience.describe([r], [[7.0, 9.0]], 0.3, 1.5)
+    # returns 1 2 0 0 3: squares about their mean 1.2 add up to 6.8; errors 1 1 0 0 3, about their mean 1, to 6
+    assert told == pytest.approx(
+        {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
+        | {"eos_share": 0.5, "truncated_share": 0.5, "explained_variance": 1 - 6 / 6.8}
+    )
+    # Of a masked completion no log-prob is known: it says nothing on the divergence.
+    r.masks = [[True, True], [False] * 3]
+    assert experience.describe([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
+
+
+def test_a_round_survives_a_checkpoint():
+    signals = {name: [draw(2).float(), draw(3, seed=1).float()] for name in ("values", "advantages", "returns")}
+    first = rollout(rewards=[0.1, -7.0], masks=[[True, True], [False] * 3], **KL, **signals)
+    second = rollout((1, 4, 2), (False, True, True), rewards=[1.0, 2.0, 3.0])
+    for rounds, names in (([first, first], 5), ([first, second], 0), ([second], 0)):
+        kept = to_tensors(rounds)
+        assert len(kept) == 5 + names
+        for made, found in zip(rounds, from_tensors(kept, torch.device("cpu")), strict=True):
+            for name in ("prompt", "completions", "rewards", "stopped"):
+                assert getattr(found, name) == getattr(made, name)
+            n = range(len(made.completions))
+            assert [found.mask(i) for i in n] == [made.mask(i) for i in n]
+            if names:
+                for name in ("old", "reference_logps", "values", "advantages", "returns"):
+                    assert all(map(torch.equal, getattr(found, name), getattr(made, name)))

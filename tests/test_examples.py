@@ -1,0 +1,61 @@
+"""The programs in examples/."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowalign.reward_function import load_function
+
+FILE = Path(__file__).parents[1] / "examples" / "ppo_verifiable.py"
+ASKED = "What is 1204 + 39? End with the result alone on the last line."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reward"),
+    [
+        (ASKED, "1204 + 39 =\n1243", 1.0),
+        (ASKED, "It is 1,243.", 1.0),
+        (ASKED, "1243.0", 1.0),
+        (ASKED, "The sum of 1204 and 39", 0.0),  # the last number is one of those asked about
+        (ASKED, "1243, or is it 1242?", 0.0),
+        (ASKED, "-1243", 0.0),
+        (ASKED, "1243.5", 0.0),
+        (ASKED, "12430", 0.0),
+        (ASKED, "I cannot add.", 0.0),
+        (ASKED, "", 0.0),
+        ([{"role": "user", "content": "What is 2 + 2?"}], "4", 1.0),
+        (
+            [
+                {"role": "user", "content": "What is 2 + 2?"},
+                {"role": "assistant", "content": "4"},
+                {"role": "user", "content": "And 5 + 6?"},
+            ],
+            "11",
+            1.0,
+        ),
+    ],
+)
+def test_a_sum_is_right_or_it_is_not(prompt, completion, reward):
+    found = load_function(FILE, "correct")([prompt], None, [[completion]], None)
+    assert found == [[reward]]
+
+
+def test_each_completion_is_compared_with_its_own_prompt():
+    found = load_function(FILE, "correct")(["1 + 1", "2 + 3"], None, [["2", "5"], ["2", "5"]], None)
+    assert found == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_the_questions_are_sums_that_it_recognises(tmp_path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        subprocess.run([sys.executable, FILE, file], check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    prompts = [json.loads(line)["prompt"] for line in files[0].read_text().splitlines()]
+    assert len(prompts) == 2000
+    sums = [[int(n) for n in prompt.removeprefix("What is ").partition("?")[0].split(" + ")] for prompt in prompts]
+    assert all(len(terms) == 4 and min(terms) >= 10 and max(terms) < 100_000 for terms in sums)
+    right_and_wrong = [[str(sum(terms)), str(sum(terms) + 1)] for terms in sums]
+    assert load_function(FILE, "correct")(prompts, None, right_and_wrong, None) == [[1.0, 0.0]] * 2000
