@@ -25,7 +25,7 @@ from lowalign.ppo import ppo
 from lowalign.run import reward, sft
 from lowalign.training import PPOConfig
 
-SOFT = {"prompt": 1e-2, "prefix": 5e-3}  # learning rates of soft prompts as policy
+SOFT = {"prompt": 3e-2, "prefix": 3e-2}  # learning rates of soft prompts as policy
 VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *SOFT)
 COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 

@@ -214,6 +214,7 @@ class PPOConfig(RunConfig):
                 not self.adapter.dropout,
                 "0: with dropout the ratio to the sampling policy is noise",
             ),
+            "--value.adapter.dropout": (not self.value.adapter.dropout, "0: with dropout its values are noise"),
             "--rollout.prompts": (r.prompts % self.train.batch_size == 0, "a multiple of --train.batch-size"),
             "--rollout.samples": (r.samples >= (1 if c.advantage == "gae" else 2), "2 or more: group and rloo compare"),
             "--sampling.temperature": (
