@@ -2,6 +2,7 @@
 
 Rows are random tokens of the lengths of research on preference data: prompts of 200 to 400 tokens, completions of 50 to
 150; for SFT lognormal lengths of 40 to 465 tokens in all, a third of them supervised. A completion ends with the eos.
+PPO has prompts of one length, and what it samples has one too: no completion ends before its last token.
 """
 
 import math
@@ -35,6 +36,27 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What a round of PPO is.
+
+    batch: prompts of a round. samples: of each prompt. minibatch: prompts of an optimizer step. epochs: passes over the
+    round. prompt, new: tokens of a prompt, and of a completion.
+    """
+
+    batch: int = 8
+    samples: int = 4
+    minibatch: int = 2
+    epochs: int = 2
+    prompt: int = 300
+    new: int = 64
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a round."""
+        return self.epochs * self.batch // self.minibatch
+
+
+@dataclass(frozen=True)
 class Settings:
     """checkpointing: whether all recompute activations ("on", "off"). attention: transformers' for the peers."""
 
@@ -43,6 +65,7 @@ class Settings:
 
 
 CASES = {"sft": Case(4, 1), "dpo": Case(2, 2), "reward2": Case(2, 2), "reward4": Case(2, 4)}
+ROUNDS = {"full": Rounds(), "tiny": Rounds(prompt=30, new=6)}
 
 
 def lora(task_type: str) -> LoraConfig:
@@ -80,6 +103,14 @@ def make_model(folder: Path, shape: str) -> None:
 def word(token: int) -> str:
     """A token's text."""
     return [*SPECIAL.values()][token] if token < FIRST else str(token)
+
+
+def make_prompts(shape: str, rounds: int) -> list[list[int]]:
+    """The prompts of that many rounds of PPO."""
+    r, generator = ROUNDS[shape], torch.Generator().manual_seed(0)
+    size = (rounds * r.batch, r.prompt - 1)
+    drawn = torch.randint(FIRST, SHAPES[shape]["vocab_size"], size, generator=generator)
+    return [[BOS, *ids] for ids in drawn.tolist()]
 
 
 def make_rows(name: str, shape: str, steps: int) -> list[Example]:

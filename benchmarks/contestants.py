@@ -12,6 +12,9 @@ trl           SFTTrainer (padding_free: faster than padded, same loss), DPOTrain
 plain         transformers and peft, padded batches and full logits, bf16 autocast; DPO with the reference by
               disable_adapter at each step, rankings as K rows each and the loss of all their pairs.
 plain-cached  plain with the reference's log-probs computed beforehand (DPO).
+
+In the case ppo a step is a round with all its optimizer steps, between lowalign (policy, value and reward are LoRAs on
+one base) and trl (stock_ppo.py).
 """
 
 import sys
@@ -20,36 +23,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from cases import BETA, CASES, CLIP, LEARNING_RATE, Settings, lora, make_rows, set_start
+from cases import BETA, CASES, CLIP, LEARNING_RATE, ROUNDS, Settings, lora, make_prompts, make_rows, set_start
 from meter import Meter
 from stock import run_plain, run_trl
 from torch import Tensor
 
 from lowalign import Base, Example, Host
-from lowalign.config import TrainConfig
+from lowalign.config import Sampling, TrainConfig
 from lowalign.methods.dpo import DPO, reference_logps
+from lowalign.methods.experience import Roles
+from lowalign.methods.ppo import PPO
 from lowalign.methods.reward import Reward
 from lowalign.methods.sft import SFT
+from lowalign.rewards import score_examples
 from lowalign.train.engine import train
-from lowalign.training import DPOLossConfig, RewardLossConfig
+from lowalign.training import DPOLossConfig, PPOConfig, PPOLossConfig, RewardLossConfig, RolloutConfig
 
 
 class Paced:
-    """A method whose batches come in order, and wait for the meter."""
+    """A method that waits for the meter before every so many steps."""
 
-    def __init__(self, method, meter: Meter) -> None:
-        self.method, self.meter = method, meter
+    def __init__(self, method, meter: Meter, every: int = 1) -> None:
+        self.method, self.meter, self.every = method, meter, every
         self.trains, self.totals = method.trains, method.totals
 
     def batch(self, step: int) -> list[Example]:
-        self.meter.step(self.sum) if step else self.meter.ready()
-        self.sum, size = 0.0, self.method.batch_size
-        return self.method.examples[step * size : (step + 1) * size]
+        if step % self.every == 0:
+            self.meter.step(self.sum / self.every) if step else self.meter.ready()
+            self.sum = 0.0
+        return self.examples(step)
+
+    def examples(self, step: int) -> list[Example]:
+        return self.method.batch(step)
 
     def loss(self, examples: Sequence[Example], totals: dict) -> tuple[Tensor, dict]:
         loss, metrics = self.method.loss(examples, totals)
         self.sum += loss.item()
         return loss, metrics
+
+
+class PacedInOrder(Paced):
+    """And whose batches come in order."""
+
+    def examples(self, step: int) -> list[Example]:
+        size = self.method.batch_size
+        return self.method.examples[step * size : (step + 1) * size]
 
 
 def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, settings: Settings, meter: Meter) -> None:
@@ -66,17 +84,52 @@ def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, setti
         host.add_head("policy")
         method = Reward(host, rows, ("policy",), RewardLossConfig(), batch, seed=0)
     set_start(host.weights("policy").items())
-    config = TrainConfig(  # a step is told of when the next begins, so there is one more
-        steps=steps + 1, batch_size=batch, learning_rate=LEARNING_RATE, schedule="constant", warmup=0.0, clip=CLIP,
+    with tempfile.TemporaryDirectory() as out:
+        train(host, PacedInOrder(method, meter), loop(steps, batch, CLIP, settings), Path(out))
+
+
+def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:
+    """`lowalign ppo`, from the loaded base on; what is not set is as in trl."""
+    host, r = Host(Base.load(folder, quiet=True)), ROUNDS[shape]
+    for role in ("policy", "value", "reward"):
+        host.add(role, lora("CAUSAL_LM"))
+        if role == "reward":
+            host.add_head(role)
+        set_start(host.weights(role).items())
+    host.add_head("value", zero=True)
+    steps = len(prompts) // r.batch * r.steps
+    config = PPOConfig(
+        model="", out=Path(), train=loop(steps, r.minibatch, 0.0, settings), ppo=PPOLossConfig(epochs=r.epochs),
+        sampling=Sampling(max_new_tokens=r.new, min_new_tokens=r.new, max_rows=r.batch * r.samples),
+        rollout=RolloutConfig(prompts=r.batch, samples=r.samples, missing_eos="keep"),
+    )  # fmt: skip
+
+    def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
+        examples = [Example(prompts[i], group) for i, group in zip(numbers, completions, strict=True)]
+        return score_examples(host, ("reward",), examples)
+
+    method = PPO(host, Roles(("policy",), (), ("value",)), prompts, score, config)
+    with tempfile.TemporaryDirectory() as out:
+        train(host, Paced(method, meter, r.steps), config.train, Path(out))
+
+
+def loop(steps: int, batch: int, clip: float, settings: Settings) -> TrainConfig:
+    """All of a run's steps, and one: a step is told of when the next begins."""
+    return TrainConfig(
+        steps=steps + 1, batch_size=batch, learning_rate=LEARNING_RATE, schedule="constant", warmup=0.0, clip=clip,
         optimizer="adamw", checkpointing=settings.checkpointing, save_every=0,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as out:
-        train(host, Paced(method, meter), config, Path(out))
 
 
 def main() -> None:
     name, case, shape, folder, steps, *settings = sys.argv[1:]
     torch.set_num_threads(1)
+    if case == "ppo":
+        if name == "trl":
+            from stock_ppo import run_trl_ppo as run
+        else:
+            run = run_lowalign_ppo
+        return run(shape, Path(folder), make_prompts(shape, int(steps)), Settings(*settings), Meter())
     meter, rows = Meter(), make_rows(case, shape, int(steps))
     contestants = {"lowalign": run_lowalign, "trl": run_trl, "plain": run_plain, "plain-cached": run_plain}
     options = {"cached": True} if name == "plain-cached" else {}

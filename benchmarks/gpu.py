@@ -1,6 +1,10 @@
-"""SFT of 7B and 8B shapes on one card of 24 GB: tokens per second, peak memory, paging before and after a resume.
+"""7B and 8B shapes on one card of 24 GB.
 
-    python benchmarks/gpu.py --out gpu.json            # needs a CUDA device; about ten minutes
+SFT: tokens per second, peak memory, paging before and after a resume. PPO (gpu_ppo.py): peak memory with all four roles,
+tokens per second of sampling and of training.
+
+    python benchmarks/gpu.py --out gpu.json            # needs a CUDA device
+    python benchmarks/gpu.py --cases ppo --models Llama-3.1-8B --out ppo.json
     python benchmarks/gpu.py --tiny --out tiny.json    # the same code on the CPU, in seconds
 
 Weights are random: nothing is downloaded, and speed and memory do not depend on them. A model is made layer by layer
@@ -10,56 +14,32 @@ without, N = weights of the linear layers; the head and the attention's own prod
 """
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+from card import peaks, release
+from gpu_ppo import measure_ppo
 from peft import PeftConfig
-from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from random_base import SHAPES, TINY, random_base
 
 from lowalign import Base, Example, Host
 from lowalign.config import AdapterConfig, TrainConfig
 from lowalign.errors import UserError
 from lowalign.methods.sft import SFT
-from lowalign.model import attention
-from lowalign.model.base import freeze
-from lowalign.model.identity import Identity
-from lowalign.model.probe import probe
 from lowalign.model.start import peft_config
 from lowalign.train import optim
 from lowalign.train.engine import train
 
 CAP = 24 * 10**9
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "L4": 121e12}
-SHAPES = {
-    "Llama-3.1-8B": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
-    ),
-    "Qwen2.5-7B": Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
-    ),
-    "Llama-2-7B": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-TINY = {"tiny": LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)}  # fmt: skip
 ADAPTERS = {
     "lora": AdapterConfig(kind="lora", r=16),
     "prompt": AdapterConfig(kind="prompt", virtual_tokens=20),
@@ -72,6 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also on the CPU")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each case; the first is not counted")
+    parser.add_argument("--cases", nargs="*", choices=["sft", "ppo"], default=["sft", "ppo"])
     parser.add_argument("--models", nargs="*", help="some of the shapes only")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,56 +66,23 @@ def main() -> None:
     report = {"device": describe(device), "versions": versions(), "cap_bytes": CAP, "cases": []}
     for name in options.models or shapes:
         base = random_base(name, shapes[name], device)
-        for kind, adapter in ADAPTERS.items():
-            for length in lengths:
-                for checkpointing in ("on", "off") if length == lengths[0] and kind == "lora" else ("on",):
-                    case = measure(base, peft_config(adapter), length, checkpointing, options.steps)
-                    report["cases"].append({"model": name, "adapter": kind, **case})
-                    print(json.dumps(report["cases"][-1]), flush=True)
-                    options.out.write_text(json.dumps(report, indent=2) + "\n")
+        for case in measured(base, options, lengths):
+            report["cases"].append({"model": name, **case})
+            print(json.dumps(report["cases"][-1]), flush=True)
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
         del base
         release()
 
 
-def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
-    """A Base of random weights, each linear layer made in 16 bit, quantized, and let go before the next."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    head = model.get_output_embeddings()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, random_nf4(module, device))
-    for module in model.modules():
-        for key, p in list(module._parameters.items()):
-            if p is not None and p.is_meta:
-                made = torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=device) * 0.02
-                setattr(module, key, torch.nn.Parameter(made.to(device, torch.bfloat16), requires_grad=False))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were made without values
-    freeze(model)
-    packed, why_not = probe(config)
-    model.set_attn_implementation(attention.NAME)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
-    )
-    identity = Identity(name, None, "random", "random", config.vocab_size, "", "nf4")
-    return Base(model, tokenizer, identity, Path("."), (2,), 0.0, packed, why_not)
-
-
-def random_nf4(module: torch.nn.Linear, device: str) -> bnb.nn.Linear4bit:
-    """A 4-bit layer of the same shape with random weights."""
-    layer = bnb.nn.Linear4bit(
-        module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.bfloat16,
-        compress_statistics=True, quant_type="nf4", device="meta",
-    )  # fmt: skip
-    weight = torch.randn(module.weight.shape, device=device, dtype=torch.bfloat16) * module.in_features**-0.5
-    packed = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
-    layer.weight = packed if packed.quant_state is not None else packed._quantize(torch.device(device))
-    if module.bias is not None:
-        layer.bias = torch.nn.Parameter(torch.zeros(module.out_features, dtype=torch.bfloat16, device=device), False)
-    return layer
+def measured(base: Base, options: argparse.Namespace, lengths: tuple[int, int]) -> Iterator[dict]:
+    """Each case, as it is done."""
+    for kind, adapter in ADAPTERS.items() if "sft" in options.cases else ():
+        for length in lengths:
+            for checkpointing in ("on", "off") if length == lengths[0] and kind == "lora" else ("on",):
+                case = measure(base, peft_config(adapter), length, checkpointing, options.steps)
+                yield {"method": "sft", "adapter": kind} | case
+    if "ppo" in options.cases:
+        yield {"method": "ppo"} | measure_ppo(base, options.tiny)
 
 
 def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, steps: int) -> dict:
@@ -172,10 +120,8 @@ def speed(base: Base, out: Path, length: int, checkpointing: str) -> dict:
     rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]
     rate = statistics.median(rates)
     linear = sum(m.in_features * m.out_features for m in base.model.modules() if isinstance(m, bnb.nn.Linear4bit))
-    found = {"tokens_per_second": round(rate, 1), "loss": lines[-1]["loss"]}
+    found = {"tokens_per_second": round(rate, 1), "loss": lines[-1]["loss"]} | peaks()
     if torch.cuda.is_available():
-        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         peak = next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)
         if peak:
             found["mfu"] = round(rate * linear * (4 if checkpointing == "off" else 6) / peak, 3)
@@ -194,13 +140,6 @@ class watched_optimizer:
 
     def __exit__(self, *error) -> None:
         self.engine.make_optimizer = self.make
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def describe(device: str) -> dict:

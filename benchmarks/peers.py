@@ -1,6 +1,7 @@
 """lowalign beside trl and beside plain transformers + peft: CPU seconds of a training step, peak memory, and the loss.
 
     python benchmarks/peers.py --case all --pairs 10 --out peers.json          # about 20 minutes; needs lowalign[bench]
+    python benchmarks/peers.py --case ppo --trl-python PATH --out ppo.json     # 10 minutes; PATH: see below
     python benchmarks/peers.py --tiny --pairs 2 --out tiny.json                # lowalign and plain only, in a minute
 
 One case at a time, each contestant in a process of its own (contestants.py says what each does), one thread. They
@@ -14,6 +15,11 @@ which page faults take a large part of every contestant's time on the CPU.
 The peers' attention is transformers' eager one, on the CPU faster than its default sdpa (10 to 20 % of a step measured, the
 backward of the flash kernel being slow there); --attention sdpa has the default.
 The ratio to quote is the one to the fastest peer: "to_fastest_peer".
+
+In the case ppo a step is a whole round: 8 prompts of 300 tokens, 4 samples of 64 tokens each, 2 epochs of 4 minibatches.
+trl dropped PPO after 1.12.0, so trl runs in an environment of its own: --trl-python is the interpreter of one in which
+`pip install --no-deps trl==1.12.0` was added to what lowalign[bench] has. The case is not among "all".
+What is sampled differs, so here losses are alike only in size.
 """
 
 import argparse
@@ -42,12 +48,14 @@ ALLOCATORS = {
 class Contestant:
     """A process that trains one step whenever it is told to."""
 
-    def __init__(self, name: str, case: str, shape: str, folder: Path, rounds: int, settings: Settings, allocator: str) -> None:  # fmt: skip
+    def __init__(
+        self, name: str, case: str, shape: str, folder: Path, rounds: int, settings: Settings, allocator: str, python: Path
+    ) -> None:  # fmt: skip
         self.name, self.log, self.steps = name, folder / f"{name}.log", []
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "LD_PRELOAD"}
         environment |= ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, CONTESTANTS, name, case, shape, folder / "model", str(rounds), *astuple(settings)]
+        command = [python, CONTESTANTS, name, case, shape, folder / "model", str(rounds), *astuple(settings)]
         with self.log.open("w") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
@@ -80,7 +88,7 @@ class Contestant:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--case", choices=[*CASES, "ppo", "all"], default="all")
     parser.add_argument("--pairs", type=int, default=10, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both")
@@ -88,12 +96,15 @@ def main() -> None:
         "--checkpointing", choices=["on", "off"], default="off", help="recompute activations, all of them"
     )
     parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager", help="of the peers")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows, without trl")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows, without trl but in ppo")
+    parser.add_argument(
+        "--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that trl runs in"
+    )
     options = parser.parse_args()
     shape = "tiny" if options.tiny else "full"
     report = {
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(options.trl_python),
         "model": SHAPES[shape],
         "checkpointing": options.checkpointing,
         "attention_of_peers": options.attention,
@@ -111,12 +122,15 @@ def main() -> None:
 
 def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, allocator: str) -> dict:
     """All contestants on one case, in turns."""
-    names = [n for n in NAMES if not (n == "trl" and options.tiny) and not (n == "plain-cached" and case != "dpo")]
+    names = ["lowalign", "trl"] if case == "ppo" else [n for n in NAMES if n != "plain-cached" or case == "dpo"]
+    if options.tiny and case != "ppo":
+        names.remove("trl")
     rounds, settings = options.warmup + options.pairs, Settings(options.checkpointing, options.attention)
     running = []
     try:
         for name in names:
-            running.append(Contestant(name, case, shape, folder, rounds, settings, allocator))
+            python = options.trl_python if name == "trl" else Path(sys.executable)
+            running.append(Contestant(name, case, shape, folder, rounds, settings, allocator, python))
         for contestant in running:
             contestant.ready()
         for r in range(rounds):
@@ -138,8 +152,10 @@ def summary(contestants: list[Contestant], warmup: int) -> dict:
         found[c.name] = {
             "cpu_seconds": round(statistics.median(cpu), 3),
             "fastest": round(min(cpu), 3),
+            "imports_mb": c.start["imports"],
             "rss_before_mb": c.start["rss"],
-            "peak_mb": max(s["peak"] for s in c.steps),
+            "peak_mb": (peak := max(s["peak"] for s in c.steps)),
+            "peak_above_imports_mb": peak - c.start["imports"],
             "first_loss": c.steps[0]["loss"],
             "mean_loss": statistics.mean(s["loss"] for s in c.steps),
             "largest_loss_difference": max(
@@ -162,7 +178,7 @@ def describe(result: dict) -> list[str]:
             f"{c['ratio']:5.2f} ({c['ratio_quartiles'][0]:.2f}-{c['ratio_quartiles'][1]:.2f})" if "ratio" in c else ""
         )
         lines.append(
-            f"  {name:13}{c['cpu_seconds']:8.3f} CPU s/step, peak {c['peak_mb']:5} MB, first loss {c['first_loss']:.6f}, "
+            f"  {name:13}{c['cpu_seconds']:8.3f} CPU s/step, peak {c['peak_mb']:5} MB ({c['peak_above_imports_mb']} above imports), first loss {c['first_loss']:.6f}, "
             f"mean {c['mean_loss']:.6f} (off by at most {c['largest_loss_difference']:.1e}) {ratio}"
         )
     return lines
@@ -173,14 +189,10 @@ def machine() -> dict:
     return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "libc": " ".join(platform.libc_ver())}
 
 
-def versions() -> dict:
-    found = {}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "trl"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+def versions(trl_python: Path) -> dict:
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    ask = [trl_python, "-c", "import importlib.metadata; print(importlib.metadata.version('trl'))"]
+    return found | {"trl": subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lowalign.ppo import ppo
 from lowalign.run import reward, sft
 from lowalign.training import PPOConfig
 
-SOFT = {"prompt": 3e-2, "prefix": 3e-2}  # learning rates of soft prompts as policy
+SOFT = {"prompt": 0.1, "prefix": 0.1}  # learning rates of soft prompts as policy
 VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *SOFT)
 COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
@@ -40,9 +40,10 @@ def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
     if name in ("group", "rloo"):
         return replace(config, ppo=replace(config.ppo, advantage=name))
     if name in SOFT:
-        train = replace(config.train, learning_rate=SOFT[name])
+        train = replace(config.train, learning_rate=SOFT[name], steps=64, log_every=8)
         value = replace(config.value, learning_rate=6e-3 / SOFT[name])
-        return replace(config, adapter=AdapterConfig(kind=name), train=train, value=value)
+        loss = replace(config.ppo, epochs=4, kl=0.05)
+        return replace(config, adapter=AdapterConfig(kind=name), train=train, value=value, ppo=loss)
     return config
 
 

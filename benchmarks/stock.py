@@ -57,6 +57,7 @@ def run_trl(case: str, folder: Path, rows: list[Example], steps: int, settings: 
     else:
         kind, config_class, options = trl.RewardTrainer, trl.RewardConfig, {}
         data = [{"chosen_ids": e.prompt + a, "rejected_ids": e.prompt + b} for e in rows for a, b in combinations(e.completions, 2)]  # fmt: skip
+    meter.imported()
     reward = case.startswith("reward")
     peft_config = lora("SEQ_CLS" if reward else "CAUSAL_LM")
     with tempfile.TemporaryDirectory() as out:

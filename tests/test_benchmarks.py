@@ -1,6 +1,7 @@
 """The benchmarks in their tiny form on the CPU: the same code, so that it runs when there is a card, or time."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ def test_gpu_benchmark_in_its_tiny_form(tmp_path):
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
     report = json.loads(out.read_text())
     assert set(report["versions"]) == {"torch", "transformers", "peft", "bitsandbytes"}
-    cases = {(c["adapter"], c["tokens"], c["checkpointing"]): c for c in report["cases"]}
+    sft = [c for c in report["cases"] if c["method"] == "sft"]
+    cases = {(c["adapter"], c["tokens"], c["checkpointing"]): c for c in sft}
     assert len(cases) == 7
     for (adapter, _, _), case in cases.items():
         assert "failed" not in case
@@ -27,6 +29,14 @@ def test_gpu_benchmark_in_its_tiny_form(tmp_path):
         # LoRA r 16 on 14 layers of 64 and 128; 20 embeddings of 64; 20 keys and values of 2 heads of 16 in 2 layers.
         shapes = {"lora": 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192), "prompt": 20 * 64, "prefix": 20 * 2 * 2 * 32}
         assert case["trained_weights"] == shapes[adapter]
+    (ppo,) = [c for c in report["cases"] if c["method"] == "ppo"]
+    assert "failed" not in ppo and ppo["rollouts"] == 8
+    assert ppo["sampling_tokens_per_second"] > 0 and ppo["training_tokens_per_second"] > 0
+    assert ppo["length"] == ppo["new_tokens"] == 16  # none ended early
+    assert 5 < ppo["entropy"] < math.log(512)
+    assert (
+        ppo["kl"] != 0 and ppo["value_loss"] > 0
+    )  # the policy left its reference, the value function has errors to learn from
 
 
 @pytest.mark.parametrize("case, loss", [("dpo", 0.693147), ("reward4", 0.693147)])
@@ -43,3 +53,21 @@ def test_peers_in_their_tiny_form(tmp_path, case, loss):
         assert abs(contestant["first_loss"] - loss) < 0.1  # ln 2: nothing is learned yet
         # The same model, rows and steps in 16 bit, padded or packed.
         assert contestant["largest_loss_difference"] < 0.01
+
+
+def test_ppo_contestant_in_its_tiny_form(tmp_path, monkeypatch):
+    """lowalign's side of the case ppo, which can do without the environment of the peer."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from cases import make_model
+
+    make_model(tmp_path / "model", "tiny")
+    command = [sys.executable, ROOT / "benchmarks" / "contestants.py", "lowalign", "ppo", "tiny", tmp_path / "model"]
+    told = subprocess.run(
+        [*command, "2", "off", "eager"], input="step\n" * 2, capture_output=True, text=True, timeout=300
+    )
+    ready, *rounds = map(json.loads, told.stdout.splitlines())
+    assert len(rounds) == 2 and ready["threads"] == 1
+    for step in rounds:
+        assert step["cpu"] > 0 and step["peak"] >= ready["rss"]
+        # Whitened advantages have mean 0, so at a ratio near 1 the steps of a round make about 0 on average.
+        assert abs(step["loss"]) < 0.1

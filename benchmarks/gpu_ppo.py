@@ -1,0 +1,68 @@
+"""PPO of gpu.py: policy, reference, value and reward on one base, each with a LoRA but the reference."""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from card import peaks, release
+
+from lowalign import Base, Example, Host
+from lowalign.config import AdapterConfig, Sampling, TrainConfig
+from lowalign.errors import UserError
+from lowalign.methods.experience import Roles
+from lowalign.methods.ppo import PPO
+from lowalign.model.start import peft_config
+from lowalign.rewards import score_examples
+from lowalign.train.engine import train
+from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
+
+PROMPTS, SAMPLES = 2, 4  # of a round; a step trains on one prompt with its samples
+ROUNDS, EPOCHS = 3, 2
+
+
+def measure_ppo(base: Base, tiny: bool) -> dict:
+    """Some rounds of 8 completions, none of which ends early; the first is not counted in the speed."""
+    prompt, new = (32, 16) if tiny else (512, 512)
+    host = Host(base)
+    for role in ("policy", "value", "reward"):
+        host.add(role, peft_config(AdapterConfig(kind="lora", r=16)))
+    host.add_head("value", zero=True)
+    host.add_head("reward")
+    generator = torch.Generator().manual_seed(0)
+    size = (ROUNDS * PROMPTS, prompt)
+    prompts = torch.randint(4, base.model.config.vocab_size, size, generator=generator).tolist()
+
+    def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
+        examples = [Example(prompts[i], group) for i, group in zip(numbers, completions, strict=True)]
+        return score_examples(host, ("reward",), examples)
+
+    config = PPOConfig(
+        model="", out=Path(), train=TrainConfig(steps=ROUNDS * EPOCHS * PROMPTS, batch_size=1, save_every=0, warmup=0.0),
+        sampling=Sampling(max_new_tokens=new, min_new_tokens=new), ppo=PPOLossConfig(epochs=EPOCHS),
+        rollout=RolloutConfig(prompts=PROMPTS, samples=SAMPLES, missing_eos="keep"),
+    )  # fmt: skip
+    method = PPO(host, Roles(("policy",), (), ("value",)), prompts, score, config)
+    result = {"rollouts": PROMPTS * SAMPLES, "prompt_tokens": prompt, "new_tokens": new}
+    release()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train(host, method, config.train, Path(folder))
+            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        result |= speeds([json.loads(line) for line in lines]) | peaks()
+    except (torch.OutOfMemoryError, UserError) as error:  # the engine says so when one example does not fit
+        result["failed"] = str(error).splitlines()[0]
+    for role in ("policy", "value", "reward"):
+        host.delete(role)
+    return result
+
+
+def speeds(steps: list[dict]) -> dict[str, float]:
+    """Medians after the first round, and what shows that all roles took part."""
+    later = steps[len(steps) // ROUNDS :]
+    found = {}
+    for name in ("sampling_tokens_per_second", "training_tokens_per_second"):
+        found[name] = round(statistics.median(step[name] for step in later if name in step), 1)
+    return found | {name: steps[-1][name] for name in ("length", "entropy", "kl", "value_loss")}

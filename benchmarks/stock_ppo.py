@@ -1,0 +1,80 @@
+"""trl's PPO, which was last in trl 1.12.0: the peer of the case ppo."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from cases import LEARNING_RATE, ROUNDS, Settings, lora, set_start
+from datasets import Dataset
+from meter import Meter
+from peft import inject_adapter_in_model
+from stock import load
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+
+def run_trl_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:
+    """PPOTrainer, run by its own train(), which on 4-bit weights needs autocast around the whole of it.
+
+    The policy is a LoRA and the reference is without it. Reward and value are 4-bit models of their own, each with a LoRA
+    and a head: trl has no roles on one base, and left to itself it would train the value model's embeddings.
+    bf16 is off because autocast is around it all: with it trl casts the norms and all logits to fp32, which is slower (94
+    against 85 CPU seconds a round) and takes more memory.
+    """
+    r = ROUNDS[shape]
+    rows = [{"input_ids": prompt} for prompt in prompts for _ in range(r.samples)]
+    with tempfile.TemporaryDirectory() as out:
+        config = PPOConfig(
+            out, total_episodes=len(rows), per_device_train_batch_size=r.batch * r.samples,
+            num_mini_batches=r.batch // r.minibatch, num_ppo_epochs=r.epochs, response_length=r.new, temperature=1.0,
+            local_rollout_forward_batch_size=r.batch * r.samples, num_sample_generations=0, learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant", use_cpu=True, bf16=False, gradient_checkpointing=settings.checkpointing == "on",
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        policy, value, reward = (load(folder, kind, settings.attention) for kind in (False, True, True))
+        add_lora(value, trained=True)
+        add_lora(reward, trained=False)
+        nn.init.zeros_(value.score.weight)
+        if settings.checkpointing == "on":
+            for model in (policy, value):
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        class Pace(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs) -> None:
+                meter.ready()
+
+            def on_step_end(self, args, state, control, **kwargs) -> None:
+                told = state.log_history[-1]
+                meter.step(told["loss/policy_avg"] + config.vf_coef * told["loss/value_avg"])
+
+        trainer = PPOTrainer(
+            config, AutoTokenizer.from_pretrained(folder), policy, ref_model=None, reward_model=reward, value_model=value,
+            train_dataset=Dataset.from_list(rows), callbacks=[Pace()], peft_config=lora("CAUSAL_LM"),
+        )  # fmt: skip
+        set_start(trainer.policy_model.named_parameters())
+        in_16_bit(trainer.policy_model)
+        trainer.dataloader = DataLoader(trainer.train_dataset, r.batch * r.samples, collate_fn=trainer.data_collator)
+        # Without its cache: one autocast around all rounds would go on with the casts of fp32 weights as they were at first.
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            trainer.train()
+
+
+def add_lora(model: nn.Module, trained: bool) -> None:
+    """A LoRA; it and the head are all that is trained."""
+    inject_adapter_in_model(lora("SEQ_CLS"), model)
+    set_start(model.named_parameters())
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained and ("lora_" in name or "score" in name))
+    in_16_bit(model)
+
+
+def in_16_bit(model: nn.Module) -> None:
+    """The LoRA, as trl's other trainers have it, and faster than in fp32."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16()
