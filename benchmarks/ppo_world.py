@@ -30,11 +30,6 @@ VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *SOFT)
 COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
 
-def exact(prompts: list, completions: list[str]) -> list[float]:
-    """The rule of the world itself as a reward."""
-    return [world.score(p, c, stopped=True).total for p, c in zip(prompts, completions, strict=True)]
-
-
 def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
     """The demo's PPO, changed in one thing."""
     config = replace(config, train=replace(config.train, seed=seed), sampling=replace(config.sampling, seed=seed))
@@ -45,12 +40,10 @@ def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
     if name in ("group", "rloo"):
         return replace(config, ppo=replace(config.ppo, advantage=name))
     if name in SOFT:
-        # A fresh soft prompt has a hundredth of a LoRA's weights: more samples, and a reward that cannot be gamed.
-        train = replace(config.train, learning_rate=SOFT[name], steps=60, log_every=5)
-        rollout = replace(config.rollout, prompts=16, samples=16, normalise="none")
-        loss = replace(config.ppo, advantage="group", epochs=5, kl=0.005)
-        exact = (f"{Path(__file__).resolve()}:exact",)
-        return replace(config, adapter=AdapterConfig(kind=name), train=train, rollout=rollout, ppo=loss, reward=exact)
+        train = replace(config.train, learning_rate=SOFT[name], steps=64, log_every=8)
+        value = replace(config.value, learning_rate=6e-3 / SOFT[name])
+        loss = replace(config.ppo, epochs=4, kl=0.05)
+        return replace(config, adapter=AdapterConfig(kind=name), train=train, value=value, ppo=loss)
     return config
 
 
