@@ -26,7 +26,7 @@ from lowalign.model.blockwise import cumulative, visible
 from lowalign.model.rollout import rollout_attention
 
 NAME = "lowalign"
-SCORES = 2**20  # on the CPU: most attention scores of a head that are written out
+SCORES = 2**20  # on the CPU: most attention scores of a head that are written out in the backward
 
 # What models hand to every attention function and what does not change the result here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
@@ -82,13 +82,9 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """(B, H, Q, D) on (B, Hkv, K, D) -> (B, H, Q, D). mask (Q, K) bool; None: causal, Q = K."""
-    if softcap is None and query.device.type == "cpu" and query.shape[2] * key.shape[2] <= SCORES:
-        return _by_matmul(query, key, value, mask, scale)
     if softcap is None:
-        causal = mask is None
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        on_cpu = query.device.type == "cpu" and query.shape[2] * key.shape[2] <= SCORES
+        return (_OnCPU.apply if on_cpu and torch.is_grad_enabled() else _fused)(query, key, value, mask, scale)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
@@ -98,17 +94,37 @@ def attend(
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def _by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """As attend. On the CPU the backward of torch's fused kernel takes twice as long as these two products and theirs."""
-    b, heads, q, d = query.shape
-    kv, k = key.shape[1:3]
-    if mask is None:
-        mask = torch.ones(q, k, dtype=torch.bool).tril()
-    # The heads that share keys stand beside each other, as rows of one product.
-    bias = torch.zeros(q, k, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // kv, 1)
-    rows = query.reshape(b * kv, heads // kv * q, d)
-    scores = torch.baddbmm(bias, rows, key.reshape(b * kv, k, d).mT, alpha=scale)
-    return (scores.softmax(-1) @ value.reshape(b * kv, k, d)).view(b, heads, q, d)
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    causal, grouped = mask is None, query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+class _OnCPU(torch.autograd.Function):
+    """torch's fused kernel with another backward: on the CPU its own takes twice as long as these five products."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return _fused(query, key, value, mask, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, mask = ctx.saved_tensors
+        b, heads, n, d = query.shape
+        kv, k = key.shape[1:3]
+        if mask is None:
+            mask = torch.ones(n, k, dtype=torch.bool).tril()
+        bias = torch.zeros(n, k, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // kv, 1)
+        # The heads that share keys stand beside each other, as rows of one product.
+        rows = lambda x: x.reshape(b * kv, heads // kv * n, d)  # noqa: E731
+        q, g, (keys, values) = rows(query), rows(grad), (x.reshape(b * kv, k, d) for x in (key, value))
+        p = torch.baddbmm(bias, q, keys.mT, alpha=ctx.scale).softmax(-1)
+        d_scores = torch._softmax_backward_data(g @ values.mT, p, -1, p.dtype).mul_(ctx.scale)
+        d_key, d_value = (d_scores.mT @ q).view_as(key), (p.mT @ g).view_as(value)
+        return (d_scores @ keys).view_as(query), d_key, d_value, None, None
 
 
 def packed_attention(
