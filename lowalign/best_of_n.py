@@ -27,7 +27,7 @@ from lowalign.commands import BestOfNConfig
 from lowalign.config import DataConfig
 from lowalign.data.cache import write_whole
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import Asked, Prompt, prompt_ids, read_prompts
+from lowalign.data.prompts import Prompt, distinct_prompts
 from lowalign.errors import UserError
 from lowalign.model import adapter_files
 from lowalign.model.base import Base
@@ -75,9 +75,8 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     prompts = _prompts(config, chat)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), {"data": prompts.said} | _fingerprints(config))
-    settings = config.base
-    base = base or Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
-    base.eos_ids = tuple(dict.fromkeys((*base.eos_ids, chat.end_of_turn)))
+    base = base or Base.load(config.model, **vars(config.base))
+    base.end_at(chat.end_of_turn)
     adapters = config.adapter
     for k, folder in enumerate(folders):
         trained = folder / "sft"
@@ -142,17 +141,13 @@ def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
     """Each prompt once, in the order of the rows; those that are too long are left out."""
     if not config.data:
         raise UserError("no prompts: give --data FILE…")
-    first: dict[str, Asked] = {}
-    for each in read_prompts(config.data):
-        first.setdefault(json.dumps(each.prompt), each)
-    asked = list(first.values())[: config.limit]
-    ids = [prompt_ids(chat, each, config.raw) for each in asked]
-    fitting = [i for i, found in enumerate(ids) if len(found) <= config.max_prompt]
-    if len(fitting) < len(ids):
-        say(f"{len(ids) - len(fitting):,} of {len(ids):,} prompts have more than {config.max_prompt:,} tokens and are left out")  # fmt: skip
+    fitting, left_out = distinct_prompts(config.data, chat, config.limit, config.max_prompt, config.raw)
+    if left_out:
+        total = len(fitting) + left_out
+        say(f"{left_out:,} of {total:,} prompts have more than {config.max_prompt:,} tokens and are left out")
     if not fitting:
         raise UserError(f"no prompt of {', '.join(config.data)} is left; see --max-prompt and --limit")
-    return Prompts([asked[i].prompt for i in fitting], [ids[i] for i in fitting])
+    return Prompts([asked.prompt for asked, _ in fitting], [ids for _, ids in fitting])
 
 
 def _fingerprints(config: BestOfNConfig) -> dict[str, list[str]]:

@@ -17,12 +17,11 @@ AT_A_TIME = 256  # prompts whose completions are written together
 def generate(config: GenerateConfig) -> int:
     """Run the command. Returns the exit code."""
     asked = [Asked(config.prompt, "--prompt")] if config.prompts is None else list(read_prompts([str(config.prompts)]))
-    settings = config.base
-    base = Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
+    base = Base.load(config.model, **vars(config.base))
     host = Host(base)
     stack = load_policy(host, config.adapter, config.allow_base_mismatch)
     chat = Chat(base.tokenizer, adapter_template(config.adapter))
-    base.eos_ids = tuple(dict.fromkeys((*base.eos_ids, chat.end_of_turn)))
+    base.end_at(chat.end_of_turn)
     ids = [prompt_ids(chat, each, config.raw) for each in asked]
     with host.use(*stack), config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
         for start in range(0, len(asked), AT_A_TIME):

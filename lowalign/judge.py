@@ -192,8 +192,7 @@ def _unfit(pair: Pair) -> str:
 
 
 def _load(config: JudgeConfig, adapters: Sequence[str]) -> tuple[Host, Chat]:
-    settings = config.base
-    base = Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
+    base = Base.load(config.model, **vars(config.base))
     return Host(base), Chat(base.tokenizer, adapter_template(adapters))
 
 

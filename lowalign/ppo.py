@@ -3,7 +3,6 @@
 OUT/samples.jsonl   some completions of each round with their rewards; the rest as in lowalign.run
 """
 
-import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
-from lowalign.data.prompts import Asked, prompt_ids, read_prompts
+from lowalign.data.prompts import Asked, distinct_prompts
 from lowalign.errors import UserError
 from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
@@ -57,12 +56,8 @@ class _Trip:
             raise UserError("ppo holds no rows out: its rewards are measured on what it samples; leave --data.eval and --data.eval-rows")  # fmt: skip
         if not c.reward:
             raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
-        seen: dict[str, Asked] = {}
-        for asked in read_prompts(data.files):
-            seen.setdefault(json.dumps(asked.prompt), asked)
-        prompts = [(asked, prompt_ids(chat, asked, raw=False)) for asked in list(seen.values())[: data.limit]]
-        fitting = [p for p in prompts if len(p[1]) <= data.max_length]
-        say(f"{len(prompts):,} prompts, {len(prompts) - len(fitting):,} of them longer than {data.max_length:,} tokens and left out")  # fmt: skip
+        fitting, left_out = distinct_prompts(data.files, chat, data.limit, data.max_length)
+        say(f"{len(fitting) + left_out:,} prompts, {left_out:,} of them longer than {data.max_length:,} tokens and left out")  # fmt: skip
         if not fitting:
             raise UserError(f"no prompt of {', '.join(data.files)} is left; see --data.max-length and --data.limit")
         if c.ppo.ptx_data:
@@ -72,7 +67,7 @@ class _Trip:
     def start(self, host: Host, prompts: list, _: list, policy: Stack, reference: Stack) -> PPO:
         """The method, with its roles on the host."""
         c, base = self.config, host.base
-        base.eos_ids = tuple(dict.fromkeys((*base.eos_ids, self.chat.end_of_turn)))
+        base.end_at(self.chat.end_of_turn)
         say_start(host, policy, reference, [Example(ids, [ids[-8:]]) for _, ids in prompts[:4]], c)
         started = reference
         reference = reference_stack(host, c.reference, reference, c.allow_base_mismatch)

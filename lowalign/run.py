@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import Dataset, load_examples, split_heldout
-from lowalign.data.pack import Example, micro_batches
+from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences
 from lowalign.data.report import describe
 from lowalign.errors import UserError
@@ -32,6 +32,7 @@ from lowalign.model.files import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.start import check_start, load_stack, start_policy
 from lowalign.reference import fill
+from lowalign.rewards import score_examples
 from lowalign.run_folder import save_adapter, write_recipe
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
@@ -123,10 +124,7 @@ def run(
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data.template)
         rows, heldout = read(tokenizer, chat)
-        settings = config.base
-        host = Host(
-            base or Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
-        )
+        host = Host(base or Base.load(config.model, **vars(config.base)))
         policy, reference = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
         )
@@ -188,12 +186,9 @@ def read_rows(
 
 def _reward_quality(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
     """What the scores are worth, on held-out rankings where there are some."""
-    scores, order = [], []
-    with torch.no_grad(), host.use(*policy):
-        for group in micro_batches(examples[:QUALITY_ROWS], config.train.token_budget):
-            scores += host.scores(group, policy[-1])
-            order += group
-    found = quality(scores, order)
+    examples = examples[:QUALITY_ROWS]
+    scores = score_examples(host, policy, examples, config.train.token_budget)
+    found = quality([torch.tensor(values) for values in scores], examples)
     say("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return {"reward": found}
 

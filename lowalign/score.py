@@ -28,11 +28,10 @@ AT_A_TIME = 256  # Examples whose lines are written together
 
 def score(config: ScoreConfig) -> int:
     """Run the command. Returns the exit code."""
-    settings = config.base
-    tokenizer = load_tokenizer(config.model, settings.revision)
+    tokenizer = load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template((config.adapter,)))
     examples = [scored(example) for file in config.data for example in _load(file, chat, config)]
-    base = Base.load(config.model, settings.quantization, settings.revision, settings.dtype, settings.device)
+    base = Base.load(config.model, **vars(config.base))
     host = Host(base)
     stack = load_reward_run(host, "reward", config.adapter, config.allow_base_mismatch)
     scores: list[list[float]] = []

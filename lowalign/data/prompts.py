@@ -1,5 +1,6 @@
 """The prompts of rows, whatever else the rows hold: answers and preferences are left out."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,19 @@ def read_prompts(files: Sequence[str]) -> Iterator[Asked]:
                 yield Asked(_prompt(row.data), row.where)
             except RowError as error:
                 raise UserError(f"{row.where}: {error}") from error
+
+
+def distinct_prompts(
+    files: Sequence[str], chat: Chat, limit: int | None, longest: int, raw: bool = False
+) -> tuple[list[tuple[Asked, list[int]]], int]:
+    """Each prompt once with its ids, in the order of the rows (the first `limit` of them), and how many were left out
+    because they have more than `longest` tokens. raw: as in prompt_ids."""
+    first: dict[str, Asked] = {}
+    for asked in read_prompts(files):
+        first.setdefault(json.dumps(asked.prompt), asked)
+    prompts = [(asked, prompt_ids(chat, asked, raw)) for asked in list(first.values())[:limit]]
+    fitting = [prompt for prompt in prompts if len(prompt[1]) <= longest]
+    return fitting, len(prompts) - len(fitting)
 
 
 def prompt_ids(chat: Chat, asked: Asked, raw: bool) -> list[int]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from lowalign.config import Sampling
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.demo import world
+from lowalign.methods.best_of_n import best
 from lowalign.model.base import Base
 from lowalign.model.host import Host
 from lowalign.model.start import load_stack
@@ -59,7 +60,7 @@ def measure(
     asked = world.prompts(ASKED, seed=0, split="held_out")
     ids = [chat.prompt_ids(messages) for messages in asked]
     # Another seed for each policy, or policies that are alike would be compared by the very same luck.
-    draw = Sampling(**{**vars(DRAW), "seed": sum(map(ord, name))})
+    draw = replace(DRAW, seed=sum(map(ord, name)))
     with host.use(*stack):
         found = host.generate(ids, n, draw)
     if judge:
@@ -67,7 +68,7 @@ def measure(
         values = score_examples(
             host, scorer, [Example(p, [c.ids for c in cs]) for p, cs in zip(ids, found, strict=True)]
         )
-        chosen = [cs[v.index(max(v))] for cs, v in zip(found, values, strict=True)]
+        chosen = [cs[best(v)] for cs, v in zip(found, values, strict=True)]
     else:
         chosen = [cs[0] for cs in found]
     kl = None

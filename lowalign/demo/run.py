@@ -4,7 +4,6 @@ base → SFT → reward model → best-of-n → DPO, PPO, all on one 4-bit base 
 """
 
 import json
-import math
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from lowalign.config import AdapterConfig, DataConfig, PreferenceConfig, TrainCo
 from lowalign.data.chat import Chat
 from lowalign.demo import world
 from lowalign.demo.measure import ASKED, DRAW, Measured, measure
+from lowalign.methods.best_of_n import divergence
 from lowalign.model.base import Base
 from lowalign.ppo import ppo
 from lowalign.run import dpo, reward, sft
@@ -61,7 +61,7 @@ def main() -> int:
         return code
     name = f"best-of-{BEST_OF}"
     stages.append(measure(name, base, chat, str(out / "sft"), n=BEST_OF, judge=str(out / "reward")))
-    stages[-1].kl = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+    stages[-1].kl = divergence(BEST_OF)
 
     say(f"best-of-{BEST_OF}: the SFT policy answers training instructions, and the reward model ranks its answers")
     if code := best_of_n(best_of_n_config(out), base):

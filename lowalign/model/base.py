@@ -103,6 +103,10 @@ class Base:
         """The model without its head: ids or embeddings in, hidden states out."""
         return self.model.base_model
 
+    def end_at(self, token: int) -> None:
+        """Let completions end at this token too, such as a chat template's end of turn."""
+        self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, token)))
+
     def checksum(self) -> int:
         """A number that changes with any bit of the base's weights (adapters on it do not count)."""
         return checksum(self.model)
