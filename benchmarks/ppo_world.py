@@ -4,6 +4,9 @@
 
 Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
 and OUT/ppo_world.svg. A run takes one to two minutes; what is in runs.json already is not run again.
+
+Variants: gae, the demo's own run, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
+base-prompt, base-prefix: a fresh adapter of that kind on the bare base, paid by the rules of the world themselves.
 """
 
 import argparse
@@ -15,7 +18,6 @@ from pathlib import Path
 import torch
 
 from lowalign import Base, Host
-from lowalign.config import AdapterConfig
 from lowalign.data.chat import Chat
 from lowalign.demo import run as demo
 from lowalign.demo import world
@@ -25,8 +27,8 @@ from lowalign.ppo import ppo
 from lowalign.run import reward, sft
 from lowalign.training import PPOConfig
 
-SOFT = {"prompt": 0.1, "prefix": 0.1}  # learning rates of soft prompts as policy
-VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *SOFT)
+FROM_BASE = {"base-lora": 2e-3, "base-prompt": 0.1, "base-prefix": 0.1}  # their learning rates
+VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *FROM_BASE)
 COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
 
@@ -39,12 +41,22 @@ def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
         return replace(config, ppo=replace(config.ppo, ptx_data=(str(pages),), ptx_coef=1.0))
     if name in ("group", "rloo"):
         return replace(config, ppo=replace(config.ppo, advantage=name))
-    if name in SOFT:
-        train = replace(config.train, learning_rate=SOFT[name], steps=64, log_every=8)
-        value = replace(config.value, learning_rate=6e-3 / SOFT[name])
-        loss = replace(config.ppo, epochs=4, kl=0.05)
-        return replace(config, adapter=AdapterConfig(kind=name), train=train, value=value, ppo=loss)
+    if rate := FROM_BASE.get(name):
+        return replace(
+            config,
+            init=None,
+            reward=(f"{Path(__file__).resolve()}:by_the_rules",),
+            adapter=replace(config.adapter, kind=name.removeprefix("base-")),
+            train=replace(config.train, learning_rate=rate, steps=64),
+            value=replace(config.value, learning_rate=6e-3 / rate),
+            ppo=replace(config.ppo, kl=0.05),
+        )
     return config
+
+
+def by_the_rules(prompts: list, completions: list[str]) -> list[float]:
+    """The exact score, as a reward; answers that are cut off are penalised by PPO itself."""
+    return [world.score(p, c, stopped=True).total for p, c in zip(prompts, completions, strict=True)]
 
 
 @torch.no_grad()
@@ -67,8 +79,9 @@ def one(name: str, seed: int, base: Base, chat: Chat, made: Path, out: Path) -> 
     if code := ppo(replace(config, resume=folder.exists()), base):
         raise SystemExit(code)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    start = measure("sft", base, chat, str(made / "sft"))
-    end = measure(name, base, chat, str(folder), reference=str(made / "sft"))
+    sft_run = None if name in FROM_BASE else str(made / "sft")
+    start = measure("sft" if sft_run else "base", base, chat, sft_run)
+    end = measure(name, base, chat, str(folder), reference=sft_run)
     rate, half = end.against(start)
     return {
         "variant": name,
@@ -76,11 +89,11 @@ def one(name: str, seed: int, base: Base, chat: Chat, made: Path, out: Path) -> 
         "reward": [line["reward"] for line in log],
         "kl": [line["kl"] for line in log],
         "score": end.mean("total"),
-        "sft_score": start.mean("total"),
+        "start_score": start.mean("total"),
         "place": end.mean("place"),
         "wins": rate,
         "half": half,
-        "final_kl": end.kl,
+        "final_kl": log[-1]["kl"] if end.kl is None else end.kl,
         "page_loss": page_loss(base, chat, folder),
     }
 
@@ -117,12 +130,12 @@ def table(runs: list[dict], start: float) -> str:
     for name in dict.fromkeys(r["variant"] for r in runs):
         mine = [r for r in runs if r["variant"] == name]
         mean = lambda key: sum(r[key] for r in mine) / len(mine)  # noqa: B023, E731
-        gain = [r["score"] - r["sft_score"] for r in mine]
+        gain = [r["score"] - r["start_score"] for r in mine]
         centre = sum(gain) / len(gain)
         spread = math.sqrt(sum((g - centre) ** 2 for g in gain) / max(1, len(gain) - 1))
         t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(gain), math.nan)  # Student's t, 95 %
         lines.append(
-            f"{name:8} seeds {len(mine)}  score {mean('sft_score'):.3f} -> {mean('score'):.3f} "
+            f"{name:11} seeds {len(mine)}  score {mean('start_score'):.3f} -> {mean('score'):.3f} "
             f"(gain {centre:.3f} ± {t * spread / math.sqrt(len(gain)):.3f})  wins {mean('wins'):.0%}  "
             f"KL {mean('final_kl'):.1f}  place {mean('place'):.0%}  page loss {mean('page_loss'):.3f}"
         )
