@@ -39,8 +39,8 @@ from lowalign.policy import adapter_template, load_policy
 from lowalign.rewards import Rewards, as_function, load_rewards, split_spec
 from lowalign.run import sft
 from lowalign.run_folder import Journal, begin
+from lowalign.say import say
 from lowalign.train import checkpoint
-from lowalign.train.track import say
 from lowalign.training import SFTConfig
 
 BLOCK = 64  # prompts that are sampled, scored and written together

@@ -75,7 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `lowalign … | head`: point stdout elsewhere, or the interpreter complains as it leaves
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its name would slow every start
+            _complain(
+                f"lowalign: out of memory: {str(error).splitlines()[0].rstrip('.')}. Close other programs that use the card, or take a "
+                "smaller --model, --adapter.r or --train.token-budget"
+            )
+            return 1
         _complain(
             f"{traceback.format_exc()}\nlowalign: this is a bug, and not your doing. Please report the lines above."
         )

@@ -28,8 +28,8 @@ from lowalign.model.host import Host
 from lowalign.policy import adapter_template, load_policy
 from lowalign.rewards import as_function, load_rewards, split_spec
 from lowalign.run_folder import Journal, begin
+from lowalign.say import say
 from lowalign.train import checkpoint
-from lowalign.train.track import say
 
 BLOCK = 32  # pairs of answers whose verdicts are computed and written together
 EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"

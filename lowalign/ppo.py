@@ -25,7 +25,7 @@ from lowalign.model.start import load_stack, peft_config
 from lowalign.rewards import Rewards, RunReward, as_function, load_rewards, split_spec
 from lowalign.run import reference_stack, run, say_start
 from lowalign.run_folder import Journal
-from lowalign.train.track import say
+from lowalign.say import say
 from lowalign.training import PPOConfig
 
 VALUE = "value"

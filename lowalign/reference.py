@@ -25,9 +25,9 @@ from lowalign.data import cache
 from lowalign.data.pack import Example, step_order
 from lowalign.methods.dpo import completion_logps
 from lowalign.model.host import Host
+from lowalign.say import say
 from lowalign.train.micro_batch import MicroBatches
 from lowalign.train.signals import StopSignals
-from lowalign.train.track import say
 
 FORMAT = 1
 STORE_EVERY = 30.0  # seconds

@@ -12,13 +12,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from lowalign import memory
 from lowalign.data.chat import Chat
-from lowalign.data.pack import Example, micro_batches
+from lowalign.data.pack import Example
 from lowalign.data.prompts import Prompt
 from lowalign.errors import UserError
 from lowalign.model.adapter_files import locate
@@ -157,37 +158,46 @@ def score_examples(
     """The score of each completion of each Example, by the head of the last adapter of the stack.
 
     At most token_budget tokens go through the model at a time; where the completions of a prompt do not fit, the prompt
-    is computed again for the rest. Raises UserError for a score that is not finite.
+    is computed again for the rest. Raises UserError for a score that is not finite, and for a completion that does not
+    fit in memory.
     """
-    pieces, owner = [], {}
-    for i, example in enumerate(examples):
-        for completions in _fitting(example, token_budget):
-            pieces.append(Example(example.prompt, completions))
-            owner[id(pieces[-1])] = len(pieces) - 1, i
-    scores: dict[int, list[float]] = {}
+    scores: dict[tuple[int, int], float] = {}
+
+    def compute(pieces: list[_Piece]) -> None:
+        for piece, values in zip(pieces, host.scores(pieces, stack[-1]), strict=True):
+            scores.update(zip(piece.owners, values.tolist(), strict=True))
+
+    pieces = [piece for i, example in enumerate(examples) for piece in _pieces(i, example, token_budget)]
     with host.use(*stack):
-        for batch in micro_batches(pieces, token_budget):
-            for piece, values in zip(batch, host.scores(batch, stack[-1]), strict=True):
-                scores[owner[id(piece)][0]] = values.tolist()
-    found: list[list[float]] = [[] for _ in examples]
-    for k, i in owner.values():
-        found[i] += scores[k]
-    if not all(math.isfinite(value) for values in found for value in values):
+        memory.in_micro_batches(pieces, token_budget, compute, _Piece.halves)
+    if not all(map(math.isfinite, scores.values())):
         raise UserError("a reward is not finite; the reward model is broken, or float16 overflowed (bfloat16 does not)")
-    return found
+    return [[scores[i, j] for j in range(len(example.completions))] for i, example in enumerate(examples)]
 
 
-def _fitting(example: Example, token_budget: int) -> list[list[list[int]]]:
-    """The completions in groups that fit beside the prompt, one at least in each."""
-    groups: list[list[list[int]]] = []
-    room = 0
-    for completion in example.completions:
-        if not groups or len(completion) > room:
-            groups.append([])
-            room = token_budget - len(example.prompt)
-        groups[-1].append(completion)
-        room -= len(completion)
-    return groups
+@dataclass
+class _Piece(Example):
+    """Some completions of an Example. owners: of each, the number of its Example and its place there."""
+
+    owners: list[tuple[int, int]] = field(default_factory=list)
+
+    def halves(self) -> "list[_Piece]":
+        """Two pieces, or this one where it has a single completion."""
+        at = len(self.owners) // 2
+        parts = ((self.completions[s], self.owners[s]) for s in (slice(at), slice(at, None)))
+        return [_Piece(self.prompt, c, source=self.source, owners=o) for c, o in parts if o]
+
+
+def _pieces(i: int, example: Example, token_budget: int) -> list[_Piece]:
+    """Example i in pieces that fit, of one completion at least."""
+    pieces: list[_Piece] = []
+    for j, completion in enumerate(example.completions):
+        if not pieces or pieces[-1].length + len(completion) > token_budget:
+            pieces.append(_Piece(example.prompt, [completion], source=example.source, owners=[(i, j)]))
+        else:
+            pieces[-1].completions.append(completion)
+            pieces[-1].owners.append((i, j))
+    return pieces
 
 
 def _meta(source: str) -> dict:

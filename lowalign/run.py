@@ -34,11 +34,11 @@ from lowalign.model.start import check_start, load_stack, start_policy
 from lowalign.reference import fill
 from lowalign.rewards import score_examples
 from lowalign.run_folder import save_adapter, write_recipe
+from lowalign.say import say
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.method import Method
 from lowalign.train.signals import Interrupted, StopSignals
-from lowalign.train.track import say
 from lowalign.training import DPOConfig, RewardConfig, RunConfig, SFTConfig
 
 QUALITY_ROWS = 1024  # rankings that a finished reward model is judged on

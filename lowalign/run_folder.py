@@ -20,10 +20,10 @@ from lowalign.data.cache import write_whole
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
 from lowalign.model.host import Host
+from lowalign.say import say
 from lowalign.train import checkpoint
 from lowalign.train.durable import sync
 from lowalign.train.engine import Result
-from lowalign.train.track import say
 from lowalign.training import RunConfig
 
 

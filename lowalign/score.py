@@ -21,7 +21,7 @@ from lowalign.model.files import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.policy import adapter_template
 from lowalign.rewards import load_reward_run, score_examples
-from lowalign.train.track import say
+from lowalign.say import say
 
 AT_A_TIME = 256  # Examples whose lines are written together
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowalign.data.pack import micro_batches
+from lowalign import memory
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollouts import Rollout, flat
@@ -78,28 +78,35 @@ def earn(
 @torch.no_grad()
 def evaluate(
     host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
-) -> float:
-    """Set old and reference log-probs and values, in the packs of the update. Returns the policy's mean entropy."""
-    entropy, tokens = 0.0, 0
+) -> tuple[float, set[tuple[int, ...]]]:
+    """Set old and reference log-probs and values, in the packs of the update.
+
+    Returns the policy's mean entropy, and the packs: of each the ids of its rollouts.
+    """
     shared = roles.value == roles.policy
+    entropies, packs = [], set()
+
+    def compute(pack: list[Rollout]) -> None:
+        head = host.head(roles.value[-1]) if shared else None
+        with host.use(*roles.policy):
+            own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
+        with host.use(*roles.reference):
+            reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
+        values = own.values
+        if roles.value and not shared:
+            with host.use(*roles.value):
+                wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+                values = host.tokens(pack, wanted).values
+        for i, r in enumerate(pack):
+            r.old, r.reference_logps = own.logps[i], reference[i]
+            r.values = values[i] if values else []
+        entropies.extend(e.sum().item() for row in own.entropies for e in row)
+        packs.add(tuple(map(id, pack)))
+
     for minibatch in minibatches:
-        for pack in micro_batches(minibatch, token_budget):
-            head = host.head(roles.value[-1]) if shared else None
-            with host.use(*roles.policy):
-                own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
-            with host.use(*roles.reference):
-                reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
-            values = own.values
-            if roles.value and not shared:
-                with host.use(*roles.value):
-                    wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
-                    values = host.tokens(pack, wanted).values
-            for i, r in enumerate(pack):
-                r.old, r.reference_logps = own.logps[i], reference[i]
-                r.values = values[i] if values else []
-            entropy += sum(e.sum().item() for row in own.entropies for e in row)
-            tokens += sum(r.supervised for r in pack)
-    return entropy / max(1, tokens)
+        memory.in_micro_batches(minibatch, token_budget, compute)
+    tokens = sum(r.supervised for minibatch in minibatches for r in minibatch)
+    return sum(entropies) / max(1, tokens), packs
 
 
 def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> None:

@@ -16,8 +16,9 @@ import torch
 from jinja2 import StrictUndefined, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lowalign import memory
 from lowalign.data.chat import Chat
-from lowalign.data.pack import Example, micro_batches
+from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 
@@ -77,11 +78,14 @@ def choice(chat: Chat, question: str) -> Example:
 def log_odds(host: Host, questions: Sequence[Example], token_budget: int) -> list[float]:
     """log p(A) − log p(B) of each question, in nats, under the active adapters."""
     found = {}
-    for batch in micro_batches(questions, token_budget):
+
+    def compute(batch: list[Example]) -> None:
         for question, (a, b) in zip(batch, host.logprobs(batch), strict=True):
             found[id(question)] = value = (a.sum() - b.sum()).item()
             if not math.isfinite(value):
                 raise UserError(f"the judge's verdict on {question.source} is {value}; try --base.dtype float32")
+
+    memory.in_micro_batches(questions, token_budget, compute)
     return [found[id(question)] for question in questions]
 
 

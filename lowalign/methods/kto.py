@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowalign import losses
-from lowalign.data.pack import Example, micro_batches, step_order
+from lowalign import losses, memory
+from lowalign.data.pack import Example, step_order
 from lowalign.methods.dpo import completion_logps, reference_logps
 from lowalign.model.host import Host
 from lowalign.training import DPOLossConfig
@@ -54,12 +54,15 @@ class KTO:
     @torch.no_grad()
     def z0(self, examples: Sequence[Example]) -> float:
         """How far the policy is from the reference on completions that do not belong to their prompts, at least 0."""
-        moved = 0.0
-        for group in micro_batches(mismatched(examples), self.token_budget):
+        moved: list[float] = []
+
+        def compute(group: list[Example]) -> None:
             with self.host.use(*self.stack):
                 logp = completion_logps(self.host, group)
-            moved += (logp - reference_logps(self.host, self.reference, group)).sum().item()
-        return max(0.0, moved / len(examples))
+            moved.append((logp - reference_logps(self.host, self.reference, group)).sum().item())
+
+        memory.in_micro_batches(mismatched(examples), self.token_budget, compute)
+        return max(0.0, sum(moved) / len(examples))
 
     def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss."""

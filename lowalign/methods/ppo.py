@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowalign import losses
-from lowalign.data.pack import Example, micro_batches, step_order, total_supervised
+from lowalign.data.pack import Example, step_order, total_supervised
 from lowalign.methods import experience
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
 from lowalign.methods.experience import Roles, Score
@@ -108,15 +108,14 @@ class PPO:
         raw = self.score(asked, [r.completions for r in found])
         experience.earn(found, raw, c, moments)
         minibatches = self._cut(found)
-        entropy = experience.evaluate(self.host, self.roles, minibatches, c.train.token_budget, c.sampling.temperature)
+        how = c.train.token_budget, c.sampling.temperature
+        entropy, packs = experience.evaluate(self.host, self.roles, minibatches, *how)
         experience.advantages(found, c, kl.beta)
         self.speeds["sampling_tokens_per_second"] = drawn
         told = experience.describe(found, raw, kl.beta, entropy)
         self.tell(number, asked, found)
         self.kl, self.moments, self.rollouts, self.told = kl, moments, found, told
-        self.round, self.began = number, step
-        packs = micro_batches(minibatches[self._order(0)[0]], c.train.token_budget)
-        self.packs = {tuple(map(id, pack)) for pack in packs}
+        self.round, self.began, self.packs = number, step, packs
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Rollouts, their tokens, and those of the pretraining mix."""

@@ -7,7 +7,6 @@ never by a switch, so a recomputation during the backward does what its forward 
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from lowalign.data.pack import Segment
 from lowalign.model.blockwise import cumulative, visible
 from lowalign.model.rollout import rollout_attention
+from lowalign.say import say
 
 NAME = "lowalign"
 SCORES = 2**20  # on the CPU: most attention scores of a head that are written out in the backward
@@ -172,7 +172,7 @@ def _varlen_works(query: Tensor, softcap: float | None) -> bool:
 
 @cache
 def _notice(reason: str) -> None:
-    print(f"attention is computed segment by segment, slower with the same results: {reason}", file=sys.stderr)
+    say(f"attention is computed segment by segment, slower with the same results: {reason}")
 
 
 def _varlen(

@@ -1,13 +1,14 @@
 """Attention to one block of keys that also returns its log-sum-exp, so that several blocks can be joined exactly."""
 
 import inspect
-import sys
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
+
+from lowalign.say import say
 
 
 def attend(
@@ -63,7 +64,7 @@ def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_he
             error, why = torch.inf, f"varlen_attn refuses: {str(refused).splitlines()[0]}"
         if error < 0.05:  # 16-bit rounding of numbers around 1 gives a few thousandths
             return True
-    print(f"sampling computes attention prompt by prompt, slower with the same results ({why})", file=sys.stderr)
+    say(f"sampling computes attention prompt by prompt, slower with the same results ({why})")
     return False
 
 

@@ -4,7 +4,7 @@ A forward remembers the adapters it ran under, so a backward taken while others 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PrefixTuningConfig
@@ -26,6 +26,8 @@ class Host(Adapters):
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self._offload = False
+        self.check: Callable[[], None] = lambda: None
+        """Called between the forwards of what takes long without a gradient; it raises to leave it."""
 
     def training(self, checkpointing: str | None) -> None:
         """Train mode with activations recomputed ("on"), kept ("off") or recomputed from CPU memory ("offload").
@@ -89,7 +91,7 @@ class Host(Adapters):
         """n completions of each prompt (token ids) under the active adapters; a prompt is computed once for its n.
 
         seeds: one per prompt; a sample depends on (sampling.seed, its prompt's seed, its number) and on nothing else in
-        the batch.
+        the batch. Where memory runs out, what is not done begins anew, half as many at a time.
         """
         virtual, prefix = self.soft_states()
         run = sample if self.base.packed else rows.row_sample
@@ -98,7 +100,7 @@ class Host(Adapters):
         try:
             return run(
                 self.base.model, prompts, n, sampling or Sampling(),
-                eos_ids=self.base.eos_ids, virtual=virtual, prefix=prefix, seeds=seeds,
+                eos_ids=self.base.eos_ids, virtual=virtual, prefix=prefix, seeds=seeds, check=self.check,
             )  # fmt: skip
         finally:
             self.base.model.train(was_training)

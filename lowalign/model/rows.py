@@ -4,7 +4,7 @@ Slower, through the model's own attention and head; the same results.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from lowalign.config import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.forward import Tokens, Wanted, score
+from lowalign.model.live_rows import Completion
 from lowalign.model.pick import pick, uniforms
-from lowalign.model.sampling import Completion
 
 Prefix = list[tuple[Tensor, Tensor]]
 
@@ -140,12 +140,14 @@ def row_sample(
     virtual: Tensor | None,
     prefix: Prefix | None,
     seeds: Sequence[int] | None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[Completion]]:
     """As `sample`, one completion at a time through the model's own cache."""
     results = []
     for i, prompt in enumerate(prompts):
         if not prompt and virtual is None:
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
+        check()
         seed = i if seeds is None else seeds[i]
         luck = [uniforms(sampling.seed, seed, j, sampling.max_new_tokens) for j in range(n)]
         results.append([_draw(model, list(prompt), sampling, eos_ids, virtual, prefix, u) for u in luck])

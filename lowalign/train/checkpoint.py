@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowalign.errors import UserError
+from lowalign.say import say
 from lowalign.train.durable import replace, sync, write_point
-from lowalign.train.track import say
 
 FORMAT = 1
 PARTS = ("weights", "optimizer", "method")

@@ -68,9 +68,11 @@ def train(
         redo_eval = run.evaluated != run.step
         with Track(out, config.track, config.steps, None if found is None else run.step, redo_eval) as track:
             host.training(config.checkpointing)
+            host.check = stop.check
             try:
                 return run.loop(track)
             finally:
+                host.check = lambda: None
                 host.training(None)
 
 

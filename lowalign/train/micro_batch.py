@@ -1,17 +1,15 @@
 """Loss, metrics and gradients of any number of Examples, as many at a time as fit in memory."""
 
-import gc
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lowalign import memory
 from lowalign.data.pack import Example, micro_batches
-from lowalign.errors import UserError
 from lowalign.model.flat import FlatWeights
 from lowalign.train.method import Method
 from lowalign.train.signals import StopSignals
-from lowalign.train.track import say
 
 
 class MicroBatches:
@@ -49,7 +47,9 @@ class MicroBatches:
             except torch.OutOfMemoryError as error:
                 reason = str(error)
             # Only behind the except has the traceback let go of the activations.
-            self._shrink(groups, group, reason)
+            for flat in self.flats.values():
+                flat.zero_grad()
+            self.budget = memory.halved(self.budget, groups, group, reason)
 
     def _add(self, sums: dict[str, Tensor], group: Sequence[Example], totals: dict[str, float], backward: bool) -> None:
         with torch.set_grad_enabled(backward):
@@ -61,24 +61,3 @@ class MicroBatches:
         for name, value in ({"loss": loss} | metrics).items():
             part = torch.as_tensor(value, device=loss.device).detach().double()
             sums[name] = sums[name] + part if name in sums else part
-
-    def _shrink(self, groups: Sequence[Sequence[Example]], failed: Sequence[Example], reason: str) -> None:
-        for flat in self.flats.values():
-            flat.zero_grad()
-        gc.collect()
-        room = ""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            room = f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB were free for it)"
-        size = sum(e.length for e in failed)
-        if len(failed) == 1:
-            raise UserError(
-                f"out of memory with a single example of {size:,} tokens, {failed[0].source or 'its source unknown'}{room}. "
-                f"Set --data.max-length below {size}, --train.checkpointing on or offload, or a smaller --adapter.r, "
-                f"or close other programs that use the card. The device said: {reason.splitlines()[0]}"
-            )
-        # Measured from the largest micro-batch there was, or the same ones would be tried again.
-        largest = max(sum(e.length for e in group) for group in groups)
-        self.budget = max(1, min(self.budget, largest) // 2)
-        say(f"out of memory with {size:,} tokens: the token budget is now {self.budget:,}, and this is done again")

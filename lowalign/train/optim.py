@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lowalign.config import TrainConfig
 from lowalign.errors import UserError
-from lowalign.train.track import say
+from lowalign.say import say
 
 PAGED_FROM = 100_000  # elements; bitsandbytes keeps smaller states resident
 

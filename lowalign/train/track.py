@@ -12,13 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lowalign.errors import UserError
+from lowalign.say import say
 from lowalign.train.durable import replace, write_point
-
-
-def say(text: str) -> None:
-    """A line for the user on stderr, above the progress bar where there is one."""
-    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind stderr is no reason to stop
-        tqdm.write(text, file=sys.stderr)
 
 
 class Track:

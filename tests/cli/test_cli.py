@@ -104,6 +104,20 @@ def test_a_bug_has_one(monkeypatch, capsys):
     assert "ZeroDivisionError: ours" in error
 
 
+def test_memory_that_runs_out_is_no_bug(monkeypatch, capsys):
+    def work(config):
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
+
+    assert in_process(monkeypatch, work) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "lowalign: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. Close other programs"
+    )
+    assert "Traceback" not in error
+
+
 def test_an_interrupt_is_quiet(monkeypatch, capsys):
     def work(config):
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """PPO's rounds: when one begins and ends, that asking again changes nothing, and what a failure or a stop leaves."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
 from lowalign.model.start import peft_config
 from lowalign.train.micro_batch import MicroBatches
-from lowalign.train.signals import StopSignals
+from lowalign.train.signals import Interrupted, StopSignals
 from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
 from tests.tiny import tiny_folder
 
@@ -182,6 +183,47 @@ def test_what_is_done_again_counts_once(host):
         run.gradients(batch, 0)
     run.gradients(batch, 0)
     assert method.state()["approx_kl"] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_signal_while_it_samples_leaves_the_state_of_the_last_finished_step(host):
+    method, same = ppo(host), ppo(host)
+    for step in range(4):
+        method.batch(step)
+    kept = json.dumps({k: v for k, v in method.state().items() if not isinstance(v, torch.Tensor)})
+    stop = StopSignals()
+    stop.received = signal.SIGTERM
+    host.check = stop.check
+    with pytest.raises(Interrupted):
+        method.batch(4)
+    host.check = lambda: None
+    assert json.dumps({k: v for k, v in method.state().items() if not isinstance(v, torch.Tensor)}) == kept
+    same.load_state(method.state())
+    assert content(same.batch(4)) == content(method.batch(4))
+
+
+def test_out_of_memory_while_a_round_is_evaluated(host, monkeypatch, capsys):
+    """The signals are those of a device where all fits, but for the rounding of other packs."""
+    method, other = ppo(host), ppo(host)
+    method.batch(0)
+    tokens = host.tokens
+
+    def small(pack, wanted):
+        if len(pack) > 1:
+            raise torch.OutOfMemoryError("the card is full")
+        return tokens(pack, wanted)
+
+    monkeypatch.setattr(host, "tokens", small)
+    batch = other.batch(0)
+    assert "out of memory with" in capsys.readouterr().err
+    for a, b in zip(method.rollouts, other.rollouts, strict=True):
+        for name in ("old", "reference_logps", "values", "advantages", "returns"):
+            for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+                assert torch.allclose(x, y, atol=1e-5)
+    assert other.told == pytest.approx(method.told, abs=1e-5)
+    monkeypatch.undo()
+    engine(host, other).gradients(
+        batch, 0
+    )  # in one pack, which is not one of those, so its ratio may be off by rounding
 
 
 def test_before_the_first_step_the_ratio_must_be_1(host):

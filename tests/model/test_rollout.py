@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, GptOssConfig
 
 from lowalign.config import Sampling
-from lowalign.model import attention, blockwise, rollout, sampling
+from lowalign.model import attention, blockwise, live_rows, rollout
 from lowalign.model.sampling import sample
 from tests.tiny import CONFIGS, tiny_model
 
@@ -124,7 +124,7 @@ def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     model, stock = models(kind)
     _, prefix = soft_prompt("prefix", model)
     monkeypatch.setattr(rollout, "CHUNK", 5)
-    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(live_rows, "PREFILL_TOKENS", 30)
     got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), prefix=prefix)
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         check_logprobs(stock, prompt, completion, prefix=prefix)

@@ -1,6 +1,8 @@
 """What is sampled: independent of the batch, of the exact distribution, ended where it should be."""
 
+import contextlib
 import copy
+import re
 from itertools import chain
 
 import pytest
@@ -50,6 +52,67 @@ def test_samples_do_not_depend_on_what_else_is_sampled(kind, soft):
         same(together, run(PROMPTS, 4, [5, 6, 7, 8], **options))
     same([cs[:2] for cs in together], run(PROMPTS, 2, [5, 6, 7, 8]))
     same(together, [cs[:4] for cs in run(PROMPTS, 6, [5, 6, 7, 8], max_rows=5)])
+
+
+@contextlib.contextmanager
+def small_device(model, rows: int, after: int = 0):
+    """From the `after`-th forward on, more than `rows` sampled tokens do not fit in one."""
+    calls = []
+
+    def look(module, args, kwargs) -> None:
+        calls.append(1)
+        now = kwargs["rollout"].now
+        if len(calls) >= after and isinstance(now, Tokens) and len(now.lengths) > rows:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+@pytest.mark.parametrize("soft", ["none", "prompt", "prefix"])
+@pytest.mark.parametrize("after", [0, 9])
+def test_out_of_memory_costs_time_and_changes_no_sample(soft, after, capsys):
+    """At the first token, or later, when some are done and stay so and a prompt is begun again at any of its samples."""
+    model, _ = models("llama")
+    virtual, prefix = soft_prompt(soft, model)
+    how = {"eos_ids": range(0, 380, 12), "virtual": virtual, "prefix": prefix}
+    run = lambda: sample(model, PROMPTS, 5, Sampling(max_new_tokens=30, seed=1), **how)  # noqa: E731
+    want = run()
+    with small_device(model, 3, after):
+        got = run()
+    same(want, got)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("out of memory while sampling")]
+    assert "at most 10 at a time" in said[0] if after == 0 else said
+    assert int(re.search(r"at most (\d+)", said[-1])[1]) in (2, 3)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_one_completion_has_to_fit(rows):
+    model, _ = models("llama")
+    run = lambda: sample(model, PROMPTS[:1], 2, Sampling(max_new_tokens=9), eos_ids=())  # noqa: E731
+    want = run()
+    with small_device(model, rows):
+        if rows:
+            same(want, run())
+            return
+        with pytest.raises(
+            UserError, match=rf"which may take {len(PROMPTS[0]) + 9} tokens with its prompt.* 20\.00 GiB"
+        ):
+            run()
+
+
+def test_it_can_be_left_between_forwards():
+    model, _ = models("llama")
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, PROMPTS, 2, Sampling(max_new_tokens=30), eos_ids=(), check=check)
 
 
 def test_seeds():

@@ -68,6 +68,28 @@ def test_any_token_budget_gives_the_same_scores_in_order(world, host, budget, mo
     assert budget < 1000 or len(seen) == 1
 
 
+@pytest.mark.parametrize(("room", "fits"), [(10, True), (13, True), (17, True), (9, False)])
+def test_out_of_memory_changes_no_score(world, host, monkeypatch, capsys, room, fits):
+    """Packs become smaller, then the completions of a prompt are divided; the longest takes 10 tokens with its prompt."""
+    stack = load_reward_run(host, "r", f"{world}/reward")
+    want = alone(host, stack)
+    scores = host.scores
+
+    def small(batch, name):
+        if sum(e.length for e in batch) > room:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return scores(batch, name)
+
+    monkeypatch.setattr(host, "scores", small)
+    examples = [Example(p, cs, source="rows.jsonl:1") for p, cs in zip(IDS, COMPLETIONS, strict=True)]
+    if not fits:
+        with pytest.raises(UserError, match="a single example of 10 tokens, rows"):
+            score_examples(host, stack, examples)
+        return
+    assert score_examples(host, stack, examples) == [pytest.approx(group, abs=1e-5) for group in want]
+    assert "out of memory with 18 tokens: the token budget is now 9" in capsys.readouterr().err
+
+
 def test_a_weighted_sum(world, host, tmp_path):
     """Runs standardised with the mean and spread of their folders, a function as it is."""
     file = tmp_path / "length.py"
