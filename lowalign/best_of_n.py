@@ -38,7 +38,7 @@ from lowalign.picks import describe, report, write_picks
 from lowalign.policy import adapter_template, load_policy
 from lowalign.rewards import Rewards, as_function, load_rewards, split_spec
 from lowalign.run import sft
-from lowalign.run_folder import Journal, begin
+from lowalign.run_folder import Journal, begin, fingerprints
 from lowalign.say import say
 from lowalign.train import checkpoint
 from lowalign.training import SFTConfig
@@ -74,7 +74,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     chat = Chat(tokenizer, adapter_template(config.adapter))
     prompts = _prompts(config, chat)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
-    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), {"data": prompts.said} | _fingerprints(config))
+    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), _inputs(config) | {"data": prompts.said})
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
     adapters = config.adapter
@@ -150,18 +150,12 @@ def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
     return Prompts([asked.prompt for asked, _ in fitting], [ids for _, ids in fitting])
 
 
-def _fingerprints(config: BestOfNConfig) -> dict[str, list[str]]:
+def _inputs(config: BestOfNConfig) -> dict[str, object]:
     """What the adapters and the rewards are, beyond their names."""
     sources = [source for _, source in map(split_spec, config.reward)]
-    functions = [as_function(source) for source in sources]
-    rewards = [f[0].read_text() if f else _weights(source) for f, source in zip(functions, sources, strict=True)]
-    return {"adapter": [_weights(source) for source in config.adapter], "reward": rewards}
-
-
-def _weights(source: str) -> str:
-    folder = adapter_files.locate(source)
-    adapter_files.read(folder)  # which complains where something is wrong with it
-    return adapter_files.weights_hash(folder)
+    functions = {source: as_function(source) for source in sources}
+    texts = [f[0].read_text() for f in functions.values() if f]
+    return fingerprints((), [*config.adapter, *(s for s in sources if not functions[s])]) | {"reward": texts}
 
 
 def _check_kind(config: BestOfNConfig) -> None:

@@ -1,6 +1,7 @@
 """From a configuration to a finished run: base, data, host, method, engine, and what is written down.
 
 OUT/recipe.yaml        the whole configuration; rerunning it is the same run
+OUT/inputs.json        fingerprints of the files and adapters it names
 OUT/data_report.json   what was read, cut and dropped
 OUT/metrics.jsonl      one line a step
 OUT/checkpoints/       to resume from; best/ has the lowest held-out loss
@@ -33,7 +34,7 @@ from lowalign.model.host import Host
 from lowalign.model.start import check_start, load_stack, start_policy
 from lowalign.reference import fill
 from lowalign.rewards import score_examples
-from lowalign.run_folder import save_adapter, write_recipe
+from lowalign.run_folder import begin, fingerprints, save_adapter
 from lowalign.say import say
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
@@ -99,7 +100,7 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
             )
         return DPO(host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed)
 
-    return run(config, "dpo", partial(read_rows, config, load), start, base)
+    return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))
 
 
 def run(
@@ -109,17 +110,21 @@ def run(
     start: Callable[[Host, list, list, Stack, Stack], Method],
     base: Base | None,
     *,
+    data: Sequence[str] = (),
+    adapters: Sequence[str] = (),
     steps: Callable[[int], int] | None = None,
     finish: Callable[[Host, Stack, list, Any], dict] = lambda *_: {},
 ) -> int:
     """What all methods share. Returns the exit code.
 
     read: from tokenizer and template to the rows to train on and those held out. start: (host, rows, heldout, policy,
-    reference) -> the method, before the first step. steps: how many for that many rows, where epochs do not tell. finish:
+    reference) -> the method, before the first step. data, adapters: what it reads besides --data and --init. steps: how many for that many rows, where epochs do not tell. finish:
     (host, policy, rows, config) -> what the adapter's lowalign.json is to say besides.
     """
     with checkpoint.lock(config.out):
-        write_recipe(config)
+        adapters = [source for source in (config.init, *adapters) if source]
+        inputs = fingerprints((*config.data.files, *config.data.eval, *data), adapters)
+        begin(config, bool(checkpoint.steps(config.out)), inputs)
         # The rows first: what is wrong with them should not cost the loading of a 7B model.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data.template)
@@ -145,6 +150,11 @@ def run(
         for adapter in tuple(host.configs):
             host.delete(adapter)
     return 0
+
+
+def named_run(reference: str) -> tuple[str, ...]:
+    """The run that --reference names, if it names one."""
+    return () if reference in ("start", "base") else (reference,)
 
 
 def reference_stack(host: Host, named: str, started: Stack, allow_base_mismatch: bool) -> Stack:

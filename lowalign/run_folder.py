@@ -1,8 +1,8 @@
 """A run's folder: what it was started with, what is done already, and what it leaves.
 
 OUT/recipe.yaml   the whole configuration
-OUT/inputs.json   where the result is a file of lines: a fingerprint of what the configuration names, so that it is known
-                  when a file was changed
+OUT/inputs.json   a fingerprint of the files and adapters that the configuration names, so that it is known when one was
+                  changed
 OUT/adapter       where an adapter is trained: the adapter
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lowalign import recipe
-from lowalign.data.cache import write_whole
+from lowalign.data.cache import content_hash, write_whole
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
+from lowalign.model import adapter_files
 from lowalign.model.host import Host
 from lowalign.say import say
-from lowalign.train import checkpoint
 from lowalign.train.durable import sync
 from lowalign.train.engine import Result
 from lowalign.training import RunConfig
@@ -84,7 +84,7 @@ def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
         raise UserError(f"{config.out} holds results of an earlier run: go on with --resume, or choose another --out")
     if begun:
         changed = recipe.diff(recipe.parse(type(config), [], recipe_file), config)
-        before = json.loads(inputs_file.read_text())
+        before = json.loads(inputs_file.read_text()) if inputs_file.exists() else {}
         changed += [f"{name}: the content has changed" for name in prints if prints[name] != before.get(name)]
         if changed:
             listed = "\n  ".join(changed)
@@ -96,20 +96,13 @@ def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
     write_whole(inputs_file, (json.dumps(prints, indent=2) + "\n").encode())
 
 
-def write_recipe(config: RunConfig) -> None:
-    """Write OUT/recipe.yaml, or compare with the one a resumed run was started with."""
-    file = config.out / "recipe.yaml"
-    if config.resume and file.exists() and checkpoint.steps(config.out):
-        changed = recipe.diff(recipe.parse(type(config), [], file), config)
-        if changed:
-            listed = "\n  ".join(changed)
-            raise UserError(f"--resume goes on with the run in {config.out}, but these options differ from its recipe.yaml:\n  {listed}\n"
-                            "Give the same options, or start anew in another --out")  # fmt: skip
-    elif checkpoint.steps(config.out):
-        raise UserError(
-            f"{config.out} holds checkpoints of an earlier run: go on with --resume, or choose another --out"
-        )
-    file.write_text(recipe.dump(replace(config, resume=False)))
+def fingerprints(files: Sequence[str], adapters: Sequence[str]) -> dict[str, list[str]]:
+    """What is in these files (Hub ids have none here) and adapters, beyond their names. Raises UserError for no adapter."""
+    found = [path for path in (Path(name).expanduser() for name in files) if path.is_file()]
+    folders = [adapter_files.locate(source) for source in adapters]
+    for folder in folders:
+        adapter_files.read(folder)  # which complains where something is wrong with it
+    return {"data": list(map(content_hash, found)), "adapters": list(map(adapter_files.weights_hash, folders))}
 
 
 def save_adapter(

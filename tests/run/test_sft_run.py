@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from lowalign import Base, Host
 from lowalign.cli import main
@@ -181,6 +183,31 @@ def test_stacked_on_an_earlier_run(world, straight, tmp_path):
     assert len(load_stack(host, "both", str(out))) == 2
 
 
+@pytest.mark.parametrize("which", ["data", "adapters"])
+def test_it_does_not_go_on_with_something_else(world, straight, tmp_path, capsys, which):
+    """The options are the same, but what they name has changed since."""
+    rows, init, out = tmp_path / "rows.jsonl", tmp_path / "init", tmp_path / "run"
+    shutil.copy(world / "rows.jsonl", rows)
+    shutil.copytree(straight["lora"] / "adapter", init)
+    (init / "lowalign.json").unlink()  # as from stock peft: it would itself tell that the weights are other ones
+    model = str(world / "model")
+    command = [
+        "sft", "lora/sft", "--model", model, "--data", str(rows), "--init", str(init), "--out", str(out), "--resume",
+        "--train.steps", "1", "--train.batch-size", "4", "--data.no-cache",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert main(command) == 0  # nothing to do any more
+    if which == "data":
+        rows.write_text(rows.read_text() + "\n")
+    else:
+        weights = load_file(init / "adapter_model.safetensors")
+        save_file({k: w + 1e-3 for k, w in weights.items()}, init / "adapter_model.safetensors")
+    capsys.readouterr()
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert f"{which}: the content has changed" in message and "Traceback" not in message
+
+
 def test_wrong_use(world, straight, tmp_path, capsys):
     def refused(arguments) -> str:
         capsys.readouterr()
@@ -190,7 +217,7 @@ def test_wrong_use(world, straight, tmp_path, capsys):
         return message
 
     again = refused(flags(world, straight["lora"]))
-    assert "holds checkpoints of an earlier run" in again and "--resume" in again
+    assert "holds results of an earlier run" in again and "--resume" in again
     changed = refused(flags(world, straight["lora"], "--resume", "--train.learning-rate", "1"))
     assert "train.learning_rate: 0.0002 -> 1.0" in changed
     assert "no data" in refused(["sft", "--model", f"{world}/model", "--out", str(tmp_path / "a")])
