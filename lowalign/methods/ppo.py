@@ -48,6 +48,7 @@ class PPO:
         self.trains = {roles.policy[-1]: 1.0}
         if roles.value and roles.value != roles.policy:
             self.trains[roles.value[-1]] = config.value.learning_rate
+        self.token_budget = config.train.token_budget
         self.kl = AdaptiveKL(config.ppo.kl, config.ppo.kl_target, config.ppo.kl_horizon)
         self.moments = RunningMoments()
         self.rollouts: list[Rollout] = []
@@ -108,7 +109,7 @@ class PPO:
         raw = self.score(asked, [r.completions for r in found])
         experience.earn(found, raw, c, moments)
         minibatches = self._cut(found)
-        how = c.train.token_budget, c.sampling.temperature
+        how = self.token_budget, c.sampling.temperature
         entropy, packs = experience.evaluate(self.host, self.roles, minibatches, *how)
         experience.advantages(found, c, kl.beta)
         self.speeds["sampling_tokens_per_second"] = drawn

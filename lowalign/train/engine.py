@@ -182,6 +182,7 @@ class _Run:
 
     def _batch(self) -> list[Example]:
         """The examples of the next step. Where the method cannot give them, what was done so far is saved."""
+        self.method.token_budget = self.micro_batches.budget
         try:
             return self.method.batch(self.step)
         except UserError:

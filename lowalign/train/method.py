@@ -13,6 +13,8 @@ class Method(Protocol):
 
     trains: dict[str, float]
     """Adapter name -> what its learning rate is multiplied by."""
+    token_budget: int
+    """Most tokens of a micro-batch; the loop sets it before each `batch`, because it shrinks when memory runs out."""
 
     def batch(self, step: int) -> list[Example]:
         """The examples of optimizer step `step`, counted from 0.

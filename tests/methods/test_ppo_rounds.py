@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from lowalign import Base, Host
 from lowalign.config import AdapterConfig, Sampling, TrainConfig
 from lowalign.errors import UserError
+from lowalign.methods import experience
 from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
 from lowalign.model.start import peft_config
+from lowalign.train.engine import train
 from lowalign.train.micro_batch import MicroBatches
 from lowalign.train.signals import Interrupted, StopSignals
 from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
@@ -224,6 +227,30 @@ def test_out_of_memory_while_a_round_is_evaluated(host, monkeypatch, capsys):
     engine(host, other).gradients(
         batch, 0
     )  # in one pack, which is not one of those, so its ratio may be off by rounding
+
+
+def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host, tmp_path, monkeypatch):
+    """Where memory ran out in the update, later rounds are evaluated in the packs that the update has now."""
+    method = ppo(host)
+    loss, evaluated, trained = method.loss, [], []
+    evaluate = experience.evaluate
+
+    def small(examples, totals):
+        if sum(e.length for e in examples) > 30:
+            raise torch.OutOfMemoryError("the card is full")
+        trained.append((method.round, tuple(map(id, examples))))
+        return loss(examples, totals)
+
+    def look(*arguments):
+        evaluated.append(evaluate(*arguments))
+        return evaluated[-1]
+
+    monkeypatch.setattr(experience, "evaluate", look)
+    method.loss = small
+    train(host, method, replace(method.config.train, steps=8, checkpointing="off"), tmp_path)
+    first, second = (packs for _, packs in evaluated)
+    assert not {pack for number, pack in trained if number == 0} <= first
+    assert {pack for number, pack in trained if number == 1} == second
 
 
 def test_before_the_first_step_the_ratio_must_be_1(host):
