@@ -17,7 +17,7 @@ from torch import Tensor
 from lowalign import memory
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
-from lowalign.methods.rollouts import Rollout, flat
+from lowalign.methods.rollouts import Rollout, flat, supervised
 from lowalign.model.forward import Wanted
 from lowalign.model.host import Host
 from lowalign.training import PPOConfig
@@ -109,19 +109,33 @@ def evaluate(
     return sum(entropies) / max(1, tokens), packs
 
 
-def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> None:
-    """Set advantages, and with gae the returns that the value function learns."""
+def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> float:
+    """The constant b with which V + b is right on average: the mean over all tokens of what was still to come, less V.
+
+    A value function that begins at 0 would need rounds to learn the mere level of the rewards, as it is clipped, and until
+    then whatever stands near the end of a completion would seem better than what stands before it.
+    """
+    gamma = config.ppo.gamma
+    left = [
+        [
+            gae(x, torch.zeros_like(v), gamma, 1.0)[1] - v
+            for x, v in zip(_rewards(r, config, beta), r.values, strict=True)
+        ]
+        for r in rollouts
+    ]
+    return torch.cat([supervised(r, row) for r, row in zip(rollouts, left, strict=True)]).mean().item()
+
+
+def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias: float = 0.0) -> None:
+    """Set advantages, and with gae the returns that the value function learns; bias: what is added to its values."""
     c = config.ppo
     for r in rollouts:
-        penalty = [beta * (o - ref) for o, ref in zip(r.old, r.reference_logps, strict=True)]
-        if c.kl_in == "loss":
-            penalty = [torch.zeros_like(p) for p in penalty]
         if c.advantage == "gae":
-            rewards = [_at_last(-p, reward) for p, reward in zip(penalty, r.rewards, strict=True)]
-            found = [gae(x, v, c.gamma, c.lam) for x, v in zip(rewards, r.values, strict=True)]
+            r.values = [v + bias for v in r.values]
+            found = [gae(x, v, c.gamma, c.lam) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
             r.advantages, r.returns = [a for a, _ in found], [ret for _, ret in found]
         else:
-            whole = torch.tensor(r.rewards) - torch.stack([p.sum() for p in penalty]).cpu()
+            whole = torch.stack([x.sum() for x in _rewards(r, config, beta)])
             lead = group(whole, c.group_std) if c.advantage == "group" else rloo(whole)
             r.advantages = [torch.full_like(o, x) for o, x in zip(r.old, lead.tolist(), strict=True)]
     if c.advantage == "gae" and c.whiten:
@@ -158,7 +172,11 @@ def describe(
     return found
 
 
-def _at_last(per_token: Tensor, reward: float) -> Tensor:
-    """The completion's reward on its last token."""
-    per_token[-1] += reward
-    return per_token
+def _rewards(rollout: Rollout, config: PPOConfig, beta: float) -> list[Tensor]:
+    """r_t of each completion: what its token pays for its divergence, and on the last one the completion's reward."""
+    if config.ppo.kl_in == "loss":
+        beta = 0.0
+    found = [-beta * (old - ref) for old, ref in zip(rollout.old, rollout.reference_logps, strict=True)]
+    for per_token, reward in zip(found, rollout.rewards, strict=True):
+        per_token[-1] += reward
+    return found

@@ -51,6 +51,7 @@ class PPO:
         self.token_budget = config.train.token_budget
         self.kl = AdaptiveKL(config.ppo.kl, config.ppo.kl_target, config.ppo.kl_horizon)
         self.moments = RunningMoments()
+        self.bias = 0.0  # what is added to the value head's numbers, from the first round on
         self.rollouts: list[Rollout] = []
         self.told: dict[str, float] = {}  # the round in numbers
         self.round, self.began = -1, 0  # its number, and the step it began with
@@ -111,12 +112,13 @@ class PPO:
         minibatches = self._cut(found)
         how = self.token_budget, c.sampling.temperature
         entropy, packs = experience.evaluate(self.host, self.roles, minibatches, *how)
-        experience.advantages(found, c, kl.beta)
+        bias = experience.value_bias(found, c, kl.beta) if self.roles.value and self.round < 0 else self.bias
+        experience.advantages(found, c, kl.beta, bias)
         self.speeds["sampling_tokens_per_second"] = drawn
         told = experience.describe(found, raw, kl.beta, entropy)
         self.tell(number, asked, found)
         self.kl, self.moments, self.rollouts, self.told = kl, moments, found, told
-        self.round, self.began, self.packs = number, step, packs
+        self.round, self.began, self.packs, self.bias = number, step, packs, bias
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Rollouts, their tokens, and those of the pretraining mix."""
@@ -150,7 +152,7 @@ class PPO:
             parts = torch.stack([part.sum() for part in moved.split([e.supervised for e in examples])])
             self.moved |= zip(map(id, examples), (parts / totals["tokens"]).tolist(), strict=True)
         if self.roles.value:
-            value = gather(own.values if shared else self._values(examples))
+            value = gather(own.values if shared else self._values(examples)) + self.bias
             error = mean(losses.clipped_value(value, gather([e.values for e in examples]), gather([e.returns for e in examples]), c.value_clip))  # fmt: skip
             loss = loss + c.value_coef * error
             metrics["value_loss"] = error.detach()
@@ -188,6 +190,7 @@ class PPO:
             "approx_kl": sum(self.moved.values()),
             "told": self.told,
             "kl_coef": self.kl.beta,
+            "bias": self.bias,
             "moments": [m.count, m.mean, m.m2],
         }
         return numbers | (to_tensors(self.rollouts) if self.rollouts else {})
@@ -196,5 +199,5 @@ class PPO:
         """Take up what `state` gave."""
         self.round, self.began, self.asked = state["round"], state["began"], state["asked"]
         self.moved, self.told = {0: state["approx_kl"]}, state["told"]
-        self.kl.beta, self.moments = state["kl_coef"], RunningMoments(*state["moments"])
+        self.kl.beta, self.bias, self.moments = state["kl_coef"], state["bias"], RunningMoments(*state["moments"])
         self.rollouts = from_tensors(state, self.host.base.device) if "ids" in state else []

@@ -162,6 +162,7 @@ class Round:
     advantages: Tensor
     returns: Tensor
     entropy: Tensor
+    bias: Tensor
 
 
 @torch.no_grad()
@@ -184,11 +185,18 @@ def plain_round(copies: Copies, c: PPOConfig, rows, stopped: list[bool]) -> Roun
     reference, _, _ = data.distribution(copies.reference, c.sampling.temperature)
     _, _, hidden = data.distribution(copies.value, 1.0)
     values = (hidden @ copies.head.T)[..., 0] * mask
+    bias = torch.zeros(())
     kl = c.ppo.kl * (old - reference) * learnt * (c.ppo.kl_in == "reward")
     if c.ppo.advantage == "gae":
         rewards = -kl
         last = mask.long().cumsum(1).argmax(1)
         rewards[torch.arange(len(rows)), last] += earned
+        # Its first round shifts the value function so that on average it is right.
+        to_come, after = torch.zeros_like(rewards), 0.0
+        for t in range(rewards.shape[1] - 1, -1, -1):
+            to_come[:, t] = after = (rewards[:, t] + c.ppo.gamma * after) * mask[:, t]
+        bias = ((to_come - values) * learnt).sum() / learnt.sum()
+        values = (values + bias) * mask
         advantages, after, following = torch.zeros_like(rewards), 0.0, 0.0
         for t in range(rewards.shape[1] - 1, -1, -1):
             delta = rewards[:, t] + c.ppo.gamma * following - values[:, t]
@@ -207,7 +215,7 @@ def plain_round(copies: Copies, c: PPOConfig, rows, stopped: list[bool]) -> Roun
         else:
             lead = groups - (groups.sum(1, keepdim=True) - groups) / (c.rollout.samples - 1)
         advantages, returns = lead.view(-1, 1) * mask, torch.zeros_like(old)
-    return Round(data, learnt, raw, earned, old, reference, values, advantages, returns, entropy)
+    return Round(data, learnt, raw, earned, old, reference, values, advantages, returns, entropy, bias)
 
 
 def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: list[Example]) -> dict[str, Tensor]:
@@ -227,7 +235,7 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
     if c.ppo.advantage == "gae":
         if copies.value is not copies.policy:
             _, _, hidden = data.distribution(copies.value, 1.0)
-        value, before, target = (hidden @ copies.head.T)[..., 0], r.values[rows], r.returns[rows]
+        value, before, target = (hidden @ copies.head.T)[..., 0] + r.bias, r.values[rows], r.returns[rows]
         error = (value - target) ** 2
         if c.ppo.value_clip:
             near = torch.min(torch.max(value, before - c.ppo.value_clip), before + c.ppo.value_clip)
