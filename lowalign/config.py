@@ -92,7 +92,7 @@ class AdapterConfig:
     virtual_tokens: int = 20
     """prompt, prefix: number of virtual tokens."""
     init_text: str | None = None
-    """prompt: start from the embeddings of this text instead of random vocabulary entries."""
+    """prompt, prefix: start from this text (its embeddings, or its keys and values) instead of at random."""
     projection: bool = False
     """prefix: reparametrise through an MLP while training (arXiv 2101.00190)."""
     projection_size: int | None = None

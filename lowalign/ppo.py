@@ -21,7 +21,7 @@ from lowalign.methods.rollouts import Rollout
 from lowalign.model import adapter_files
 from lowalign.model.base import Base
 from lowalign.model.host import Host
-from lowalign.model.start import load_stack, peft_config
+from lowalign.model.start import add_fresh, load_stack, peft_config
 from lowalign.rewards import Rewards, RunReward, as_function, load_rewards, split_spec
 from lowalign.run import named_run, reference_stack, run, say_start
 from lowalign.run_folder import Journal
@@ -121,10 +121,11 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, started: Stack) -> S
                 weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
             host.head(VALUE).data.mul_(weight)
             return stack
-    host.add(VALUE, wanted)
+    soft = not isinstance(wanted, LoraConfig)
+    under = tuple(name for name in started if not soft or isinstance(host.configs[name], LoraConfig))  # one at a time
+    add_fresh(host, VALUE, config.value.adapter, under)
     host.add_head(VALUE, zero=True)
-    lora = lambda name: isinstance(host.configs[name], LoraConfig)  # noqa: E731
-    return (*(name for name in started if lora(name) or lora(VALUE)), VALUE)  # one soft prompt at a time
+    return (*under, VALUE)
 
 
 def _say_roles(host: Host, policy: Stack, reference: Stack, value: Stack | None, rewards: Rewards) -> None:

@@ -105,6 +105,20 @@ class Host(Adapters):
         finally:
             self.base.model.train(was_training)
 
+    def set_prefix(self, name: str, text: str) -> None:
+        """Start a prefix at the keys and values of a text under the active adapters, repeated or cut to its length.
+
+        It then acts as that text in front of the prompt would (arXiv 2101.00190, section 7.4). Raises UserError when the
+        adapter is no plain prefix, or the text is empty.
+        """
+        config = self.configs[name]
+        if not isinstance(config, PrefixTuningConfig) or config.prefix_projection:
+            raise UserError(
+                f'adapter "{name}": only a prefix without a projection can start from the keys and values of a text'
+            )
+        ids = soft.text_ids(name, text, config.num_virtual_tokens, self.base.tokenizer)
+        soft.set_prefix(self._encoders[name], rows.keys_values(self.base.model, ids))
+
     def soft_states(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None]:
         """The active soft prompt as (virtual embeddings, None) or (None, prefix per layer); (None, None) without one."""
         for name in self.active:

@@ -67,6 +67,15 @@ def row_scores(
     ]
 
 
+@torch.no_grad()
+def keys_values(model: nn.Module, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """For each layer the keys and values of a row of tokens, (1, kv_heads, len(ids), head_dim) each."""
+    cache = DynamicCache()  # not told of the model's config, it keeps what lies before a window too
+    row = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    model.base_model(input_ids=row, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def _logits(
     model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int, use_cache: bool = False
 ) -> tuple[Tensor, DynamicCache | None]:

@@ -57,15 +57,29 @@ def _start(
     kind = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
     v = config.num_virtual_tokens
     if kind == "TEXT":
-        ids = tokenizer(config.prompt_tuning_init_text or "", add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError(f'adapter "{name}": the text to start from is empty')
-        chosen = torch.tensor((ids * (v // len(ids) + 1))[:v])
+        chosen = torch.tensor(text_ids(name, config.prompt_tuning_init_text or "", v, tokenizer))
     elif kind == "SAMPLE_VOCAB":
         chosen = torch.randint(0, len(tokenizer), (v,))
     else:
         return None
     return embeddings(chosen.to(embeddings.weight.device)).detach().float()
+
+
+def text_ids(name: str, text: str, v: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The v tokens that a soft prompt starts from: the text's, repeated or cut."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f'adapter "{name}": the text to start from is empty')
+    return (ids * (v // len(ids) + 1))[:v]
+
+
+@torch.no_grad()
+def set_prefix(module: nn.Module, states: list[tuple[Tensor, Tensor]]) -> None:
+    """Let the prefix be these keys and values, (1, kv_heads, v, head_dim) each for each layer."""
+    layers = torch.stack(
+        [torch.stack([key[0], value[0]]) for key, value in states]
+    )  # (layers, 2, kv_heads, v, head_dim)
+    module.embedding.weight.copy_(layers.permute(3, 0, 1, 2, 4).flatten(1))
 
 
 def virtual_embeddings(module: nn.Module, config: SoftConfig) -> Tensor:

@@ -50,6 +50,16 @@ def peft_config(adapter: AdapterConfig) -> PeftConfig:
     )
 
 
+def add_fresh(host: Host, name: str, adapter: AdapterConfig, under: tuple[str, ...]) -> None:
+    """Add a new adapter; under: the stack it is put on. Raises UserError where the options do not fit together."""
+    if adapter.init_text and adapter.kind == "lora":
+        raise UserError("--adapter.init-text is for soft prompts; a LoRA starts as the identity")
+    host.add(name, peft_config(adapter))
+    if adapter.init_text and adapter.kind == "prefix":
+        with host.use(*under):
+            host.set_prefix(name, adapter.init_text)
+
+
 def load_stack(host: Host, name: str, source: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
     """Load an adapter together with those it was trained on top of -> their names in the order they stack."""
     folder = adapter_files.locate(source)
@@ -72,7 +82,7 @@ def start_policy(
     torch.manual_seed(seed)
     new = peft_config(adapter)
     if init is None:
-        host.add(POLICY, new)
+        add_fresh(host, POLICY, adapter, ())
         return (POLICY,), ()
     reference = load_stack(host, INIT, init, allow_base_mismatch)
     before = host.configs[INIT]
@@ -81,9 +91,13 @@ def start_policy(
         if type(before) is not type(new):
             kinds = f"{before.peft_type.value}, not {new.peft_type.value}"
             raise UserError(f"--init {init} cannot be copied: it is {kinds}; set --adapter.kind to its kind")
+        if adapter.init_text:
+            raise UserError(
+                f"the adapter is a copy of --init {init}, and --adapter.init-text starts a fresh one; leave one out"
+            )
         host.load(POLICY, adapter_files.locate(init), allow_base_mismatch)
         return (*reference[:-1], POLICY), reference
-    host.add(POLICY, new)
+    add_fresh(host, POLICY, adapter, reference)
     return (*reference, POLICY), reference
 
 

@@ -104,3 +104,53 @@ def test_prompt_from_a_text(host):
     ids = host.base.tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]
     want = host.base.model.get_input_embeddings()(torch.tensor((ids * 12)[:12])).float()
     assert torch.equal(host.parameters("a")[0].data, want)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "phi3", "bloom"])
+def test_prefix_from_a_text(tmp_path, kind):
+    """It acts as the text in front of the prompt does: windows, soft caps, and a model that cannot be packed too."""
+    host = Host(Base.load(tiny_folder(tmp_path, kind), quantization="none", dtype="float32", device="cpu", quiet=True))
+    text = "The quick brown fox"
+    ids = host.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = (ids * 12)[:12]
+    policy, _ = start_policy(host, AdapterConfig(kind="prefix", virtual_tokens=12, init_text=text), None, "stack", 0)
+    behind = [Example(ids + e.prompt, e.completions) for e in EXAMPLES]
+    with torch.no_grad():
+        want = torch.cat([t for row in host.logprobs(behind) for t in row])
+        bare = values(host, ())
+    got = values(host, policy)
+    assert (got - want).abs().max() <= 2e-5 < 0.1 < (bare - want).abs().max()
+
+
+def test_prefix_from_a_text_on_an_adapter(host, tmp_path):
+    """The keys and values are those that the text has under the adapter the prefix is put on."""
+    host.add("first", peft_config(AdapterConfig()))
+    shaken(host, "first")
+    host.save("first", tmp_path)
+    host.delete("first")
+    adapter = AdapterConfig(kind="prefix", virtual_tokens=5, init_text="jumps over the lazy dog")
+    policy, reference = start_policy(host, adapter, str(tmp_path), "stack", 0)
+    ids = host.base.tokenizer(adapter.init_text, add_special_tokens=False)["input_ids"][:5]
+    behind = [Example(ids + e.prompt, e.completions) for e in EXAMPLES]
+    with host.use(*reference), torch.no_grad():
+        want = torch.cat([t for row in host.logprobs(behind) for t in row])
+    assert (values(host, policy) - want).abs().max() < 0.06  # bf16, in other packs
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"init_text": "fox"}, "--adapter.init-text is for soft prompts"),
+        ({"kind": "prefix", "init_text": "fox", "projection": True}, "a prefix without a projection"),
+    ],
+)
+def test_what_a_text_cannot_start(host, options, says):
+    with pytest.raises(UserError, match=says):
+        start_policy(host, AdapterConfig(**options), None, "stack", 0)
+
+
+def test_a_copy_has_no_text_to_start_from(host, tmp_path):
+    host.add("first", peft_config(AdapterConfig(kind="prefix")))
+    host.save("first", tmp_path)
+    with pytest.raises(UserError, match="--adapter.init-text starts a fresh one"):
+        start_policy(host, AdapterConfig(kind="prefix", init_text="fox"), str(tmp_path), "stack", 0)
