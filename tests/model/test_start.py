@@ -152,5 +152,5 @@ def test_what_a_text_cannot_start(host, options, says):
 def test_a_copy_has_no_text_to_start_from(host, tmp_path):
     host.add("first", peft_config(AdapterConfig(kind="prefix")))
     host.save("first", tmp_path)
-    with pytest.raises(UserError, match="--adapter.init-text starts a fresh one"):
+    with pytest.raises(UserError, match="starts a fresh one"):
         start_policy(host, AdapterConfig(kind="prefix", init_text="fox"), str(tmp_path), "stack", 0)
