@@ -92,11 +92,7 @@ def evaluate(
             own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
         with host.use(*roles.reference):
             reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
-        values = own.values
-        if roles.value and not shared:
-            with host.use(*roles.value):
-                wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
-                values = host.tokens(pack, wanted).values
+        values = own.values if shared or not roles.value else value_function(host, roles, pack)
         for i, r in enumerate(pack):
             r.old, r.reference_logps = own.logps[i], reference[i]
             r.values = values[i] if values else []
@@ -109,21 +105,24 @@ def evaluate(
     return sum(entropies) / max(1, tokens), packs
 
 
+def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
+    """V(s_t) of each token by the value adapter's head, for each completion of each rollout."""
+    with host.use(*roles.value):
+        wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+        return host.tokens(pack, wanted).values
+
+
 def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> float:
     """The constant b with which V + b is right on average: the mean over all tokens of what was still to come, less V.
 
     A value function that begins at 0 would need rounds to learn the mere level of the rewards, as it is clipped, and until
     then whatever stands near the end of a completion would seem better than what stands before it.
     """
-    gamma = config.ppo.gamma
-    left = [
-        [
-            gae(x, torch.zeros_like(v), gamma, 1.0)[1] - v
-            for x, v in zip(_rewards(r, config, beta), r.values, strict=True)
-        ]
-        for r in rollouts
-    ]
-    return torch.cat([supervised(r, row) for r, row in zip(rollouts, left, strict=True)]).mean().item()
+    left = []
+    for r in rollouts:
+        to_come = [gae(x, torch.zeros_like(x), config.ppo.gamma, 1.0)[1] for x in _rewards(r, config, beta)]
+        left.append(supervised(r, to_come) - supervised(r, r.values))
+    return torch.cat(left).mean().item()
 
 
 def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias: float = 0.0) -> None:

@@ -152,7 +152,8 @@ class PPO:
             parts = torch.stack([part.sum() for part in moved.split([e.supervised for e in examples])])
             self.moved |= zip(map(id, examples), (parts / totals["tokens"]).tolist(), strict=True)
         if self.roles.value:
-            value = gather(own.values if shared else self._values(examples)) + self.bias
+            values = own.values if shared else experience.value_function(self.host, self.roles, examples)
+            value = gather(values) + self.bias
             error = mean(losses.clipped_value(value, gather([e.values for e in examples]), gather([e.returns for e in examples]), c.value_clip))  # fmt: skip
             loss = loss + c.value_coef * error
             metrics["value_loss"] = error.detach()
@@ -163,11 +164,6 @@ class PPO:
         share = len(examples) / totals["rollouts"]  # the round's numbers, so that they add up to themselves
         metrics |= {name: torch.tensor(value * share) for name, value in (self.told | self.speeds).items()}
         return loss, metrics | {"loss": loss.detach()}
-
-    def _values(self, examples: Sequence[Example]) -> list[list[Tensor]]:
-        with self.host.use(*self.roles.value):
-            wanted = Wanted(logps=False, head=self.host.head(self.roles.value[-1]), supervised_only=True)
-            return self.host.tokens(examples, wanted).values
 
     def _ptx_loss(self, examples: Sequence[Example], tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         with self.host.use(*self.roles.policy):
