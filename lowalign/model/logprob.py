@@ -69,21 +69,24 @@ class TokenLogprob(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             y = labels[part, None]
             z = head.cap(exact, head.module(hidden[part]))
-            logp = (z / temperature if temperature != 1.0 else z).log_softmax(-1)
-            logps[part] = logp.gather(1, y)[:, 0]
-            if not (keep or with_entropy):
-                continue
-            p = logp.exp()
+            c = None if head.softcap is None or not keep else 1 - (z / head.softcap) ** 2
+            # Passes over the vocabulary are what costs here: one exponential, and p = e/s is divided after the product.
+            z = z.div_(temperature) if temperature != 1.0 else z
+            z = z.sub_(z.amax(-1, keepdim=True))
+            own_z = z.gather(1, y)
+            e = z.exp() if with_entropy else z.exp_()
+            s = e.sum(-1, keepdim=True)
+            logps[part] = (own_z - s.log())[:, 0]
             if with_entropy:
-                entropies[part] = h = -(p * logp).sum(-1)
+                entropies[part] = (s.log() - (e * z).sum(-1, keepdim=True) / s)[:, 0]
             if not keep:
                 continue
-            c = None if head.softcap is None else 1 - (z / head.softcap) ** 2
             own = weight[labels[part]] if c is None else weight[labels[part]] * c.gather(1, y).to(weight.dtype)
-            mean = p if c is None else p * c
-            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight)
+            mean = e if c is None else e * c
+            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight / s)
             if d_entropy is not None:
-                d_entropy[part] = -factor * ((mean * (logp + h[:, None])).to(weight.dtype) @ weight)
+                rest = z + (entropies[part, None] - s.log())  # log p + H
+                d_entropy[part] = -factor * ((mean * rest).to(weight.dtype) @ weight / s)
         ctx.save_for_backward(d_logp, d_entropy)
         return logps, entropies
 
