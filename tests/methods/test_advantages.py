@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,6 +197,22 @@ def test_the_divergence_is_a_reward_of_each_token():
     assert [x.tolist() for x in r.returns] == [x.tolist() for x in r.advantages]
     experience.advantages([r], config(lam=1.0, whiten=False, kl_in="loss"), 0.2)
     assert [x.tolist() for x in r.advantages] == [[3.0, 3.0], [-1.0, -1.0, -1.0]]
+
+
+def test_the_level_of_the_value_function_by_hand():
+    """What was still to come is 0.9·(1 - 0.1) - 0.2, 1 - 0.1 and 3; less V, over three tokens."""
+    r = rollout((2, 1), (True, True), rewards=[1.0, 3.0], values=[torch.tensor([0.5, 0.2]), torch.tensor([-1.0])])
+    r.old = [torch.tensor([2.0, 1.0]), torch.tensor([1.0])]
+    r.reference_logps = [torch.tensor([0.0, 0.0]), torch.tensor([1.0])]
+    c = config(gamma=0.9, lam=0.3)
+    want = ((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2 + 3 + 1) / 3
+    assert experience.value_bias([r], c, 0.1) == pytest.approx(want)
+    experience.advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
+    assert [v.tolist() for v in r.values] == [pytest.approx([0.5 + want, 0.2 + want]), pytest.approx([-1 + want])]
+    assert r.advantages[1].tolist() == pytest.approx([3 - (-1 + want)])
+    r.masks = [[True, True], [False]]  # what is not learned from does not count
+    r.values = [torch.tensor([0.5, 0.2]), torch.tensor([-1.0])]
+    assert experience.value_bias([r], c, 0.1) == pytest.approx(((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2) / 2)
 
 
 @pytest.mark.parametrize(("name", "want"), [("group", 2.0), ("rloo", 4.0)])
