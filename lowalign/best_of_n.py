@@ -36,7 +36,7 @@ from lowalign.model.host import Host
 from lowalign.model.start import peft_config
 from lowalign.picks import describe, report, write_picks
 from lowalign.policy import adapter_template, load_policy
-from lowalign.rewards import Rewards, as_function, load_rewards, split_spec
+from lowalign.rewards import Rewards, load_rewards, named
 from lowalign.run import sft
 from lowalign.run_folder import Journal, begin, fingerprints
 from lowalign.say import say
@@ -74,7 +74,9 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     chat = Chat(tokenizer, adapter_template(config.adapter))
     prompts = _prompts(config, chat)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
-    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), _inputs(config) | {"data": prompts.said})
+    files, runs = named(config.reward)
+    inputs = {"data": prompts.said} | fingerprints(files, [*config.adapter, *runs])
+    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
     adapters = config.adapter
@@ -148,14 +150,6 @@ def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
     if not fitting:
         raise UserError(f"no prompt of {', '.join(config.data)} is left; see --max-prompt and --limit")
     return Prompts([asked.prompt for asked, _ in fitting], [ids for _, ids in fitting])
-
-
-def _inputs(config: BestOfNConfig) -> dict[str, object]:
-    """What the adapters and the rewards are, beyond their names."""
-    sources = [source for _, source in map(split_spec, config.reward)]
-    functions = {source: as_function(source) for source in sources}
-    texts = [f[0].read_text() for f in functions.values() if f]
-    return fingerprints((), [*config.adapter, *(s for s in sources if not functions[s])]) | {"reward": texts}
 
 
 def _check_kind(config: BestOfNConfig) -> None:

@@ -26,8 +26,8 @@ from lowalign.methods.judge import JudgePrompt, choice, describe, log_odds, summ
 from lowalign.model.base import Base
 from lowalign.model.host import Host
 from lowalign.policy import adapter_template, load_policy
-from lowalign.rewards import as_function, load_rewards, split_spec
-from lowalign.run_folder import Journal, begin
+from lowalign.rewards import load_rewards, named
+from lowalign.run_folder import Journal, begin, fingerprints
 from lowalign.say import say
 from lowalign.train import checkpoint
 
@@ -58,7 +58,9 @@ def judge(config: JudgeConfig) -> int:
     blocks = list(_blocks(pairs, whole_rows=bool(config.reward)))
     with checkpoint.lock(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
-        begin(config, bool(journal.lines), {"data": [vars(row) for row in rows], "template": prompt.text})
+        files, runs = named(config.reward)
+        inputs = fingerprints(files, [*runs, *([config.adapter] if config.adapter else [])])
+        begin(config, bool(journal.lines), inputs | {"data": [vars(row) for row in rows], "template": prompt.text})
         done = 0
         while blocks and done + len(blocks[0]) <= len(journal.lines):
             done += len(blocks.pop(0))
@@ -121,7 +123,7 @@ def _asker(config: JudgeConfig, prompt: JudgePrompt) -> Callable[[Sequence[Pair]
 
 def _scorer(config: JudgeConfig) -> Callable[[Sequence[Pair]], list[dict]]:
     """What makes the lines of a block: each answer is scored once, and the higher score wins."""
-    runs = [source for _, source in map(split_spec, config.reward) if as_function(source) is None]
+    _, runs = named(config.reward)
     if runs and config.model is None:
         raise UserError(f"--reward {runs[0]} is a reward run; give its base with --model M")
     host, chat = _load(config, runs) if runs else (None, None)

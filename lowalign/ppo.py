@@ -22,7 +22,7 @@ from lowalign.model import adapter_files
 from lowalign.model.base import Base
 from lowalign.model.host import Host
 from lowalign.model.start import add_fresh, load_stack, peft_config
-from lowalign.rewards import Rewards, RunReward, as_function, load_rewards, split_spec
+from lowalign.rewards import Rewards, RunReward, as_function, load_rewards, named, split_spec
 from lowalign.run import named_run, reference_stack, run, say_start
 from lowalign.run_folder import Journal
 from lowalign.say import say
@@ -36,7 +36,7 @@ Stack = tuple[str, ...]
 def ppo(config: PPOConfig, base: Base | None = None) -> int:
     """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
     trip = _Trip(config)
-    rewards = [source for _, source in map(split_spec, config.reward) if as_function(source) is None]
+    _, rewards = named(config.reward)  # a function may be mended on the way
     adapters = (*named_run(config.reference), *rewards)
     return run(
         config, "ppo", trip.read, trip.start, base, data=config.ppo.ptx_data, adapters=adapters, steps=trip.steps

@@ -116,6 +116,12 @@ def load_rewards(
     return Rewards(parts)
 
 
+def named(specs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The Python files, and the runs, that the specs name."""
+    functions = {source: as_function(source) for _, source in map(split_spec, specs)}
+    return [str(f[0]) for f in functions.values() if f], [source for source, f in functions.items() if not f]
+
+
 def split_spec(spec: str) -> tuple[float, str]:
     """ "0.5*runs/reward" -> (0.5, "runs/reward"); the weight is 1 when left out."""
     weight, star, source = spec.rpartition("*")

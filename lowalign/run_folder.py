@@ -75,8 +75,9 @@ class Journal:
 def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
     """Write OUT/recipe.yaml and OUT/inputs.json, or compare with those a resumed run was started with.
 
-    config: has `out` and `resume`. begun: whether OUT holds results. inputs: what is read from files, by the name of its
-    option. Raises UserError when there are results and --resume is not given, or they were made from something else.
+    config: has `out` and `resume`. begun: whether OUT holds results. inputs: what is read from files, by their names
+    or that of the option. Raises UserError when there are results and --resume is not given, or they were made from
+    something else.
     """
     recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
     prints = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
@@ -96,13 +97,14 @@ def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
     write_whole(inputs_file, (json.dumps(prints, indent=2) + "\n").encode())
 
 
-def fingerprints(files: Sequence[str], adapters: Sequence[str]) -> dict[str, list[str]]:
-    """What is in these files (Hub ids have none here) and adapters, beyond their names. Raises UserError for no adapter."""
-    found = [path for path in (Path(name).expanduser() for name in files) if path.is_file()]
-    folders = [adapter_files.locate(source) for source in adapters]
-    for folder in folders:
+def fingerprints(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
+    """By name, what is in these files (Hub ids have nothing here) and adapters. Raises UserError for what is no adapter."""
+    found = {name: content_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
+    for source in adapters:
+        folder = adapter_files.locate(source)
         adapter_files.read(folder)  # which complains where something is wrong with it
-    return {"data": list(map(content_hash, found)), "adapters": list(map(adapter_files.weights_hash, folders))}
+        found[source] = adapter_files.weights_hash(folder)
+    return found
 
 
 def save_adapter(

@@ -280,10 +280,11 @@ def test_wrong_use(world, straight, tmp_path, capsys):
 
     assert "holds results of an earlier run: go on with --resume" in refused(*flags(world, straight))
     assert "n: 4 -> 5" in refused(*flags(world, straight, "--resume", "--n", "5"))
-    changed = shutil.copytree(straight, tmp_path / "changed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda self, *_, read=Path.read_text, **__: read(self) + "#" * (self.name == "vowels.py"))  # fmt: skip
-        assert "reward: the content has changed" in refused(*flags(world, changed, "--resume"))
+    function = world / "vowels.py"
+    text = function.read_text()
+    function.write_text(text + "#")
+    assert f"{function}: the content has changed" in refused(*flags(world, straight, "--resume"))
+    function.write_text(text)
     out = tmp_path / "out"
     assert "--rounds goes with --train" in refused(*flags(world, out, "--rounds", "2"))
     assert "is PREFIX_TUNING, not LORA; set --sft.adapter.kind" in refused(*flags(world, out, "--train"))

@@ -314,6 +314,10 @@ def test_a_function_judges(config, tmp_path, capsys):
     ]
     said = capsys.readouterr().err
     assert "3 of 6 pairs judged: 2 with a winner, 1 ties\n3 pairs skipped: an answer is empty" in said
+    (tmp_path / "worth.py").write_text("def shorter(prompts, completions):\n    return [len(c) for c in completions]\n")
+    again = ["judge", "--reward", f"2*{tmp_path / 'worth.py'}:shorter", "--data", where, "--out", str(out), "--resume"]
+    assert main(again) == 1
+    assert "worth.py: the content has changed" in capsys.readouterr().err
 
 
 def test_a_reward_run_judges(model, tmp_path):

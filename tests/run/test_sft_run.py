@@ -183,7 +183,7 @@ def test_stacked_on_an_earlier_run(world, straight, tmp_path):
     assert len(load_stack(host, "both", str(out))) == 2
 
 
-@pytest.mark.parametrize("which", ["data", "adapters"])
+@pytest.mark.parametrize("which", ["rows.jsonl", "init"])
 def test_it_does_not_go_on_with_something_else(world, straight, tmp_path, capsys, which):
     """The options are the same, but what they name has changed since."""
     rows, init, out = tmp_path / "rows.jsonl", tmp_path / "init", tmp_path / "run"
@@ -197,7 +197,7 @@ def test_it_does_not_go_on_with_something_else(world, straight, tmp_path, capsys
     ]  # fmt: skip
     assert main(command) == 0
     assert main(command) == 0  # nothing to do any more
-    if which == "data":
+    if which == "rows.jsonl":
         rows.write_text(rows.read_text() + "\n")
     else:
         weights = load_file(init / "adapter_model.safetensors")
@@ -205,7 +205,7 @@ def test_it_does_not_go_on_with_something_else(world, straight, tmp_path, capsys
     capsys.readouterr()
     assert main(command) == 1
     message = capsys.readouterr().err
-    assert f"{which}: the content has changed" in message and "Traceback" not in message
+    assert f"{tmp_path / which}: the content has changed" in message and "Traceback" not in message
 
 
 def test_wrong_use(world, straight, tmp_path, capsys):
