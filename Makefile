@@ -17,11 +17,14 @@ $(VENV)/installed: pyproject.toml
 demo: install
 	$(BIN)/lowalign demo
 
+# By file, in order: xdist would put the files with few tests last, and the demo, the longest, is one of them.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
