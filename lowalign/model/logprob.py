@@ -70,23 +70,26 @@ class TokenLogprob(torch.autograd.Function):
             y = labels[part, None]
             z = head.cap(exact, head.module(hidden[part]))
             c = None if head.softcap is None or not keep else 1 - (z / head.softcap) ** 2
-            # Passes over the vocabulary are what costs here: one exponential, and p = e/s is divided after the product.
+            # Passes over the vocabulary are what costs here, and memory: one exponential, and p takes the place of z.
             z = z.div_(temperature) if temperature != 1.0 else z
             z = z.sub_(z.amax(-1, keepdim=True))
             own_z = z.gather(1, y)
-            e = z.exp() if with_entropy else z.exp_()
-            s = e.sum(-1, keepdim=True)
-            logps[part] = (own_z - s.log())[:, 0]
+            p = z.exp() if with_entropy else z.exp_()
+            total = p.sum(-1, keepdim=True)
+            logps[part] = (own_z - total.log())[:, 0]
+            if not (keep or with_entropy):
+                continue
+            p = p.div_(total)
             if with_entropy:
-                entropies[part] = (s.log() - (e * z).sum(-1, keepdim=True) / s)[:, 0]
+                logp = z.sub_(total.log())
+                entropies[part] = h = -(p * logp).sum(-1)
             if not keep:
                 continue
             own = weight[labels[part]] if c is None else weight[labels[part]] * c.gather(1, y).to(weight.dtype)
-            mean = e if c is None else e * c
-            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight / s)
+            mean = p if c is None else p * c
+            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight)
             if d_entropy is not None:
-                rest = z + (entropies[part, None] - s.log())  # log p + H
-                d_entropy[part] = -factor * ((mean * rest).to(weight.dtype) @ weight / s)
+                d_entropy[part] = -factor * ((mean * (logp + h[:, None])).to(weight.dtype) @ weight)
         ctx.save_for_backward(d_logp, d_entropy)
         return logps, entropies
 
