@@ -118,8 +118,9 @@ def run(
     """What all methods share. Returns the exit code.
 
     read: from tokenizer and template to the rows to train on and those held out. start: (host, rows, heldout, policy,
-    reference) -> the method, before the first step. data, adapters: what it reads besides --data and --init. steps: how many for that many rows, where epochs do not tell. finish:
-    (host, policy, rows, config) -> what the adapter's lowalign.json is to say besides.
+    reference) -> the method, before the first step. data, adapters: what it reads besides --data and --init. steps: how
+    many for that many rows, where epochs do not tell. finish: (host, policy, rows, config) -> what the adapter's
+    lowalign.json is to say besides.
     """
     with checkpoint.lock(config.out):
         adapters = [source for source in (config.init, *adapters) if source]
