@@ -104,12 +104,12 @@ def reward_config(out: Path) -> RewardConfig:
         model=str(BASE),
         out=out / "reward",
         data=PreferenceConfig(
-            files=(write(out / "rankings.jsonl", world.ranking_rows(960, seed=0)),),
+            files=(write(out / "rankings.jsonl", world.ranking_rows(1920, seed=0)),),
             eval=(write(out / "rankings_held_out.jsonl", world.ranking_rows(64, seed=0, split="held_out")),),
             cache=False,
         ),
         adapter=LORA,
-        train=TrainConfig(steps=80, batch_size=12, learning_rate=2e-3, checkpointing="off", log_every=20),
+        train=TrainConfig(steps=160, batch_size=12, learning_rate=2e-3, checkpointing="off", log_every=20),
         init=str(out / "sft"),
     )
 
