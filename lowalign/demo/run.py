@@ -135,9 +135,9 @@ def dpo_config(out: Path) -> DPOConfig:
         out=out / "dpo",
         data=PreferenceConfig(files=(str(out / "best-of-n" / "pairs.jsonl"),), eval_rows=32, cache=False),
         adapter=LORA,
-        train=TrainConfig(steps=60, batch_size=16, learning_rate=1.5e-3, checkpointing="off", log_every=10),
+        train=TrainConfig(steps=60, batch_size=16, learning_rate=1e-3, checkpointing="off", log_every=10),
         init=str(out / "sft"),
-        dpo=DPOLossConfig(beta=0.3, sft=0.5),
+        dpo=DPOLossConfig(beta=0.3, sft=1.0),
         reference_cache="off",
     )
 
