@@ -29,15 +29,15 @@ from stock import run_plain, run_trl
 from torch import Tensor
 
 from lowalign import Base, Example, Host
-from lowalign.config import Sampling, TrainConfig
+from lowalign.config.sections import Sampling, TrainConfig
+from lowalign.config.training import DPOLossConfig, PPOConfig, PPOLossConfig, RewardLossConfig, RolloutConfig
 from lowalign.methods.dpo import DPO, reference_logps
-from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
-from lowalign.methods.reward import Reward
+from lowalign.methods.ppo_round import Roles
+from lowalign.methods.reward_model import Reward
 from lowalign.methods.sft import SFT
-from lowalign.rewards import score_examples
+from lowalign.rewards.rewards import score_examples
 from lowalign.train.engine import train
-from lowalign.training import DPOLossConfig, PPOConfig, PPOLossConfig, RewardLossConfig, RolloutConfig
 
 
 class Paced:

@@ -31,7 +31,7 @@ from peft import PeftConfig
 from random_base import SHAPES, TINY, random_base
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig, TrainConfig
+from lowalign.config.sections import AdapterConfig, TrainConfig
 from lowalign.errors import UserError
 from lowalign.methods.sft import SFT
 from lowalign.model.start import peft_config

@@ -10,14 +10,14 @@ import torch
 from card import peaks, release
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig, Sampling, TrainConfig
+from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.errors import UserError
-from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
+from lowalign.methods.ppo_round import Roles
 from lowalign.model.start import peft_config
-from lowalign.rewards import score_examples
+from lowalign.rewards.rewards import score_examples
 from lowalign.train.engine import train
-from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
 
 PROMPTS, SAMPLES = 2, 4  # of a round; a step trains on one prompt with its samples
 ROUNDS, EPOCHS = 3, 2

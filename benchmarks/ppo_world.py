@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 
 from lowalign import Base, Host
+from lowalign.commands.ppo import ppo
+from lowalign.commands.reward import reward
+from lowalign.commands.sft import sft
+from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.demo import run as demo
 from lowalign.demo import world
 from lowalign.demo.measure import measure
 from lowalign.model.start import load_stack
-from lowalign.ppo import ppo
-from lowalign.run import reward, sft
-from lowalign.training import PPOConfig
 
 FROM_BASE = {"base-lora": 2e-3, "base-prompt": 0.1, "base-prefix": 0.1}  # their learning rates
 VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *FROM_BASE)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowalign.config import Sampling
+    from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.model.base import Base
     from lowalign.model.host import Host
@@ -21,7 +21,7 @@ _HOMES = {
     "Base": "lowalign.model.base",
     "Example": "lowalign.data.pack",
     "Host": "lowalign.model.host",
-    "Sampling": "lowalign.config",
+    "Sampling": "lowalign.config.sections",
 }
 
 

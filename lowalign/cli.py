@@ -13,10 +13,11 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from lowalign import __version__, recipe
-from lowalign.commands import BestOfNConfig, DataCheckConfig, GenerateConfig, JudgeConfig, ScoreConfig
+from lowalign import __version__
+from lowalign.config import recipe
+from lowalign.config.commands import BestOfNConfig, DataCheckConfig, GenerateConfig, JudgeConfig, ScoreConfig
+from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lowalign.errors import UserError
-from lowalign.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 HELP = """\
 usage: lowalign VERB …
@@ -48,11 +49,11 @@ demo                                               a whole run in a tiny world, 
 """
 RECIPES_USAGE = "usage: lowalign recipes list | show NAME | copy NAME [DEST]"
 RUNS = {
-    "sft": ("lowalign.run", "sft", SFTConfig),
-    "reward": ("lowalign.run", "reward", RewardConfig),
-    "dpo": ("lowalign.run", "dpo", DPOConfig),
-    "ppo": ("lowalign.ppo", "ppo", PPOConfig),
-    "best-of-n": ("lowalign.best_of_n", "best_of_n", BestOfNConfig),
+    "sft": ("lowalign.commands.sft", "sft", SFTConfig),
+    "reward": ("lowalign.commands.reward", "reward", RewardConfig),
+    "dpo": ("lowalign.commands.dpo", "dpo", DPOConfig),
+    "ppo": ("lowalign.commands.ppo", "ppo", PPOConfig),
+    "best-of-n": ("lowalign.commands.best_of_n", "best_of_n", BestOfNConfig),
 }
 """Verbs that take a recipe: the module and the function that does the work, and its options."""
 OTHERS = ("data", "recipes", "generate", "score", "judge", "demo", "doctor")
@@ -113,7 +114,7 @@ def _dispatch(argv: list[str]) -> int:
 
             return demo() or 0
         case ["doctor"]:
-            from lowalign.tools.doctor import doctor
+            from lowalign.commands.doctor import doctor
 
             return doctor()
         case ["demo" | "doctor" as verb, *_]:
@@ -141,14 +142,14 @@ def _data_check(rest: list[str]) -> int:
     files = (*words, *config.data.files)
     if not files:
         raise UserError(f"no FILE to check\n{DATA_USAGE}")
-    from lowalign.tools.data_check import check
+    from lowalign.commands.data_check import check
 
     bad_rows = check(replace(config.data, files=files), config.model, config.revision, config.rows)
     return 1 if bad_rows else 0
 
 
 def _recipes(rest: list[str]) -> int:
-    from lowalign.tools import recipes
+    from lowalign.commands import recipes
 
     match rest:
         case ["list"]:
@@ -166,21 +167,21 @@ def _generate(flags: list[str]) -> int:
     config = recipe.parse(GenerateConfig, flags, prog="lowalign generate")
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("generate takes either --prompt TEXT or --prompts FILE")
-    from lowalign.generate import generate
+    from lowalign.commands.generate import generate
 
     return generate(config)
 
 
 def _score(flags: list[str]) -> int:
     config = recipe.parse(ScoreConfig, flags, prog="lowalign score")
-    from lowalign.score import score
+    from lowalign.commands.score import score
 
     return score(config)
 
 
 def _judge(flags: list[str]) -> int:
     config = recipe.parse(JudgeConfig, flags, prog="lowalign judge")
-    from lowalign.judge import judge
+    from lowalign.commands.judge import judge
 
     return judge(config)
 

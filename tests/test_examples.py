@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.reward_function import load_function
+from lowalign.rewards.function import load_function
 
 FILE = Path(__file__).parents[1] / "examples" / "ppo_verifiable.py"
 ASKED = "What is 1204 + 39? End with the result alone on the last line."

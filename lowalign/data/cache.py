@@ -5,7 +5,6 @@ import datetime
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.pack import Example
+from lowalign.durable import write_whole
 
 FORMAT = 2  # raised when the meaning of a stored file or of any step before it changes
 OTHERS = ("rank", "margin", "label", "weight", "source")  # what is kept of an Example besides its tokens
@@ -27,12 +27,6 @@ def cache_folder() -> Path:
     """Where tokenized rows are kept."""
     root = os.environ.get("LOWALIGN_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "lowalign") / "data"
-
-
-def content_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -94,21 +88,6 @@ def recall(name: str) -> tuple[list[Example], dict[str, Any]] | None:
         masks = [[next(mask) for _ in range(n)] for n in sizes]
         examples.append(Example(prompt, answers, masks, **dict(zip(OTHERS, others, strict=True))))
     return examples, _from_tensor(tensors["report"])
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _as_tensor(value: Any) -> Tensor:

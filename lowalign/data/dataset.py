@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.config import DataConfig
+from lowalign.config.sections import DataConfig
 from lowalign.data import cache
 from lowalign.data.chat import Chat
 from lowalign.data.fit import chunks, fit

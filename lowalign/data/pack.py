@@ -141,28 +141,6 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
     )
 
 
-def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
-    """Group Examples so that no group has more than `token_budget` tokens; one longer than that stands alone.
-
-    First-fit decreasing: few groups, the same ones for the same Examples. Examples of different classes stay apart, so
-    that what is packed beside a rollout never changes.
-    """
-    groups: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda e: -e.length):
-        same = (type(group[0]) is type(example) for group in groups)
-        fits = next(
-            (g for g, (free, s) in enumerate(zip(room, same, strict=True)) if s and example.length <= free), None
-        )
-        if fits is None:
-            fits = len(groups)
-            groups.append([])
-            room.append(token_budget)
-        groups[fits].append(example)
-        room[fits] -= example.length
-    return groups
-
-
 def step_order(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Row numbers of optimizer step `step` (from 0): a pure function of its arguments, so a resumed run needs no more.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.config import PreferenceConfig
+from lowalign.config.sections import PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import Dataset, Reading, load_examples
 from lowalign.data.fit import fit
@@ -22,6 +22,7 @@ from lowalign.data.report import Tally
 from lowalign.data.template import Unrenderable
 from lowalign.data.turns import Message, RowDropped, RowError
 from lowalign.data.votes import decide, ranks_of
+from lowalign.errors import UserError
 
 REPEATED_NOTE = "answers that stand twice at one rank kept once"
 SWAPPED = {"a": "b", "b": "a", "tie": "tie"}
@@ -188,3 +189,10 @@ def _side(messages: list[Message], said: Preference, chat: Chat) -> Example:
 
 
 PREFERENCE_READING = Reading(PREFERENCES, _together, _encode)
+
+
+def refuse_labels(examples: Sequence[Example], instead: str) -> None:
+    """Raise UserError when there are rows with a thumb up or down and nothing to compare it with."""
+    lone = [e for e in examples if e.rank is None]
+    if lone:
+        raise UserError(f"{len(lone):,} rows, the first {lone[0].source}, have a label and no rival: {instead}")

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.demo import world
-from lowalign.methods.best_of_n import best
 from lowalign.model.base import Base
 from lowalign.model.host import Host
 from lowalign.model.start import load_stack
-from lowalign.rewards import load_reward_run, score_examples
+from lowalign.rewards.rewards import load_reward_run, score_examples
+from lowalign.rewards.selection import best
 
 ASKED = 128  # held-out instructions a policy is measured on
 SHOWN = 2

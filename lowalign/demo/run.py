@@ -12,17 +12,14 @@ from pathlib import Path
 
 import torch
 
-from lowalign.best_of_n import best_of_n
-from lowalign.commands import BestOfNConfig
-from lowalign.config import AdapterConfig, DataConfig, PreferenceConfig, TrainConfig
-from lowalign.data.chat import Chat
-from lowalign.demo import world
-from lowalign.demo.measure import ASKED, DRAW, Measured, measure
-from lowalign.methods.best_of_n import divergence
-from lowalign.model.base import Base
-from lowalign.ppo import ppo
-from lowalign.run import dpo, reward, sft
-from lowalign.training import (
+from lowalign.commands.best_of_n import best_of_n
+from lowalign.commands.dpo import dpo
+from lowalign.commands.ppo import ppo
+from lowalign.commands.reward import reward
+from lowalign.commands.sft import sft
+from lowalign.config.commands import BestOfNConfig
+from lowalign.config.sections import AdapterConfig, DataConfig, PreferenceConfig, TrainConfig
+from lowalign.config.training import (
     DPOConfig,
     DPOLossConfig,
     PPOConfig,
@@ -32,6 +29,11 @@ from lowalign.training import (
     SFTConfig,
     ValueConfig,
 )
+from lowalign.data.chat import Chat
+from lowalign.demo import world
+from lowalign.demo.measure import ASKED, DRAW, Measured, measure
+from lowalign.model.base import Base
+from lowalign.rewards.selection import divergence
 
 BASE = Path(__file__).parent / "base"
 BEST_OF = 8

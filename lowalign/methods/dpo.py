@@ -2,7 +2,7 @@
 
 h = [log π(y_w|x) - log π_ref(y_w|x)] - [log π(y_l|x) - log π_ref(y_l|x)]        r(x, y) = β log π/π_ref (y|x)
 L = -1/N Σ log σ(β h)                                                            arXiv 2305.18290 eq. 7
-and, with the same h or without a reference, the losses that lowalign.losses names.
+and, with the same h or without a reference, the losses that lowalign.methods.losses names.
 
 Both completions of a prompt (or all K of a ranking) go through the model together, the prompt once.
 """
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowalign import losses
+from lowalign.config.training import DPOLossConfig
 from lowalign.data.pack import Example, step_order
+from lowalign.methods import losses
 from lowalign.methods.pairs import all_pairs, count
 from lowalign.model.host import Host
-from lowalign.training import DPOLossConfig
 
 REFERENCE_FREE = ("simpo", "orpo")
 

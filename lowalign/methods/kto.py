@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowalign import losses, memory
+from lowalign.config.training import DPOLossConfig
+from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example, step_order
+from lowalign.methods import losses
 from lowalign.methods.dpo import completion_logps, reference_logps
 from lowalign.model.host import Host
-from lowalign.training import DPOLossConfig
 
 
 class KTO:
@@ -61,7 +62,7 @@ class KTO:
                 logp = completion_logps(self.host, group)
             moved.append((logp - reference_logps(self.host, self.reference, group)).sum().item())
 
-        memory.in_micro_batches(mismatched(examples), self.token_budget, compute)
+        in_micro_batches(mismatched(examples), self.token_budget, compute)
         return max(0.0, sum(moved) / len(examples))
 
     def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:

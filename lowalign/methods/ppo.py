@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowalign import losses
+from lowalign.config.training import PPOConfig
 from lowalign.data.pack import Example, step_order, total_supervised
-from lowalign.methods import experience
+from lowalign.methods import losses
+from lowalign.methods import ppo_round as experience
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
-from lowalign.methods.experience import Roles, Score
-from lowalign.methods.rollouts import Rollout, from_tensors, supervised, to_tensors
+from lowalign.methods.ppo_round import Roles, Score
+from lowalign.methods.rollout import Rollout, from_tensors, supervised, to_tensors
 from lowalign.model.forward import Wanted
 from lowalign.model.host import Host
-from lowalign.training import PPOConfig
 
 
 class PPO:

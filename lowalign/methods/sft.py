@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowalign.data.pack import Example, step_order, total_supervised
-from lowalign.losses import negative_log_likelihood
+from lowalign.methods.losses import negative_log_likelihood
 from lowalign.model.host import Host
 
 

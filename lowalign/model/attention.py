@@ -21,9 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowalign.data.pack import Segment
+from lowalign.log import log
 from lowalign.model.blockwise import cumulative, visible
 from lowalign.model.rollout import rollout_attention
-from lowalign.say import say
 
 NAME = "lowalign"
 SCORES = 2**20  # on the CPU: most attention scores of a head that are written out in the backward
@@ -172,7 +172,7 @@ def _varlen_works(query: Tensor, softcap: float | None) -> bool:
 
 @cache
 def _notice(reason: str) -> None:
-    say(f"attention is computed segment by segment, slower with the same results: {reason}")
+    log(f"attention is computed segment by segment, slower with the same results: {reason}")
 
 
 def _varlen(

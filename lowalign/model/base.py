@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.utils import logging as transformers_logging
 
 from lowalign.errors import UserError
+from lowalign.log import log
 from lowalign.model import attention
 from lowalign.model.files import TOKENIZER_FILES, load_tokenizer, resolve
 from lowalign.model.identity import Identity, checksum, identify
 from lowalign.model.probe import probe
-from lowalign.say import say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte a block of 64, and the blocks' own scales
 
@@ -85,7 +85,7 @@ class Base:
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
         base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not)
         if not quiet:
-            say(base.summary())
+            log(base.summary())
         return base
 
     @property

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
-from lowalign.say import say
+from lowalign.log import log
 
 
 def attend(
@@ -64,7 +64,7 @@ def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_he
             error, why = torch.inf, f"varlen_attn refuses: {str(refused).splitlines()[0]}"
         if error < 0.05:  # 16-bit rounding of numbers around 1 gives a few thousandths
             return True
-    say(f"sampling computes attention prompt by prompt, slower with the same results ({why})")
+    log(f"sampling computes attention prompt by prompt, slower with the same results ({why})")
     return False
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import PrefixTuningConfig
 from torch import Tensor, nn
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model import rows, soft

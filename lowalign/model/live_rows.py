@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model import attention
 from lowalign.model.pick import pick, uniforms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.forward import Tokens, Wanted, score

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lowalign import memory
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
+from lowalign.data.micro_batches import free_memory
 from lowalign.errors import UserError
+from lowalign.log import log
 from lowalign.model.live_rows import Completion, LiveRows, Prompt
 from lowalign.model.rollout import KeysValues
 from lowalign.model.rope import stretching
-from lowalign.say import say
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _all_done(
         todo = [(prompt, j) for prompt, j in todo if (prompt.index, j) not in done]
         max_rows = rows.live // 2
         del rows
-        room = memory.free()
+        room = free_memory()
         if not max_rows:
             length = todo[0][0].length + todo[0][0].limit
             raise UserError(
@@ -91,7 +91,7 @@ def _all_done(
                 "--sampling.max-new-tokens lower, leave out long prompts, or close other programs that use the card. "
                 f"The device said: {reason.splitlines()[0]}"
             )
-        say(f"out of memory while sampling: what is not done begins anew, at most {max_rows} at a time (--sampling.max-rows)")  # fmt: skip
+        log(f"out of memory while sampling: what is not done begins anew, at most {max_rows} at a time (--sampling.max-rows)")  # fmt: skip
 
 
 def _groups(config: PretrainedConfig, prompts: list[Prompt], max_rows: int) -> list[tuple[list[Prompt], int]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 
-from lowalign.config import AdapterConfig
+from lowalign.config.sections import AdapterConfig
 from lowalign.data.pack import Example, pack
 from lowalign.errors import UserError
 from lowalign.model import adapter_files

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowalign.durable import replace, sync, write_point
 from lowalign.errors import UserError
-from lowalign.say import say
-from lowalign.train.durable import replace, sync, write_point
+from lowalign.log import log
 
 FORMAT = 1
 PARTS = ("weights", "optimizer", "method")
@@ -105,7 +105,7 @@ def newest_valid(out: Path) -> Checkpoint | None:
         try:
             return Checkpoint(folder, step, _verified(folder, step))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"checkpoint {folder} is damaged and skipped: {error}")
+            log(f"checkpoint {folder} is damaged and skipped: {error}")
     return None
 
 

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from lowalign import __version__
-from lowalign.config import TrainConfig
+from lowalign.config.sections import TrainConfig
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.log import log
 from lowalign.train import checkpoint
+from lowalign.train.accumulate import MicroBatches
 from lowalign.train.guards import assert_all_reached, assert_base_unchanged, refuse_not_finite
 from lowalign.train.method import Method
-from lowalign.train.micro_batch import MicroBatches
+from lowalign.train.metrics import Track
 from lowalign.train.optim import load_state, make_optimizer, read_state, schedule, state_bytes
 from lowalign.train.signals import Interrupted, StopSignals
-from lowalign.train.track import Track, say
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; None: from the beginning, in a folder without checkpoints."""
     found = checkpoint.newest_valid(out) if resume else None
     if found is not None:
-        say(f"resuming from {found.folder}")
+        log(f"resuming from {found.folder}")
     elif checkpoint.steps(out):
         why = "no checkpoint is whole" if resume else "there are checkpoints of an earlier run: go on with --resume"
         raise UserError(f"{out}: {why}; or choose another --out")
     elif resume:
-        say(f"{out} has no checkpoint to resume: starting from the beginning")
+        log(f"{out} has no checkpoint to resume: starting from the beginning")
     checkpoint.clean(out, best=found is None)
     return found
 
@@ -129,10 +130,10 @@ class _Run:
                 self.step += 1
                 tokens += seen
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
-                log = self.step % config.log_every == 0 or self.step == config.steps
+                log_due = self.step % config.log_every == 0 or self.step == config.steps
                 self.metrics |= metrics
-                track.step(self.step, metrics, log)
-                if log:
+                track.step(self.step, metrics, log_due)
+                if log_due:
                     tokens, since = 0, time.perf_counter()
         except Interrupted:
             stopped_by = self.stop.received

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowalign.config import TrainConfig
+from lowalign.config.sections import TrainConfig
 from lowalign.errors import UserError
-from lowalign.say import say
+from lowalign.log import log
 
 PAGED_FROM = 100_000  # elements; bitsandbytes keeps smaller states resident
 
@@ -26,12 +26,12 @@ def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
     paged = config.optimizer == "paged_adamw_8bit"
     if paged and not cuda:
-        say(
+        log(
             "paged_adamw_8bit: there is nothing to page to without a GPU; the optimizer state stays in memory, same results"
         )
     for name, master in masters.items():
         if paged and cuda and master.numel() < PAGED_FROM:
-            say(
+            log(
                 f'"{name}" has {master.numel():,} weights: its optimizer state is too small to page and stays on the GPU'
             )
     return bnb.optim.AdamW8bit(groups, is_paged=paged and cuda, **options)

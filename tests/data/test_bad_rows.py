@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowalign.config import DataConfig
+from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, read_examples
 from lowalign.errors import UserError

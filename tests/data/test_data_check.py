@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.commands import AnyDataConfig
+from lowalign.commands.data_check import check, show
+from lowalign.config.commands import AnyDataConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
-from lowalign.tools.data_check import check, show
 from tests.data import made
 
 

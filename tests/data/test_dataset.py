@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowalign.config import DataConfig
+from lowalign.config.sections import DataConfig
 from lowalign.data import cache, dataset
 from lowalign.data.chat import TOOLS_NOTE, Chat
 from lowalign.data.dataset import load_examples, split_heldout

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lowalign.data.pack import Example, Segment, micro_batches, pack, step_order, total_supervised
+from lowalign.data.micro_batches import micro_batches
+from lowalign.data.pack import Example, Segment, pack, step_order, total_supervised
 
 PAIR = Example([1, 2, 3], [[4, 5], [6]], [[True, False], [True]])
 TALK = Example([7], [[8, 9]])

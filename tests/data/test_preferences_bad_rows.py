@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.config import DataConfig, PreferenceConfig
+from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, read_examples
 from lowalign.data.preferences import PREFERENCE_READING, load_preferences

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.config import PreferenceConfig
+from lowalign.config.sections import PreferenceConfig
 from lowalign.data import dataset
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example

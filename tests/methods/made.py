@@ -3,7 +3,7 @@
 import torch
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig
+from lowalign.config.sections import AdapterConfig
 from lowalign.model.start import peft_config
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowalign import losses
-from lowalign.methods import experience
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
+from lowalign.methods import losses
+from lowalign.methods import ppo_round as experience
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments, gae, group, rloo, whiten
-from lowalign.methods.rollouts import Rollout, from_tensors, to_tensors
-from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
+from lowalign.methods.rollout import Rollout, from_tensors, to_tensors
 
 
 def config(rollout=None, **ppo) -> PPOConfig:

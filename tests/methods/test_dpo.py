@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from lowalign import Example
-from lowalign.data.pack import micro_batches
+from lowalign.config.training import DPOLossConfig
+from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO, labels, mismatched
-from lowalign.training import DPOLossConfig
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
 

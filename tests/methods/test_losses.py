@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowalign import losses
+from lowalign.methods import losses
 
 CHOSEN = [0.3, -1.2, 4.0, 0.0, -30.0]
 REJECTED = [-0.5, 0.7, 1.0, 0.0, 25.0]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig, Sampling, TrainConfig
-from lowalign.methods.experience import Roles
+from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig, ValueConfig
 from lowalign.methods.ppo import PPO
+from lowalign.methods.ppo_round import Roles
 from lowalign.model.adapter_files import HEAD
 from lowalign.model.start import peft_config
-from lowalign.rewards import score_examples
-from lowalign.train.micro_batch import MicroBatches
+from lowalign.rewards.rewards import score_examples
+from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals
-from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig, ValueConfig
 from tests.methods.made import rankings, relative
 from tests.tiny import tiny_folder
 

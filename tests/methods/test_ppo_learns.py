@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lowalign import Base, Host
-from lowalign.config import AdapterConfig, Sampling, TrainConfig
+from lowalign.commands.ppo import ppo
+from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.demo import run as demo
-from lowalign.methods.experience import Roles
 from lowalign.methods.ppo import PPO
+from lowalign.methods.ppo_round import Roles
 from lowalign.model.start import peft_config
-from lowalign.ppo import ppo
 from lowalign.train.engine import train
-from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
 from tests.tiny import tiny_folder
 
 

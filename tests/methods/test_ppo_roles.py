@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig, Sampling, TrainConfig
-from lowalign.methods.experience import Roles
+from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.methods.ppo import PPO
+from lowalign.methods.ppo_round import Roles
 from lowalign.model.start import peft_config
-from lowalign.rewards import score_examples
+from lowalign.rewards.rewards import score_examples
+from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
-from lowalign.train.micro_batch import MicroBatches
 from lowalign.train.signals import StopSignals
-from lowalign.training import PPOConfig, PPOLossConfig, RolloutConfig
 from tests.methods.made import apart, rankings
 from tests.tiny import tiny_folder
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig
-from lowalign.data.pack import micro_batches
+from lowalign.config.sections import AdapterConfig
+from lowalign.data.micro_batches import micro_batches
 from lowalign.methods.sft import SFT
 from lowalign.model.start import peft_config
 from tests.tiny import tiny_folder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowalign import losses
+from lowalign.methods import losses
 
 pytest.importorskip("trl", minversion="1.16")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lowalign import Base, Example, Host
+from lowalign.config.training import DPOLossConfig, RewardLossConfig
 from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO
-from lowalign.methods.reward import Reward
-from lowalign.training import DPOLossConfig, RewardLossConfig
+from lowalign.methods.reward_model import Reward
 from tests.tiny import tiny_folder
 
 pytest.importorskip("trl", minversion="1.16")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GptOssConfig
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.model import attention, blockwise, live_rows, rollout
 from lowalign.model.sampling import sample
 from tests.tiny import CONFIGS, tiny_model

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
-from lowalign.config import Sampling
+from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model.rollout_layout import Tokens
 from lowalign.model.rows import row_sample

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowalign import Base, Example, Host
-from lowalign.config import AdapterConfig
+from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
 from lowalign.model.start import POLICY, check_start, divergence, load_stack, peft_config, start_policy
 from tests.tiny import tiny_folder

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from lowalign.data.pack import Example, step_order
 from lowalign.errors import UserError
 from lowalign.train import checkpoint
+from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
-from lowalign.train.micro_batch import MicroBatches
 from lowalign.train.signals import StopSignals
 from tests.train import toy
 

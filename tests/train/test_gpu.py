@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowalign.config import TrainConfig
+from lowalign.config.sections import TrainConfig
 from lowalign.model.flat import FlatWeights
 from lowalign.train.optim import load_state, make_optimizer, move_state, paged_state_is_managed, read_state
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowalign.config import TrainConfig
+from lowalign.config.sections import TrainConfig
 from lowalign.errors import UserError
 from lowalign.model.flat import FlatWeights
 from lowalign.train.optim import (

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowalign.train import checkpoint, durable
+from lowalign import durable
+from lowalign.train import checkpoint
 from tests.train import toy
 
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")

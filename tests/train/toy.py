@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowalign.config import TrainConfig
+from lowalign.config.sections import TrainConfig
 from lowalign.data.pack import Example, step_order, total_supervised
 from lowalign.model.flat import FlatWeights
 

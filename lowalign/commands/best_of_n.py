@@ -1,0 +1,212 @@
+"""`lowalign best-of-n`: sample n completions of each prompt, score them, and write down the best.
+
+OUT/candidates.jsonl   one line a prompt: all its completions with their scores; what a stopped run goes on from
+OUT/best.jsonl         the best of each prompt, ready for `lowalign sft`
+OUT/pairs.jsonl        best against worst, ready for `lowalign dpo`
+OUT/rankings.jsonl     all of them by score, ready for `lowalign reward`
+OUT/report.json        mean reward at n = 1, 2, 4, …, and what was picked
+
+With --train all of it is in OUT/round-1, …, and OUT/round-K/sft is the run that learnt from the best of round K. As in
+RAFT (arXiv 2304.06767, algorithm 1) each round samples from the policy that the last one trained and goes on training its
+weights; the first goes on from --adapter. Llama 2 (arXiv 2307.09288, 3.2.3) samples from its newest policy too.
+"""
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from lowalign.commands.sft import sft
+from lowalign.config.commands import BestOfNConfig
+from lowalign.config.sections import DataConfig
+from lowalign.config.training import SFTConfig
+from lowalign.data.chat import Chat
+from lowalign.data.prompts import Prompt, distinct_prompts
+from lowalign.durable import write_whole
+from lowalign.errors import UserError
+from lowalign.log import log
+from lowalign.model import adapter_files
+from lowalign.model.base import Base
+from lowalign.model.files import load_tokenizer
+from lowalign.model.host import Host
+from lowalign.model.start import peft_config
+from lowalign.policy import adapter_template, load_policy
+from lowalign.rewards.rewards import Rewards, load_rewards, named
+from lowalign.rewards.selection import describe, report, write_picks
+from lowalign.train import checkpoint
+from lowalign.train.run_folder import Journal, begin, fingerprints
+
+BLOCK = 64  # prompts that are sampled, scored and written together
+
+
+@dataclass
+class Prompts:
+    """The prompts of a run as they are written, and as token ids."""
+
+    said: list[Prompt]
+    ids: list[list[int]]
+
+
+def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
+    """Run the command; `base` is one that is loaded already. Returns the exit code."""
+    try:
+        with checkpoint.lock(config.out), _leaving_at_once():
+            return _run(config, base)
+    except _Stopped as stopped:
+        log(f"stopped by {stopped.signal.name}; go on with the same command and --resume")
+        return 128 + stopped.signal
+
+
+def _run(config: BestOfNConfig, base: Base | None) -> int:
+    # What is wrong with prompts or with the names of rewards and adapters should not cost the loading of a 7B model.
+    if not config.reward:
+        raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
+    if config.train and config.adapter:
+        _check_kind(config)
+    tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
+    chat = Chat(tokenizer, adapter_template(config.adapter))
+    prompts = _prompts(config, chat)
+    folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
+    files, runs = named(config.reward)
+    inputs = {"data": prompts.said} | fingerprints(files, [*config.adapter, *runs])
+    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
+    base = base or Base.load(config.model, **vars(config.base))
+    base.end_at(chat.end_of_turn)
+    adapters = config.adapter
+    for k, folder in enumerate(folders):
+        trained = folder / "sft"
+        if not (trained / "adapter" / "lowalign.json").exists():
+            if config.train:
+                log(f"round {k + 1} of {config.rounds}")
+            # Another seed each round, or a prompt would meet the same luck again.
+            sampling = replace(config.sampling, seed=config.sampling.seed + k)
+            _sample(replace(config, adapter=adapters, sampling=sampling), base, chat, prompts, folder)
+            if config.train and (code := sft(_sft_config(config, folder, adapters), base)):
+                return code
+        adapters = (str(trained),)
+    return 0
+
+
+def _sample(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, folder: Path) -> None:
+    """One round: what its folder holds besides the run that learns from it."""
+    folder.mkdir(exist_ok=True)
+    journal, total = Journal(folder / "candidates.jsonl"), len(prompts.ids)
+    done = len(journal.lines) if len(journal.lines) == total else len(journal.lines) // BLOCK * BLOCK
+    # A block is always computed as a whole: it then has the same bits however often a run was cut off.
+    journal.keep(done)
+    if done < total:
+        host = Host(base)
+        stack = load_policy(host, config.adapter, config.allow_base_mismatch)
+        rewards = load_rewards(config.reward, host, chat, config.allow_base_mismatch, config.token_budget)
+        with tqdm(total=total, initial=done, unit="prompt", disable=None) as bar:
+            for start in range(done, total, BLOCK):
+                block = range(start, min(start + BLOCK, total))
+                journal.add(_candidates(config, host, stack, rewards, prompts, block))
+                bar.update(len(block))
+        for name in tuple(host.configs):
+            host.delete(name)
+    told = report(journal.lines) | write_picks(folder, journal.lines, config.unfinished == "keep", config.raw)
+    write_whole(folder / "report.json", (json.dumps(told, indent=2) + "\n").encode())
+    log("\n".join([*describe(told), f"all of it is in {folder}"]))
+
+
+def _candidates(
+    config: BestOfNConfig, host: Host, stack: Sequence[str], rewards: Rewards, prompts: Prompts, block: range
+) -> list[dict[str, Any]]:
+    """The lines of candidates.jsonl for these prompts."""
+    said, ids = [prompts.said[i] for i in block], [prompts.ids[i] for i in block]
+    with host.use(*stack):
+        found = host.generate(ids, config.n, config.sampling, seeds=block)
+    decode = host.base.tokenizer.decode
+    texts = [[decode(c.ids, skip_special_tokens=True) for c in group] for group in found]
+    scores = rewards(said, ids, texts, [[c.ids for c in group] for group in found])
+    return [
+        {
+            "prompt": prompt,
+            "completions": [
+                {"completion": text, "score": s.total, "parts": s.parts, "stopped": c.stopped, "tokens": len(c.ids)}
+                for c, text, s in zip(*group, strict=True)
+            ],
+        }
+        for prompt, *group in zip(said, found, texts, scores, strict=True)
+    ]
+
+
+def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
+    """Each prompt once, in the order of the rows; those that are too long are left out."""
+    if not config.data:
+        raise UserError("no prompts: give --data FILE…")
+    fitting, left_out = distinct_prompts(config.data, chat, config.limit, config.max_prompt, config.raw)
+    if left_out:
+        total = len(fitting) + left_out
+        log(f"{left_out:,} of {total:,} prompts have more than {config.max_prompt:,} tokens and are left out")
+    if not fitting:
+        raise UserError(f"no prompt of {', '.join(config.data)} is left; see --max-prompt and --limit")
+    return Prompts([asked.prompt for asked, _ in fitting], [ids for _, ids in fitting])
+
+
+def _check_kind(config: BestOfNConfig) -> None:
+    adapter, _ = adapter_files.read(adapter_files.locate(config.adapter[0]))
+    wanted = peft_config(config.sft.adapter)
+    if type(adapter.config) is not type(wanted):
+        kinds = f"{adapter.config.peft_type.value}, not {wanted.peft_type.value}"
+        raise UserError(f"--train goes on from --adapter {config.adapter[0]}, which is {kinds}; set --sft.adapter.kind to its kind")  # fmt: skip
+
+
+def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) -> SFTConfig:
+    """The run that learns from the best completions of a round, with the weights that they were sampled from."""
+    best = folder / "best.jsonl"
+    if not best.stat().st_size:
+        raise UserError(f"{best} is empty: no completion was finished; raise --sampling.max-new-tokens, or --unfinished keep")  # fmt: skip
+    init = adapters[0] if adapters else None
+    template = init and adapter_files.locate(init) / "chat_template.jinja"
+    return SFTConfig(
+        model=config.model,
+        out=folder / "sft",
+        data=DataConfig(
+            files=(str(best),),
+            max_length=config.sft.max_length,
+            template=template if template and template.exists() else None,
+            cache=False,
+        ),
+        adapter=config.sft.adapter,
+        train=config.sft.train,
+        base=config.base,
+        init=init,
+        init_mode="copy",
+        allow_base_mismatch=config.allow_base_mismatch,
+        resume=bool(checkpoint.steps(folder / "sft")),
+    )
+
+
+class _Stopped(BaseException):
+    """A signal asked to leave."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM raise _Stopped wherever they arrive: a block that is not written yet is all that is lost."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to no other
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""`lowalign dpo`: DPO and its kin, KTO among them."""
+
+from functools import partial
+from typing import Any
+
+from lowalign.config.training import DPOConfig
+from lowalign.data.dataset import Dataset
+from lowalign.data.pack import Example
+from lowalign.data.preferences import load_preferences, refuse_labels
+from lowalign.methods.dpo import DPO, REFERENCE_FREE
+from lowalign.methods.kto import KTO
+from lowalign.model.base import Base
+from lowalign.model.host import Host
+from lowalign.train.reference_cache import fill
+from lowalign.train.run import Stack, check_and_log_start, named_run, read_rows, reference_stack, run
+from lowalign.train.signals import StopSignals
+
+
+def dpo(config: DPOConfig, base: Base | None = None) -> int:
+    """Run `lowalign dpo`; `base` is one that is loaded already. Returns the exit code."""
+    kto, settings = config.dpo.loss == "kto", config.train
+
+    def load(*args: Any, **options: Any) -> Dataset:
+        data = load_preferences(*args, **options)
+        if not kto:
+            refuse_labels(data.examples, "they need --dpo.loss kto")
+        return data
+
+    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> DPO | KTO:
+        check_and_log_start(host, stack, reference, rows, config)
+        reference = reference_stack(host, config.reference, reference, config.allow_base_mismatch)
+        if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
+            with StopSignals() as stop:
+                for part in (rows, heldout):
+                    fill(host, reference, part, settings, stop)
+        if kto:
+            return KTO(
+                host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed, settings.token_budget
+            )
+        return DPO(host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed)
+
+    return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))

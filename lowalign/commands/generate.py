@@ -1,0 +1,36 @@
+"""`lowalign generate`: prompts in, completions out, one JSON object a completion."""
+
+import json
+import sys
+from contextlib import nullcontext
+
+from lowalign.config.commands import GenerateConfig
+from lowalign.data.chat import Chat
+from lowalign.data.prompts import Asked, prompt_ids, read_prompts
+from lowalign.model.base import Base
+from lowalign.model.host import Host
+from lowalign.policy import adapter_template, load_policy
+
+AT_A_TIME = 256  # prompts whose completions are written together
+
+
+def generate(config: GenerateConfig) -> int:
+    """Run the command. Returns the exit code."""
+    asked = [Asked(config.prompt, "--prompt")] if config.prompts is None else list(read_prompts([str(config.prompts)]))
+    base = Base.load(config.model, **vars(config.base))
+    host = Host(base)
+    stack = load_policy(host, config.adapter, config.allow_base_mismatch)
+    chat = Chat(base.tokenizer, adapter_template(config.adapter))
+    base.end_at(chat.end_of_turn)
+    ids = [prompt_ids(chat, each, config.raw) for each in asked]
+    with host.use(*stack), config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
+        for start in range(0, len(asked), AT_A_TIME):
+            part = range(start, min(start + AT_A_TIME, len(asked)))
+            found = host.generate([ids[i] for i in part], config.n, config.sampling, seeds=part)
+            for i, completions in zip(part, found, strict=True):
+                for c in completions:
+                    text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
+                    line = {"prompt": asked[i].prompt, "completion": text, "stopped": c.stopped}
+                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+    return 0

@@ -1,0 +1,48 @@
+"""`lowalign reward`: a reward model, and how good its scores are on held-out rankings."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from lowalign.config.training import RewardConfig
+from lowalign.data.dataset import Dataset
+from lowalign.data.pack import Example
+from lowalign.data.preferences import load_preferences, refuse_labels
+from lowalign.log import log
+from lowalign.methods.reward_model import Reward, quality, scored
+from lowalign.model.base import Base
+from lowalign.model.host import Host
+from lowalign.rewards.rewards import score_examples
+from lowalign.train.run import Stack, read_rows, run
+
+QUALITY_ROWS = 1024  # rankings that a finished reward model is judged on
+
+
+def reward(config: RewardConfig, base: Base | None = None) -> int:
+    """Run `lowalign reward`; `base` is one that is loaded already. Returns the exit code."""
+
+    def load(*args: Any, **options: Any) -> Dataset:
+        data = load_preferences(*args, **options)
+        refuse_labels(
+            data.examples, "a reward model learns from comparisons; use them with `lowalign dpo --dpo.loss kto`"
+        )
+        return replace(data, examples=[scored(e) for e in data.examples])
+
+    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> Reward:
+        if not host.has_head(stack[-1]):
+            host.add_head(stack[-1])
+        ties = config.data.ties == "keep"
+        return Reward(host, rows, stack, config.reward, config.train.batch_size, config.train.seed, ties)
+
+    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_reward_quality)
+
+
+def _reward_quality(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
+    """What the scores are worth, on held-out rankings where there are some."""
+    examples = examples[:QUALITY_ROWS]
+    scores = score_examples(host, policy, examples, config.train.token_budget)
+    found = quality([torch.tensor(values) for values in scores], examples)
+    log("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return {"reward": found}

@@ -1,0 +1,75 @@
+"""`lowalign score`: rows of sft or of preferences in, a line of JSON for each completion out, with its score."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from lowalign.config.commands import ScoreConfig
+from lowalign.config.sections import DataConfig, PreferenceConfig
+from lowalign.data.chat import Chat
+from lowalign.data.dataset import load_examples
+from lowalign.data.pack import Example
+from lowalign.data.preference_rows import PREFERENCES
+from lowalign.data.preferences import load_preferences
+from lowalign.data.read import Row, read_rows
+from lowalign.log import log
+from lowalign.methods.reward_model import quality, scored
+from lowalign.model.base import Base
+from lowalign.model.files import load_tokenizer
+from lowalign.model.host import Host
+from lowalign.policy import adapter_template
+from lowalign.rewards.rewards import load_reward_run, score_examples
+
+AT_A_TIME = 256  # Examples whose lines are written together
+
+
+def score(config: ScoreConfig) -> int:
+    """Run the command. Returns the exit code."""
+    tokenizer = load_tokenizer(config.model, config.base.revision)
+    chat = Chat(tokenizer, adapter_template((config.adapter,)))
+    examples = [scored(example) for file in config.data for example in _load(file, chat, config)]
+    base = Base.load(config.model, **vars(config.base))
+    host = Host(base)
+    stack = load_reward_run(host, "reward", config.adapter, config.allow_base_mismatch)
+    scores: list[list[float]] = []
+    with config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
+        for start in range(0, len(examples), AT_A_TIME):
+            part = examples[start : start + AT_A_TIME]
+            found = score_examples(host, stack, part, config.token_budget)
+            for example, values in zip(part, found, strict=True):
+                for i, value in enumerate(values):
+                    text = tokenizer.decode(example.completions[i], skip_special_tokens=True)
+                    line = {"source": example.source, "completion": text, "score": value, **_known(example, i)}
+                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            scores += found
+    log("\n".join(_summary(scores, examples)))
+    return 0
+
+
+def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
+    """The Examples of a file of preferences, where its rows are such, or of sft."""
+    rows = (row.data for row in read_rows(file, config.limit) if isinstance(row, Row))
+    options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
+    if PREFERENCES.common(rows) is not None:
+        options |= {"ties": "keep"}
+        return load_preferences([file], chat, PreferenceConfig(**options), tokenizer=chat.tokenizer).examples
+    return load_examples([file], chat, DataConfig(**options), tokenizer=chat.tokenizer).examples
+
+
+def _known(example: Example, i: int) -> dict:
+    """What the row says of its completion i."""
+    if example.rank is not None:
+        return {"rank": example.rank[i]}
+    return {} if example.label is None else {"label": example.label}
+
+
+def _summary(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> list[str]:
+    found = quality([torch.tensor(values) for values in scores], examples)
+    lines = [f"{found['completions']:,} completions, score {found['mean']:.4f} on average, spread {found['std']:.4f}"]
+    if "pairs" in found:
+        lines.append(f"{found['accuracy']:.1%} of {found['pairs']:,} pairs the right way round")
+    return lines

@@ -1,0 +1,21 @@
+"""`lowalign sft`: supervised fine-tuning."""
+
+from functools import partial
+
+from lowalign.config.training import SFTConfig
+from lowalign.data.dataset import load_examples
+from lowalign.data.pack import Example
+from lowalign.methods.sft import SFT
+from lowalign.model.base import Base
+from lowalign.model.host import Host
+from lowalign.train.run import Stack, check_and_log_start, read_rows, run
+
+
+def sft(config: SFTConfig, base: Base | None = None) -> int:
+    """Run `lowalign sft`; `base` is one that is loaded already. Returns the exit code."""
+
+    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> SFT:
+        check_and_log_start(host, stack, reference, rows, config)
+        return SFT(host, rows, stack, config.train.batch_size, config.train.seed)
+
+    return run(config, "sft", partial(read_rows, config, load_examples), start, base)

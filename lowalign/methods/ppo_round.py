@@ -1,0 +1,181 @@
+"""A round of PPO before its update: sample, score, compare with the reference, and work out the advantages.
+
+    reward of token t    r_t = -β (log π - log π_ref)(y_t) + [t is the last] (R(x, y) - penalties)     arXiv 1909.08593 eq. 2
+    gae                  A_t from r and V                                                             arXiv 1506.02438
+    group, rloo          A_t = the completion's lead over the other samples of its prompt
+
+Old log-probs, reference log-probs and values come from forwards over the very packs that the update trains on, not from
+the sampling pass, which differs by up to 0.03 in 16 bit: so the ratio is exactly 1 until the first step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowalign.config.training import PPOConfig
+from lowalign.data.micro_batches import in_micro_batches
+from lowalign.errors import UserError
+from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
+from lowalign.methods.rollout import Rollout, flat, supervised
+from lowalign.model.forward import Wanted
+from lowalign.model.host import Host
+
+Stack = tuple[str, ...]
+Score = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
+"""The numbers of the prompts, and for each the ids of its completions -> for each prompt its completions' rewards."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who acts in PPO: stacks of adapters on one base. value: None without a value function; its last adapter has the
+    head, and it is the policy itself where the head is shared."""
+
+    policy: Stack
+    reference: Stack
+    value: Stack | None
+
+
+def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequence[int]], number: int) -> list[Rollout]:
+    """Completions of these prompts under the policy in round `number`."""
+    n = config.rollout.samples
+    # Each time that a prompt is asked it has its own luck: in other rounds, and twice in one where there are few.
+    seeds = range(number * len(prompts), (number + 1) * len(prompts))
+    with host.use(*roles.policy):
+        found = host.generate(prompts, n, config.sampling, seeds=seeds)
+    rollouts = []
+    for prompt, completions in zip(prompts, found, strict=True):
+        learnt = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
+        masks = [[keep] * len(c.ids) for keep, c in zip(learnt, completions, strict=True)]
+        stopped = [c.stopped for c in completions]
+        rollouts.append(Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped))
+    if config.rollout.missing_eos != "keep" and not any(s for r in rollouts for s in r.stopped):
+        raise UserError(
+            f"none of the {n * len(rollouts):,} completions of this round ended within {config.sampling.max_new_tokens} tokens; "
+            "raise --sampling.max-new-tokens, start from an SFT run that ends its answers (--init), or allow it with "
+            "--rollout.missing-eos keep"
+        )
+    return rollouts
+
+
+def earn(
+    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
+) -> None:
+    """Set each completion's reward: normalised, clipped, less the penalties."""
+    c = config.rollout
+    if c.normalise == "running":
+        moments.update([x for values in raw for x in values])
+    for r, values in zip(rollouts, raw, strict=True):
+        r.rewards = []
+        for value, ids, stopped in zip(values, r.completions, r.stopped, strict=True):
+            value = value / moments.std if c.normalise == "running" else value
+            value = max(-c.reward_clip, min(c.reward_clip, value)) if c.reward_clip else value
+            value -= c.eos_penalty if c.missing_eos == "penalise" and not stopped else 0.0
+            r.rewards.append(value - c.length_penalty * len(ids))
+
+
+@torch.no_grad()
+def evaluate(
+    host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
+) -> tuple[float, set[tuple[int, ...]]]:
+    """Set old and reference log-probs and values, in the packs of the update.
+
+    Returns the policy's mean entropy, and the packs: of each the ids of its rollouts.
+    """
+    shared = roles.value == roles.policy
+    entropies, packs = [], set()
+
+    def compute(pack: list[Rollout]) -> None:
+        head = host.head(roles.value[-1]) if shared else None
+        with host.use(*roles.policy):
+            own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
+        with host.use(*roles.reference):
+            reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
+        values = own.values if shared or not roles.value else value_function(host, roles, pack)
+        for i, r in enumerate(pack):
+            r.old, r.reference_logps = own.logps[i], reference[i]
+            r.values = values[i] if values else []
+        entropies.extend(e.sum().item() for row in own.entropies for e in row)
+        packs.add(tuple(map(id, pack)))
+
+    for minibatch in minibatches:
+        in_micro_batches(minibatch, token_budget, compute)
+    tokens = sum(r.supervised for minibatch in minibatches for r in minibatch)
+    return sum(entropies) / max(1, tokens), packs
+
+
+def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
+    """V(s_t) of each token by the value adapter's head, for each completion of each rollout."""
+    with host.use(*roles.value):
+        wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+        return host.tokens(pack, wanted).values
+
+
+def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> float:
+    """The constant b with which V + b is right on average: the mean over all tokens of what was still to come, less V.
+
+    A value function that begins at 0 would need rounds to learn the mere level of the rewards, as it is clipped, and until
+    then whatever stands near the end of a completion would seem better than what stands before it.
+    """
+    left = []
+    for r in rollouts:
+        to_come = [gae(x, torch.zeros_like(x), config.ppo.gamma, 1.0)[1] for x in _rewards(r, config, beta)]
+        left.append(supervised(r, to_come) - supervised(r, r.values))
+    return torch.cat(left).mean().item()
+
+
+def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias: float = 0.0) -> None:
+    """Set advantages, and with gae the returns that the value function learns; bias: what is added to its values."""
+    c = config.ppo
+    for r in rollouts:
+        if c.advantage == "gae":
+            r.values = [v + bias for v in r.values]
+            found = [gae(x, v, c.gamma, c.lam) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
+            r.advantages, r.returns = [a for a, _ in found], [ret for _, ret in found]
+        else:
+            whole = torch.stack([x.sum() for x in _rewards(r, config, beta)])
+            lead = group(whole, c.group_std) if c.advantage == "group" else rloo(whole)
+            r.advantages = [torch.full_like(o, x) for o, x in zip(r.old, lead.tolist(), strict=True)]
+    if c.advantage == "gae" and c.whiten:
+        white = iter(whiten([a[torch.tensor(r.mask(i))] for r in rollouts for i, a in enumerate(r.advantages)]))
+        for r in rollouts:
+            for i, a in enumerate(r.advantages):
+                a[torch.tensor(r.mask(i))] = next(white)
+
+
+def describe(
+    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], beta: float, entropy: float
+) -> dict[str, float]:
+    """The round in numbers: what every of its steps logs."""
+    completions = [(i, r) for r in rollouts for i in range(len(r.completions))]
+    scores = [x for values in raw for x in values]
+    lengths = [len(r.completions[i]) for i, r in completions]
+    ended = sum(r.stopped[i] for i, r in completions) / len(completions)
+    learnt = [(i, r) for i, r in completions if any(r.mask(i))]  # of the others no log-prob was computed
+    kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in learnt]
+    found = {
+        "reward": sum(scores) / len(scores),
+        "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(scores),
+        "kl": sum(kl) / len(kl),
+        "kl_coef": beta,
+        "entropy": entropy,
+        "length": sum(lengths) / len(lengths),
+        "eos_share": ended,
+        "truncated_share": 1 - ended,
+    }
+    if rollouts[0].returns:
+        returns, values = flat(rollouts, "returns"), flat(rollouts, "values")
+        spread = returns.var().item() if len(returns) > 1 else 0.0
+        found["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
+    return found
+
+
+def _rewards(rollout: Rollout, config: PPOConfig, beta: float) -> list[Tensor]:
+    """r_t of each completion: what its token pays for its divergence, and on the last one the completion's reward."""
+    if config.ppo.kl_in == "loss":
+        beta = 0.0
+    found = [-beta * (old - ref) for old, ref in zip(rollout.old, rollout.reference_logps, strict=True)]
+    for per_token, reward in zip(found, rollout.rewards, strict=True):
+        per_token[-1] += reward
+    return found

@@ -1,0 +1,109 @@
+"""Reward model: a scalar head on an adapter learns to score completions as people rank them.
+
+L = -1/N Σ_rankings 1/C(K,2) Σ_(y_w > y_l) log σ(r(x, y_w) - r(x, y_l) - m)            arXiv 2203.02155 eq. 1
+  + c (r(x, y_w) + r(x, y_l))²                                                          arXiv 2312.09244 eq. 2
+
+All K completions of a prompt go through the model together, the prompt once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowalign.config.training import RewardLossConfig
+from lowalign.data.pack import Example, step_order
+from lowalign.methods import losses
+from lowalign.methods.pairs import all_pairs, compare, count
+from lowalign.model.host import Host
+
+
+class Reward:
+    """The method of `lowalign reward`.
+
+    stack: the adapters that act; the last one has the head and is trained, head and all. ties: pairs without a winner
+    count as half a win for each.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        examples: Sequence[Example],
+        stack: tuple[str, ...],
+        config: RewardLossConfig,
+        batch_size: int,
+        seed: int,
+        ties: bool = False,
+    ) -> None:
+        self.host, self.examples, self.stack, self.config = host, examples, stack, config
+        self.trains = {stack[-1]: 1.0}
+        self.batch_size, self.seed, self.ties = batch_size, seed, ties
+
+    def batch(self, step: int) -> list[Example]:
+        """The rankings of optimizer step `step`, counted from 0."""
+        return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """What the means are over."""
+        return count(examples, self.ties) | {"completions": sum(len(e.completions) for e in examples)}
+
+    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the step's loss."""
+        with self.host.use(*self.stack):
+            r = self.host.scores(examples, self.stack[-1])
+        flat = torch.cat(r)
+        pairs = all_pairs(examples, flat.device, self.ties)
+        r_w, r_l = flat[pairs.better], flat[pairs.worse]
+        if self.config.loss == "plackett-luce":
+            rank = lambda e: torch.tensor(e.rank, device=flat.device)  # noqa: E731
+            whole = [e.weight * losses.plackett_luce(s, rank(e)) for e, s in zip(examples, r, strict=True)]
+            summed = torch.stack(whole).sum()
+        else:
+            summed = (pairs.weight * losses.bradley_terry(r_w, r_l, pairs.margin)).sum()
+            tie = losses.bradley_terry_tie(flat[pairs.tied_a], flat[pairs.tied_b])
+            summed = summed + (pairs.tied_weight * tie).sum()
+        if self.config.centring:
+            summed = summed + self.config.centring * (pairs.weight * losses.centring(r_w, r_l)).sum()
+        loss = summed / totals["rankings"]
+        d = (r_w - r_l).detach()
+        metrics = {
+            "loss": loss.detach(),
+            "rewards/accuracies": (d > 0).sum() / totals["pairs"],
+            "rewards/margins": d.sum() / totals["pairs"],
+            "rewards/mean": flat.detach().sum() / totals["completions"],
+        }
+        return loss, metrics
+
+    def state(self) -> dict:
+        """Nothing but the step: the order of the data follows from it."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Nothing to take up."""
+
+
+def scored(example: Example) -> Example:
+    """The Example with each completion cut behind its last supervised token, where its score is read."""
+    ends = [max((t for t, m in enumerate(example.mask(i)) if m), default=len(c) - 1) + 1
+            for i, c in enumerate(example.completions)]  # fmt: skip
+    completions = [c[:end] for c, end in zip(example.completions, ends, strict=True)]
+    return replace(example, completions=completions, masks=None)
+
+
+def quality(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:
+    """What scores are worth on rankings: mean and spread (of all scores), accuracy and calibration of their pairs.
+
+    calibration_error: by how much σ(|r_w - r_l|), the model's confidence, is off the share of pairs it gets right, in ten
+    bins of equal width, weighted by their pairs (arXiv 1706.04599 eq. 3). Empty counts give nan.
+    """
+    flat = torch.cat(list(scores)).double().cpu()
+    lead = [float(s[i] - s[j]) for s, e in zip(scores, examples, strict=True) if e.rank for i, j in compare(e.rank)[0]]
+    found = {"mean": flat.mean().item(), "std": flat.std(correction=0).item(), "completions": len(flat)}
+    if not lead:
+        return found
+    d = torch.tensor(lead, dtype=torch.float64)
+    right, confidence = (d > 0).double(), d.abs().sigmoid()
+    bins = (confidence * 10).long().clamp(max=9)
+    off = sum(abs((confidence[bins == b] - right[bins == b]).sum().item()) for b in bins.unique().tolist())
+    return found | {"pairs": len(lead), "accuracy": right.mean().item(), "calibration_error": off / len(lead)}

@@ -1,0 +1,1 @@
+"""How good a completion is: rewards, pairwise verdicts, and the choice among scored completions."""

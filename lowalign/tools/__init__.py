@@ -1,1 +1,0 @@
-"""What is run beside training: checks, reports, recipes."""

@@ -1,0 +1,112 @@
+"""Metrics: DIR/metrics.jsonl, one line or a progress bar on the terminal, and tensorboard on request."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lowalign.durable import replace, write_point
+from lowalign.errors import UserError
+from lowalign.log import log
+
+
+class Track:
+    """Writes what was measured at a step.
+
+    done: steps already behind us; None for a fresh run, whose metrics.jsonl starts empty. On a resume the lines after
+    that step are cut off, and with drop_eval the evaluation at that step too, because it is about to be made again.
+    Raises UserError when metrics.jsonl cannot be written, or tensorboard is asked for and not installed.
+    """
+
+    def __init__(self, out: Path, kind: str, steps: int, done: int | None, drop_eval: bool = False) -> None:
+        self._path = out / "metrics.jsonl"
+        self._steps, self._begin = steps, done or 0
+        self._board = _tensorboard(out, self._begin) if kind == "tensorboard" else None
+        with self._explained():
+            if done is None:
+                self._path.unlink(missing_ok=True)
+            elif self._path.exists():
+                replace(self._path, lambda temp: temp.write_bytes(_kept(self._path, done, drop_eval)), "metrics-cut")
+            self._file = self._path.open("a", encoding="utf-8")
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=self._begin, unit="step", file=sys.stderr) if terminal else None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Track":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in (self._file, self._bar, self._board):
+            if part is not None:
+                with contextlib.suppress(OSError):  # a line that did not fit was told when it was written
+                    part.close()
+
+    def step(self, step: int, metrics: dict[str, float], log_due: bool) -> None:
+        """An optimizer step is done; with `log_due` it is written down."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.4g}, {metrics['tokens_per_second']:,.0f} tokens/s", False
+            )
+            self._bar.update()
+        if not log_due:
+            return
+        self._write(step, metrics)
+        if self._bar is None:
+            left = (time.monotonic() - self._started) / (step - self._begin) * (self._steps - step)
+            log(
+                f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  grad_norm {metrics['grad_norm']:.3g}  "
+                f"lr {metrics['lr']:.3g}  {metrics['tokens_per_second']:,.0f} tokens/s  ETA {tqdm.format_interval(left)}"
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """The held-out rows were evaluated after `step` steps; names begin with eval/."""
+        self._write(step, metrics)
+        log(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        # JSON knows neither NaN nor infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        write_point("metrics-line")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact.") from error
+
+
+def _kept(path: Path, done: int, drop_eval: bool) -> bytes:
+    """The lines up to step `done`. A line that a crash left incomplete is dropped."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if step < done or (step == done and not (drop_eval and any(name.startswith("eval/") for name in record))):
+            kept.append(line + b"\n")
+    return b"".join(kept)
+
+
+def _tensorboard(out: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard is not installed: pip install 'lowalign[track]', or use --train.track none"
+        ) from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)

@@ -1,0 +1,323 @@
+"""`lowalign best-of-n` on a tiny base: a prefix policy with a LoRA reward, killing and resuming it, and its rounds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowalign import Example, Host, Sampling
+from lowalign.cli import main
+from lowalign.commands import best_of_n
+from lowalign.config.sections import DataConfig, PreferenceConfig
+from lowalign.data.chat import Chat
+from lowalign.data.dataset import load_examples
+from lowalign.data.preferences import load_preferences
+from lowalign.model.flat import FlatWeights
+from tests.commands.made import FP32, load, make
+
+ASKED = ["Where is Paris?", "Who jumps?", "What is lazy?", "The dog.", "Is it quick?", "A fox?", "Why?", "How?", "No.", "Yes."]  # fmt: skip
+FILES = ("candidates.jsonl", "best.jsonl", "pairs.jsonl", "rankings.jsonl", "report.json")
+# Rewards the share of vowels. Where a file names a call, that call sends its process the signal written in it.
+VOWELS = """
+import os, pathlib, signal
+
+def vowels(prompts, completions):
+    file = pathlib.Path({signal!r})
+    if file.exists():
+        name, calls = file.read_text().split()
+        if calls == "1":
+            file.unlink()
+            os.kill(os.getpid(), signal.Signals[name])
+        else:
+            file.write_text(f"{{name}} {{int(calls) - 1}}")
+    return [sum(c in "aeiou" for c in text) / (1 + len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(best_of_n, "BLOCK", 4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("world"))
+    rows = [{"prompt": ASKED[0]}, {"prompt": ASKED[0], "chosen": "x", "rejected": "y"}]
+    rows += [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "x"}]} for q in ASKED[1:]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "vowels.py").write_text(VOWELS.format(signal=str(folder / "signal")))
+    return folder
+
+
+def flags(world: Path, out: Path, *more: str, reward: str = "vowels.py:vowels") -> list[str]:
+    return [
+        "best-of-n", "--model", f"{world}/model", "--adapter", f"{world}/policy", "--data", f"{world}/rows.jsonl",
+        "--reward", f"{world}/{reward}", "--out", str(out), "--n", "4", "--sampling.max-new-tokens", "9",
+        "--unfinished", "keep", *FP32, *more,
+    ]  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(out: Path) -> list[bytes]:
+    return [(out / name).read_bytes() for name in FILES]
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """An uninterrupted run with the function."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_of_n, "BLOCK", 4)
+        assert main(flags(world, out)) == 0
+    return out
+
+
+def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys):
+    """Every completion and its score are those of its prompt alone: sampled under the prefix, scored under the LoRA."""
+    out = tmp_path / "run"
+    assert main(flags(world, out, reward="reward")) == 0, capsys.readouterr().err
+    host = Host(load(world / "model"))
+    chat = Chat(host.base.tokenizer)
+    host.base.eos_ids = (*host.base.eos_ids, chat.end_of_turn)
+    host.load("prefix", world / "policy")
+    host.load("lora", world / "reward")
+    found = lines(out / "candidates.jsonl")
+    asked = [ASKED[0], *([{"role": "user", "content": q}] for q in ASKED[1:])]
+    assert [line["prompt"] for line in found] == asked  # each once, without the answers
+    for i, line in enumerate(found):
+        ids = chat.prompt_ids([{"role": "user", "content": ASKED[i]}])
+        with host.use("prefix"):
+            (drawn,) = host.generate([ids], 4, Sampling(max_new_tokens=9), seeds=[i])
+        with host.use("lora"), torch.no_grad():
+            scores = [host.scores([Example(ids, [c.ids])], "lora")[0].item() for c in drawn]
+        told = line["completions"]
+        decode = lambda c: host.base.tokenizer.decode(c.ids, skip_special_tokens=True)  # noqa: E731
+        assert [c["completion"] for c in told] == [decode(c) for c in drawn]
+        assert [c["score"] for c in told] == pytest.approx(scores, abs=1e-5)
+        assert [(c["stopped"], c["tokens"]) for c in told] == [(c.stopped, len(c.ids)) for c in drawn]
+
+
+def test_what_is_picked(straight):
+    rows, report = lines(straight / "candidates.jsonl"), json.loads((straight / "report.json").read_text())
+    best, pairs, rankings = (lines(straight / f"{name}.jsonl") for name in ("best", "pairs", "rankings"))
+    assert report["prompts"] == len(rows) == len(ASKED)
+    assert (report["best"], report["pairs"], report["rankings"]) == (len(best), len(pairs), len(rankings))
+    assert len(best) == len(ASKED) and len(pairs) > 5
+    scores = {q: {c["completion"]: c["score"] for c in row["completions"]} for q, row in zip(ASKED, rows, strict=True)}
+    for row in best:
+        asked, said = row["messages"]
+        assert scores[asked["content"]][said["content"]] == max(scores[asked["content"]].values())
+    for row in pairs:
+        found = scores[row["prompt"][0]["content"]]
+        assert found[row["chosen"][0]["content"]] == max(found.values()) > found[row["rejected"][0]["content"]]
+        assert found[row["rejected"][0]["content"]] == min(found.values())
+    for row in rankings:
+        found = scores[row["prompt"][0]["content"]]
+        by_rank = sorted(zip(row["ranks"], (found[c[0]["content"]] for c in row["completions"]), strict=True))
+        assert len(by_rank) == 4
+        assert all((a == b) == (x == y) and x >= y for (a, x), (b, y) in pairwise(by_rank))
+    groups = [[c["score"] for c in row["completions"]] for row in rows]
+    assert report["mean_reward"]["1"] == pytest.approx(sum(map(sum, groups)) / 40)
+    assert report["mean_reward"]["4"] == pytest.approx(sum(map(max, groups)) / 10)
+    assert report["acceptance"] == sum(max(g) > g[0] for g in groups) / 10
+    assert report["gain"] == pytest.approx(report["mean_reward"]["4"] - report["mean_reward"]["1"])
+
+
+def test_the_files_are_read_by_the_next_stage(world, straight):
+    tokenizer = load(world / "model").tokenizer
+    chat = Chat(tokenizer)
+    sft = load_examples([str(straight / "best.jsonl")], chat, DataConfig(cache=False), tokenizer=tokenizer)
+    assert [e.prompt for e in sft.examples] == [chat.prompt_ids([{"role": "user", "content": q}]) for q in ASKED]
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    for name in ("pairs", "rankings"):
+        rows = lines(straight / f"{name}.jsonl")
+        read = load_preferences([str(straight / f"{name}.jsonl")], chat, PreferenceConfig(cache=False), tokenizer=tokenizer)  # fmt: skip
+        assert len(read.examples) == len(rows)
+        for example, row in zip(read.examples, rows, strict=True):
+            said = row["completions"] if name == "rankings" else [row["chosen"], row["rejected"]]
+            ranks = row.get("ranks", [1, 2])
+            told = {c[0]["content"].strip(): r for c, r in zip(said, ranks, strict=True)}
+            got = [told[decode(c).removesuffix("<|im_end|>").strip()] for c in example.completions]
+            order = lambda values: [[a < b for b in values] for a in values]  # noqa: E731
+            assert order(got) == order(example.rank)
+
+
+def test_blank_repeated_and_unfinished_completions(tmp_path):
+    from lowalign.rewards.selection import write_picks
+
+    said = lambda text, score, stopped=True: {"completion": text, "score": score, "stopped": stopped}  # noqa: E731
+    found = [
+        {"prompt": "p", "completions": [said(" ", 9), said("cut", 5, False), said("a", 2), said("b", 3), said("b", 3)]},
+        {"prompt": "q", "completions": [said("cut", 5, False), said("", 1)]},
+        {"prompt": "r", "completions": [said("same", 1), said("as", 1)]},
+    ]
+    assert write_picks(tmp_path, found, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    assert lines(tmp_path / "best.jsonl") == [{"prompt": "p", "completion": "b"}, {"prompt": "r", "completion": "same"}]
+    assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
+    assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
+    assert write_picks(tmp_path, found, unfinished=True, raw=True)["best"] == 3
+    assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
+
+
+def test_a_history_is_not_learnt_again(tmp_path):
+    from lowalign.rewards.selection import write_picks
+
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    found = [{"prompt": turns, "completions": [{"completion": "d", "score": 1, "stopped": True}]}]
+    write_picks(tmp_path, found, unfinished=False, raw=False)
+    assert [t.get("weight", 1) for t in lines(tmp_path / "best.jsonl")[0]["messages"]] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.013, 0.35, 0.41, 0.72, 0.999])
+def test_cut_off_at_any_byte_and_resumed(world, straight, tmp_path, share):
+    out = shutil.copytree(straight, tmp_path / "run")
+    whole = (out / "candidates.jsonl").read_bytes()
+    for name in FILES:
+        (out / name).unlink()
+    (out / "candidates.jsonl").write_bytes(whole[: int(len(whole) * share)])
+    assert main(flags(world, out, "--resume")) == 0
+    assert contents(out) == contents(straight)
+
+
+def test_killed_and_resumed(world, straight, tmp_path):
+    """SIGKILL while the second block is scored."""
+    out = tmp_path / "run"
+    (world / "signal").write_text("SIGKILL 2")
+    code = "import sys, lowalign.commands.best_of_n as b; b.BLOCK = 4; from lowalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(best_of_n.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", code, *flags(world, out)], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(lines(out / "candidates.jsonl")) == 4
+    assert main(flags(world, out, "--resume")) == 0
+    assert contents(out) == contents(straight)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_stopped_by_a_signal_and_resumed(world, straight, tmp_path, capsys, name, code):
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    (world / "signal").write_text(f"{name} 3")
+    assert main(flags(world, out)) == code
+    assert f"stopped by {name}; go on with the same command and --resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(lines(out / "candidates.jsonl")) == 8
+    assert main(flags(world, out, "--resume")) == 0
+    assert contents(out) == contents(straight)
+
+
+ROUNDS = ("--rounds", "2", "--train", "--sft.adapter.kind", "prefix", "--sft.train.steps", "2", "--sft.train.save-every", "1", "--sft.train.batch-size", "4", "--sft.train.learning-rate", "0.5", "--limit", "6")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rounds(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounds") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_of_n, "BLOCK", 4)
+        assert main(flags(world, out, *ROUNDS)) == 0
+    return out
+
+
+def weights(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_round_samples_from_what_the_last_one_trained(world, rounds):
+    assert weights(rounds / "round-1/sft") != weights(rounds / "round-2/sft")
+    host = Host(load(world / "model"))
+    chat = Chat(host.base.tokenizer)
+    host.base.eos_ids = (*host.base.eos_ids, chat.end_of_turn)
+    for k, policy in ((1, world / "policy"), (2, rounds / "round-1/sft")):
+        host.load(f"policy{k}", policy)
+        with host.use(f"policy{k}"):
+            ids = [chat.prompt_ids([{"role": "user", "content": q}]) for q in ASKED[:6]]
+            drawn = host.generate(ids, 4, Sampling(max_new_tokens=9, seed=k - 1))
+        told = [
+            [c["completion"] for c in line["completions"]] for line in lines(rounds / f"round-{k}/candidates.jsonl")
+        ]
+        assert told == [[host.base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in cs] for cs in drawn]
+
+
+def test_a_round_goes_on_training_the_last_ones_weights(world, rounds, tmp_path):
+    """At a learning rate of nothing, two rounds give back the bits of the policy they began with."""
+    out = tmp_path / "still"
+    assert main(flags(world, out, *ROUNDS, "--sft.train.learning-rate", "0")) == 0
+    before = Host(load(world / "model"))
+    before.load("a", world / "policy")
+    before.load("b", out / "round-2/sft")
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters("a"), before.parameters("b"), strict=True))
+
+
+@pytest.mark.parametrize("calls", [1, 3, 4])
+def test_rounds_stopped_and_resumed(world, rounds, tmp_path, calls):
+    """In the first round, and in the second one before and after its first block."""
+    out = tmp_path / "run"
+    (world / "signal").write_text(f"SIGTERM {calls}")
+    assert main(flags(world, out, *ROUNDS)) == 143
+    assert main(flags(world, out, *ROUNDS, "--resume")) == 0
+    for k in (1, 2):
+        assert contents(out / f"round-{k}") == contents(rounds / f"round-{k}")
+        assert weights(out / f"round-{k}/sft") == weights(rounds / f"round-{k}/sft")
+
+
+def test_wrong_use(world, straight, tmp_path, capsys):
+    def refused(*arguments) -> str:
+        capsys.readouterr()
+        assert main(list(arguments)) == 1
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    assert "holds results of an earlier run: go on with --resume" in refused(*flags(world, straight))
+    assert "n: 4 -> 5" in refused(*flags(world, straight, "--resume", "--n", "5"))
+    function = world / "vowels.py"
+    text = function.read_text()
+    function.write_text(text + "#")
+    assert f"{function}: the content has changed" in refused(*flags(world, straight, "--resume"))
+    function.write_text(text)
+    out = tmp_path / "out"
+    assert "--rounds goes with --train" in refused(*flags(world, out, "--rounds", "2"))
+    assert "is PREFIX_TUNING, not LORA; set --sft.adapter.kind" in refused(*flags(world, out, "--train"))
+    assert "no prompt" in refused(*flags(world, out, "--max-prompt", "1"))
+    no_data = ["best-of-n", "--model", f"{world}/model", "--reward", f"{world}/reward", "--out", str(out)]
+    assert "no prompts: give --data" in refused(*no_data)
+    no_reward = ["best-of-n", "--model", f"{world}/model", "--data", f"{world}/rows.jsonl", "--out", str(out)]
+    assert "no reward: give --reward" in refused(*no_reward)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "fine"}\n{"question": "?"}\n')
+    assert f"{bad}:2: expected" in refused(*flags(world, out, "--data", str(bad)))
+    assert not (out / "candidates.jsonl").exists()
+
+
+def test_a_signal_in_the_middle_of_training(world, rounds, tmp_path, monkeypatch):
+    """The second round's training is asked to stop after a step; it saves, and goes on where it was."""
+    out, publish, steps = tmp_path / "run", FlatWeights.publish, []
+
+    def step(flat):
+        steps.append(publish(flat))
+        if len(steps) == 3:  # two in the first round
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(FlatWeights, "publish", step)
+    assert main(flags(world, out, *ROUNDS)) == 143
+    assert (out / "round-2/sft/checkpoints/step-000001").is_dir() and not (out / "round-2/sft/adapter").exists()
+    monkeypatch.undo()
+    assert main(flags(world, out, *ROUNDS, "--resume")) == 0
+    assert weights(out / "round-2/sft") == weights(rounds / "round-2/sft")
+
+
+def test_more_rounds_may_be_added(world, rounds, tmp_path):
+    """Three rounds, the third of which was asked for later, begin with the same two."""
+    out = shutil.copytree(rounds, tmp_path / "run")
+    assert main(flags(world, out, *ROUNDS, "--resume", "--rounds", "3")) == 0
+    assert contents(out / "round-2") == contents(rounds / "round-2")
+    assert (out / "round-3/sft/adapter/adapter_model.safetensors").exists()

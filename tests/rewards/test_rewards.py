@@ -1,0 +1,199 @@
+"""Rewards: scores against `host.scores` one completion at a time, weighted sums by hand, and what is wrong in words."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lowalign import Example, Host
+from lowalign.data.chat import Chat
+from lowalign.errors import UserError
+from lowalign.rewards.rewards import load_reward_run, load_rewards, score_examples, split_spec
+from tests.commands.made import load, make
+
+PROMPTS = [[{"role": "user", "content": "one"}], "two"]
+IDS = [[5, 6, 7, 8, 9, 10], [11, 12]]
+TEXTS = [["a", "bb", "ccc"], ["dddd"]]
+COMPLETIONS = [[[20, 21, 22], [23], [24, 25, 26, 27]], [[28, 29]]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    return load(world / "model")
+
+
+@pytest.fixture
+def host(base):
+    host = Host(base)
+    yield host
+    for name in tuple(host.configs):
+        host.delete(name)
+
+
+def rewards(host, *specs):
+    return load_rewards(specs, host, Chat(host.base.tokenizer))
+
+
+def alone(host, stack) -> list[list[float]]:
+    with host.use(*stack), torch.no_grad():
+        one = lambda p, c: host.scores([Example(p, [c])], stack[-1])[0].item()  # noqa: E731
+        return [[one(p, c) for c in group] for p, group in zip(IDS, COMPLETIONS, strict=True)]
+
+
+def test_a_single_run_gives_its_raw_scores(world, host):
+    found = rewards(host, f"{world}/reward")(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    want = alone(host, ("reward0",))
+    assert [[s.total for s in group] for group in found] == [pytest.approx(group, abs=1e-5) for group in want]
+    assert len({round(s.total, 3) for group in found for s in group}) == 4
+    assert all(s.parts == {f"{world}/reward": s.total} for group in found for s in group)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 9, 10, 14, 1000])
+def test_any_token_budget_gives_the_same_scores_in_order(world, host, budget, monkeypatch):
+    """And no forward has more tokens than the budget, unless it is a single completion."""
+    stack = load_reward_run(host, "r", f"{world}/reward")
+    want = alone(host, stack)
+    seen, scores = [], host.scores
+    monkeypatch.setattr(host, "scores", lambda batch, name: seen.append(batch) or scores(batch, name))
+    examples = [Example(p, cs) for p, cs in zip(IDS, COMPLETIONS, strict=True)]
+    found = score_examples(host, stack, examples, budget)
+    assert all(sum(e.length for e in b) <= budget or (len(b) == 1 and len(b[0].completions) == 1) for b in seen)
+    assert found == [pytest.approx(group, abs=1e-5) for group in want]
+    assert budget < 1000 or len(seen) == 1
+
+
+@pytest.mark.parametrize(("room", "fits"), [(10, True), (13, True), (17, True), (9, False)])
+def test_out_of_memory_changes_no_score(world, host, monkeypatch, capsys, room, fits):
+    """Packs become smaller, then the completions of a prompt are divided; the longest takes 10 tokens with its prompt."""
+    stack = load_reward_run(host, "r", f"{world}/reward")
+    want = alone(host, stack)
+    scores = host.scores
+
+    def small(batch, name):
+        if sum(e.length for e in batch) > room:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return scores(batch, name)
+
+    monkeypatch.setattr(host, "scores", small)
+    examples = [Example(p, cs, source="rows.jsonl:1") for p, cs in zip(IDS, COMPLETIONS, strict=True)]
+    if not fits:
+        with pytest.raises(UserError, match="a single example of 10 tokens, rows"):
+            score_examples(host, stack, examples)
+        return
+    assert score_examples(host, stack, examples) == [pytest.approx(group, abs=1e-5) for group in want]
+    assert "out of memory with 18 tokens: the token budget is now 9" in capsys.readouterr().err
+
+
+def test_a_weighted_sum(world, host, tmp_path):
+    """Runs standardised with the mean and spread of their folders, a function as it is."""
+    file = tmp_path / "length.py"
+    file.write_text("def letters(prompts, completions):\n    return [len(c) for c in completions]\n")
+    specs = (f"2*{world}/reward", f"{world}/other", f"-0.5*{file}:letters")
+    found = rewards(host, *specs)(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    first, second = alone(host, ("reward0",)), alone(host, ("reward1",))
+    for i, group in enumerate(found):
+        for j, score in enumerate(group):
+            a, b, c = (first[i][j] - 0.25) / 2.0, (second[i][j] + 1.0) / 0.5, len(TEXTS[i][j])
+            assert list(score.parts.values()) == pytest.approx([a, b, c], abs=1e-4)
+            assert score.total == pytest.approx(2 * a + b - 0.5 * c, abs=1e-4)
+
+
+def test_a_function_is_given_a_prompt_for_each_completion_and_can_do_no_harm(host, tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text(
+        "import json, pathlib, torch\n"
+        "def f(prompts, completions):\n"
+        f"    pathlib.Path({str(tmp_path / 'given')!r}).write_text(json.dumps([prompts, completions]))\n"
+        "    for prompt in prompts:\n        if isinstance(prompt, list): prompt.clear()\n"
+        "    return torch.arange(4) / 2\n"
+    )
+    prompts = [[{"role": "user", "content": "one"}], "two"]
+    found = rewards(host, f"{file}:f")(prompts, IDS, TEXTS, COMPLETIONS)
+    assert [[s.total for s in group] for group in found] == [[0, 0.5, 1], [1.5]]
+    assert prompts == PROMPTS
+    given = [*[PROMPTS[0]] * 3, "two"], ["a", "bb", "ccc", "dddd"]
+    assert json.loads((tmp_path / "given").read_text()) == list(given)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [1, 2, 3]", "f.py:f returned 3 numbers for 4 completions"),
+        ("return 7", "'int' object is not iterable"),
+        ("return [1, 2, 'x', 4]", "f.py:f returned 'x', which is no finite number, for the completion 'ccc'"),
+        ("return [1, 2, '3', 4]", "returned '3', which is no finite number"),
+        ("return [1, None, 3, 4]", "returned None"),
+        ("return [1, float('nan'), 3, 4]", "returned nan, which is no finite number, for the completion 'bb'"),
+        ("return [1, 2, 3, -float('inf')]", "returned -inf"),
+        (
+            "pass\n    return [1 / len(completions[9]) for _ in completions]",
+            "f.py:3: IndexError: list index out of range",
+        ),
+        ("return {}['key'],", "f.py:2: KeyError: 'key'"),
+    ],
+)
+def test_what_a_function_may_do_wrong(host, tmp_path, body, says):
+    file = tmp_path / "f.py"
+    file.write_text(f"def f(prompts, completions):\n    {body}\n")
+    with pytest.raises(UserError) as error:
+        rewards(host, f"{file}:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    assert says in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_what_cannot_be_loaded(world, host, tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text("def brevity(prompts, completions):\n    return 0\n\nLIMIT = 3\n")
+    (tmp_path / "broken.py").write_text("x = 1\ny = (\n")
+    (tmp_path / "raises.py").write_text("x = 1\nimport nothing_of_that_name\n")
+    bare = shutil.copytree(world / "reward", tmp_path / "bare")
+    meta = json.loads((bare / "lowalign.json").read_text())
+    (bare / "lowalign.json").write_text(json.dumps(meta | {"reward": {"mean": 1.0, "std": 0.0}}))
+    other = shutil.copytree(world / "reward", tmp_path / "template")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    for specs, says in {
+        (f"{tmp_path}/no.py:f",): f"there is no file {tmp_path}/no.py",
+        (f"{file}",): "name the function after the file",
+        (f"{file}:brevty",): "there is no function brevty; did you mean brevity?",
+        (f"{file}:LIMIT",): "LIMIT is no function",
+        (f"{tmp_path}/broken.py:f",): f"{tmp_path}/broken.py:2: SyntaxError",
+        (f"{tmp_path}/raises.py:f",): f"{tmp_path}/raises.py:2: ModuleNotFoundError",
+        (f"{file}:brevity", f"2*{file}:brevity"): "more than once",
+        (f"half*{file}:brevity",): "expected [WEIGHT*]RUN",
+        (f"nan*{file}:brevity",): "expected [WEIGHT*]RUN",
+        (f"{world}/policy",): "is no reward model",
+        (str(bare), f"{file}:brevity"): "does not tell the mean and spread",
+        (str(other),): "another chat template",
+    }.items():
+        with pytest.raises(UserError) as error:
+            rewards(host, *specs)
+        assert says in str(error.value)
+        for name in tuple(host.configs):
+            host.delete(name)
+
+
+def test_a_relative_path_and_what_a_function_finds_around_it(host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "deep/f.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import pathlib\nfrom dataclasses import dataclass\n\n@dataclass\nclass Word:\n    text: 'str'\n\n"
+        "def f(prompts, completions):\n    return [float(pathlib.Path(__file__).with_name('n').read_text())] * 4\n"
+    )
+    with pytest.raises(UserError, match=r"^deep/f\.py:9: FileNotFoundError"):
+        rewards(host, "deep/f.py:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    (tmp_path / "deep/n").write_text("3")
+    assert rewards(host, "2*deep/f.py:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)[1][0].total == 6
+    assert not (file.parent / "__pycache__").exists()
+
+
+def test_specs():
+    assert split_spec("runs/reward") == (1.0, "runs/reward")
+    assert split_spec("-0.5*f.py:g") == (-0.5, "f.py:g")
+    assert split_spec("1e-2*me/reward") == (0.01, "me/reward")
