@@ -26,7 +26,7 @@ from lowalign.data.chat import Chat
 from lowalign.demo import run as demo
 from lowalign.demo import world
 from lowalign.demo.measure import measure
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 
 FROM_BASE = {"base-lora": 2e-3, "base-prompt": 0.1, "base-prefix": 0.1}  # their learning rates
 VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *FROM_BASE)

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from lowalign import Base
-from lowalign.model import attention
-from lowalign.model.base import freeze
-from lowalign.model.identity import Identity
-from lowalign.model.probe import probe
+from lowalign.model.attention import packed as attention
+from lowalign.model.base.base import freeze
+from lowalign.model.base.identity import Identity
+from lowalign.model.base.probe import probe
 
 SHAPES = {
     "Llama-3.1-8B": LlamaConfig(

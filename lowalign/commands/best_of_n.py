@@ -32,12 +32,12 @@ from lowalign.data.prompts import Prompt, distinct_prompts
 from lowalign.durable import write_whole
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model import adapter_files
-from lowalign.model.base import Base
-from lowalign.model.files import load_tokenizer
+from lowalign.model.adapters import files as adapter_files
+from lowalign.model.adapters.files import adapter_template
+from lowalign.model.base.base import Base
+from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.start import peft_config
-from lowalign.policy import adapter_template, load_policy
+from lowalign.model.policy import load_policy, peft_config
 from lowalign.rewards.rewards import Rewards, load_rewards, named
 from lowalign.rewards.selection import describe, report, write_picks
 from lowalign.train import checkpoint

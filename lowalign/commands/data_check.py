@@ -16,7 +16,7 @@ from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_READING
 from lowalign.data.read import Row, read_rows
 from lowalign.data.report import describe
-from lowalign.model.files import load_tokenizer
+from lowalign.model.base.hub import load_tokenizer
 
 HEAD, TAIL = 800, 300  # characters shown of a long stretch
 PEEKED = 100  # rows of each file that decide whether they are preferences

@@ -9,7 +9,7 @@ from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
 from lowalign.methods.dpo import DPO, REFERENCE_FREE
 from lowalign.methods.kto import KTO
-from lowalign.model.base import Base
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.train.reference_cache import fill
 from lowalign.train.run import Stack, check_and_log_start, named_run, read_rows, reference_stack, run

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompts import Asked, prompt_ids, read_prompts
-from lowalign.model.base import Base
+from lowalign.model.adapters.files import adapter_template
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.policy import adapter_template, load_policy
+from lowalign.model.policy import load_policy
 
 AT_A_TIME = 256  # prompts whose completions are written together
 

@@ -23,9 +23,10 @@ from lowalign.data.turns import Message, RowError
 from lowalign.durable import write_whole
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.base import Base
+from lowalign.model.adapters.files import adapter_template
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.policy import adapter_template, load_policy
+from lowalign.model.policy import load_policy
 from lowalign.rewards.pairwise import JudgePrompt, choice, describe, log_odds, summary, verdict, winner
 from lowalign.rewards.rewards import load_rewards, named
 from lowalign.train import checkpoint

@@ -20,10 +20,10 @@ from lowalign.log import log
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.methods.rollout import Rollout
-from lowalign.model import adapter_files
-from lowalign.model.base import Base
+from lowalign.model.adapters import files as adapter_files
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.model.start import add_fresh, load_stack, peft_config
+from lowalign.model.policy import add_fresh, load_stack, peft_config
 from lowalign.rewards.rewards import Rewards, RunReward, as_function, load_rewards, named, split_spec
 from lowalign.train.run import check_and_log_start, named_run, reference_stack, run
 from lowalign.train.run_folder import Journal

@@ -12,7 +12,7 @@ from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
 from lowalign.log import log
 from lowalign.methods.reward_model import Reward, quality, scored
-from lowalign.model.base import Base
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.rewards.rewards import score_examples
 from lowalign.train.run import Stack, read_rows, run

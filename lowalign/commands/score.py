@@ -17,10 +17,10 @@ from lowalign.data.preferences import load_preferences
 from lowalign.data.read import Row, read_rows
 from lowalign.log import log
 from lowalign.methods.reward_model import quality, scored
-from lowalign.model.base import Base
-from lowalign.model.files import load_tokenizer
+from lowalign.model.adapters.files import adapter_template
+from lowalign.model.base.base import Base
+from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.policy import adapter_template
 from lowalign.rewards.rewards import load_reward_run, score_examples
 
 AT_A_TIME = 256  # Examples whose lines are written together

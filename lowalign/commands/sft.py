@@ -6,7 +6,7 @@ from lowalign.config.training import SFTConfig
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.methods.sft import SFT
-from lowalign.model.base import Base
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.train.run import Stack, check_and_log_start, read_rows, run
 

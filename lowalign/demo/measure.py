@@ -10,9 +10,9 @@ from lowalign.config.sections import Sampling
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.demo import world
-from lowalign.model.base import Base
+from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 from lowalign.rewards.rewards import load_reward_run, score_examples
 from lowalign.rewards.selection import best
 

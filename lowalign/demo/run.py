@@ -32,7 +32,7 @@ from lowalign.config.training import (
 from lowalign.data.chat import Chat
 from lowalign.demo import world
 from lowalign.demo.measure import ASKED, DRAW, Measured, measure
-from lowalign.model.base import Base
+from lowalign.model.base.base import Base
 from lowalign.rewards.selection import divergence
 
 BASE = Path(__file__).parent / "base"

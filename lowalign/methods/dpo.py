@@ -16,7 +16,7 @@ from lowalign.config.training import DPOLossConfig
 from lowalign.data.pack import Example, step_order
 from lowalign.methods import losses
 from lowalign.methods.pairs import all_pairs, count
-from lowalign.model.host import Host
+from lowalign.model.host import Host, completion_logps
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -100,11 +100,6 @@ class DPO:
 
     def load_state(self, state: dict) -> None:
         """Nothing to take up."""
-
-
-def completion_logps(host: Host, examples: Sequence[Example]) -> Tensor:
-    """Σ_(t supervised) log π(y_t | x, y_<t) under the active adapters, of all completions of all Examples on end: (C,)."""
-    return torch.stack([logp.sum() for row in host.logprobs(examples, supervised_only=True) for logp in row])
 
 
 def reference_logps(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> Tensor:

@@ -15,8 +15,8 @@ from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example, step_order
 from lowalign.methods import losses
-from lowalign.methods.dpo import completion_logps, reference_logps
-from lowalign.model.host import Host
+from lowalign.methods.dpo import reference_logps
+from lowalign.model.host import Host, completion_logps
 
 
 class KTO:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from lowalign.config.training import PPOConfig
 from lowalign.data.pack import Example, step_order, total_supervised
-from lowalign.methods import losses
-from lowalign.methods import ppo_round as experience
+from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
 from lowalign.methods.ppo_round import Roles, Score
 from lowalign.methods.rollout import Rollout, from_tensors, supervised, to_tensors
-from lowalign.model.forward import Wanted
+from lowalign.model.forward.packed import Wanted
 from lowalign.model.host import Host
 
 
@@ -105,17 +104,17 @@ class PPO:
             kl.update(self.told["kl"], len(self.rollouts) * c.rollout.samples)
         asked = step_order(len(self.prompts), c.rollout.prompts, c.train.seed, number)
         since = time.perf_counter()
-        found = experience.sample(self.host, self.roles, c, [self.prompts[i] for i in asked], number)
+        found = ppo_round.sample(self.host, self.roles, c, [self.prompts[i] for i in asked], number)
         drawn = sum(len(ids) for r in found for ids in r.completions) / (time.perf_counter() - since)
         raw = self.score(asked, [r.completions for r in found])
-        experience.earn(found, raw, c, moments)
+        ppo_round.earn(found, raw, c, moments)
         minibatches = self._cut(found)
         how = self.token_budget, c.sampling.temperature
-        entropy, packs = experience.evaluate(self.host, self.roles, minibatches, *how)
-        bias = experience.value_bias(found, c, kl.beta) if self.roles.value and self.round < 0 else self.bias
-        experience.advantages(found, c, kl.beta, bias)
+        entropy, packs = ppo_round.evaluate(self.host, self.roles, minibatches, *how)
+        bias = ppo_round.value_bias(found, c, kl.beta) if self.roles.value and self.round < 0 else self.bias
+        ppo_round.advantages(found, c, kl.beta, bias)
         self.speeds["sampling_tokens_per_second"] = drawn
-        told = experience.describe(found, raw, kl.beta, entropy)
+        told = ppo_round.describe(found, raw, kl.beta, entropy)
         self.tell(number, asked, found)
         self.kl, self.moments, self.rollouts, self.told = kl, moments, found, told
         self.round, self.began, self.packs, self.bias = number, step, packs, bias
@@ -152,7 +151,7 @@ class PPO:
             parts = torch.stack([part.sum() for part in moved.split([e.supervised for e in examples])])
             self.moved |= zip(map(id, examples), (parts / totals["tokens"]).tolist(), strict=True)
         if self.roles.value:
-            values = own.values if shared else experience.value_function(self.host, self.roles, examples)
+            values = own.values if shared else ppo_round.value_function(self.host, self.roles, examples)
             value = gather(values) + self.bias
             error = mean(losses.clipped_value(value, gather([e.values for e in examples]), gather([e.returns for e in examples]), c.value_clip))  # fmt: skip
             loss = loss + c.value_coef * error

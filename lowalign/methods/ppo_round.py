@@ -19,7 +19,7 @@ from lowalign.data.micro_batches import in_micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollout import Rollout, flat, supervised
-from lowalign.model.forward import Wanted
+from lowalign.model.forward.packed import Wanted
 from lowalign.model.host import Host
 
 Stack = tuple[str, ...]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
-from lowalign.model import rows, soft
-from lowalign.model.adapters import Adapters
-from lowalign.model.base import Base
-from lowalign.model.forward import Tokens, Wanted, packed_scores, packed_tokens
-from lowalign.model.sampling import Completion, sample
+from lowalign.model.adapters import soft
+from lowalign.model.adapters.adapters import Adapters
+from lowalign.model.base.base import Base
+from lowalign.model.forward import unpacked
+from lowalign.model.forward.packed import Tokens, Wanted, packed_scores, packed_tokens
+from lowalign.model.sampling.sample import Completion, sample
 
 
 class Host(Adapters):
@@ -58,7 +59,7 @@ class Host(Adapters):
     def tokens(self, examples: Sequence[Example], wanted: Wanted) -> Tokens:
         """Log-probabilities, entropies and values of the completion tokens under the active adapters, in one forward."""
         virtual, prefix = self.soft_states()
-        compute = packed_tokens if self.base.packed else rows.row_tokens
+        compute = packed_tokens if self.base.packed else unpacked.row_tokens
         with self._activations():
             return compute(self.base.model, examples, virtual, prefix, wanted)
 
@@ -76,7 +77,7 @@ class Host(Adapters):
         """
         head = self.head(name)
         virtual, prefix = self.soft_states()
-        compute = packed_scores if self.base.packed else rows.row_scores
+        compute = packed_scores if self.base.packed else unpacked.row_scores
         with self._activations():
             return compute(self.base.model, examples, virtual, prefix, head)
 
@@ -94,7 +95,7 @@ class Host(Adapters):
         the batch. Where memory runs out, what is not done begins anew, half as many at a time.
         """
         virtual, prefix = self.soft_states()
-        run = sample if self.base.packed else rows.row_sample
+        run = sample if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
         try:
@@ -117,7 +118,7 @@ class Host(Adapters):
                 f'adapter "{name}": only a prefix without a projection can start from the keys and values of a text'
             )
         ids = soft.text_ids(name, text, config.num_virtual_tokens, self.base.tokenizer)
-        soft.set_prefix(self._encoders[name], rows.keys_values(self.base.model, ids))
+        soft.set_prefix(self._encoders[name], unpacked.keys_values(self.base.model, ids))
 
     def soft_states(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None]:
         """The active soft prompt as (virtual embeddings, None) or (None, prefix per layer); (None, None) without one."""
@@ -145,3 +146,8 @@ def _checkpoint(model: nn.Module, options: dict | None) -> None:
         raise UserError(f"{type(model).__name__} cannot recompute activations; use --train.checkpointing off")
     else:
         getattr(model, f"{prefix}_checkpointing_enable")(**{f"{prefix}_checkpointing_kwargs": options})
+
+
+def completion_logps(host: Host, examples: Sequence[Example]) -> Tensor:
+    """Σ_(t supervised) log π(y_t | x, y_<t) under the active adapters, of all completions of all Examples on end: (C,)."""
+    return torch.stack([logp.sum() for row in host.logprobs(examples, supervised_only=True) for logp in row])

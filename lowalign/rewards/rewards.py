@@ -22,9 +22,9 @@ from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.data.prompts import Prompt
 from lowalign.errors import UserError
-from lowalign.model.adapter_files import locate
+from lowalign.model.adapters.files import locate
 from lowalign.model.host import Host
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 from lowalign.rewards.function import FunctionReward, load_function
 
 TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer

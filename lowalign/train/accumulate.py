@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowalign.data.micro_batches import halve_budget, micro_batches
 from lowalign.data.pack import Example
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 from lowalign.train.method import Method
 from lowalign.train.signals import StopSignals
 

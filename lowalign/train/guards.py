@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 from lowalign.train import checkpoint
 
 

@@ -24,8 +24,7 @@ from lowalign.config.sections import TrainConfig
 from lowalign.data import cache
 from lowalign.data.pack import Example, step_order
 from lowalign.log import log
-from lowalign.methods.dpo import completion_logps
-from lowalign.model.host import Host
+from lowalign.model.host import Host, completion_logps
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals
 

@@ -24,10 +24,10 @@ from lowalign.data.pack import Example
 from lowalign.data.report import describe
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.base import Base
-from lowalign.model.files import load_tokenizer
+from lowalign.model.base.base import Base
+from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.start import check_start, load_stack, start_policy
+from lowalign.model.policy import check_start, load_stack, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.method import Method

@@ -21,7 +21,7 @@ from lowalign.data.chat import Chat
 from lowalign.durable import content_hash, sync, write_whole
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model import adapter_files
+from lowalign.model.adapters import files as adapter_files
 from lowalign.model.host import Host
 from lowalign.train.engine import Result
 

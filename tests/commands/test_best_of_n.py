@@ -19,7 +19,7 @@ from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.preferences import load_preferences
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 from tests.commands.made import FP32, load, make
 
 ASKED = ["Where is Paris?", "Who jumps?", "What is lazy?", "The dog.", "Is it quick?", "A fox?", "Why?", "How?", "No.", "Yes."]  # fmt: skip

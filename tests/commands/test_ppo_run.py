@@ -18,7 +18,7 @@ from lowalign.cli import main
 from lowalign.commands.ppo import VALUE, add_value
 from lowalign.config.sections import AdapterConfig
 from lowalign.config.training import PPOConfig, RolloutConfig, ValueConfig
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 from lowalign.train import checkpoint
 from tests.commands import made
 from tests.tiny import tiny_folder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lowalign import Base, Example, Host
 from lowalign.cli import main
 from lowalign.data.cache import cache_folder
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 from tests.tiny import tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]

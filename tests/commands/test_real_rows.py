@@ -9,7 +9,7 @@ from peft import PeftModel
 from lowalign import Base, Example, Host
 from lowalign.cli import main
 from lowalign.data.pack import pack
-from lowalign.model.forward import hidden_states
+from lowalign.model.forward.packed import hidden_states
 
 FILES = {"alpaca_en_demo.json": "alpaca", "glaive_toolcall_en_demo.json": "sharegpt", "c4_demo.jsonl": "text"}
 LEARNING_RATE = {"lora": "5e-3", "prompt": "1e-1", "prefix": "5e-2"}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lowalign import Base, Host
 from lowalign.cli import main
-from lowalign.model.start import load_stack
+from lowalign.model.policy import load_stack
 from tests.tiny import tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]

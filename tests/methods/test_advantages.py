@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
-from lowalign.methods import losses
-from lowalign.methods import ppo_round as experience
+from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollout import Rollout, from_tensors, to_tensors
 
@@ -175,9 +174,9 @@ def test_what_completions_earn():
     """Normalised, then clipped, then less what a missing end and each token cost."""
     r, moments = rollout(), RunningMoments()
     options = {"normalise": "running", "reward_clip": 1.5, "eos_penalty": 0.25, "length_penalty": 0.1}
-    experience.earn([r], [[4.0, 0.0]], config(options), moments)  # spread 2
+    ppo_round.earn([r], [[4.0, 0.0]], config(options), moments)  # spread 2
     assert r.rewards == pytest.approx([1.5 - 0.2, 0.0 - 0.25 - 0.3])
-    experience.earn([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
+    ppo_round.earn([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
     assert r.rewards == [4.0, 0.0] and moments.count == 2
 
 
@@ -191,11 +190,11 @@ def test_the_divergence_is_a_reward_of_each_token():
     """k1 with β = 0.2: rewards -0.1, 0 + 3 and 0, -0.2, 0.2 - 1; without values and discount, the sums to go."""
     values = [torch.zeros(2), torch.zeros(3)]
     r = rollout(rewards=[3.0, -1.0], values=values, **KL)
-    experience.advantages([r], config(lam=1.0, whiten=False), 0.2)
+    ppo_round.advantages([r], config(lam=1.0, whiten=False), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([2.9, 3.0])
     assert r.advantages[1].tolist() == pytest.approx([-1.0, -1.0, -0.8])
     assert [x.tolist() for x in r.returns] == [x.tolist() for x in r.advantages]
-    experience.advantages([r], config(lam=1.0, whiten=False, kl_in="loss"), 0.2)
+    ppo_round.advantages([r], config(lam=1.0, whiten=False, kl_in="loss"), 0.2)
     assert [x.tolist() for x in r.advantages] == [[3.0, 3.0], [-1.0, -1.0, -1.0]]
 
 
@@ -206,30 +205,30 @@ def test_the_level_of_the_value_function_by_hand():
     r.reference_logps = [torch.tensor([0.0, 0.0]), torch.tensor([1.0])]
     c = config(gamma=0.9, lam=0.3)
     want = ((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2 + 3 + 1) / 3
-    assert experience.value_bias([r], c, 0.1) == pytest.approx(want)
-    experience.advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
+    assert ppo_round.value_bias([r], c, 0.1) == pytest.approx(want)
+    ppo_round.advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
     assert [v.tolist() for v in r.values] == [pytest.approx([0.5 + want, 0.2 + want]), pytest.approx([-1 + want])]
     assert r.advantages[1].tolist() == pytest.approx([3 - (-1 + want)])
     r.masks = [[True, True], [False]]  # what is not learned from does not count
     r.values = [torch.tensor([0.5, 0.2]), torch.tensor([-1.0])]
-    assert experience.value_bias([r], c, 0.1) == pytest.approx(((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2) / 2)
+    assert ppo_round.value_bias([r], c, 0.1) == pytest.approx(((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2) / 2)
 
 
 @pytest.mark.parametrize(("name", "want"), [("group", 2.0), ("rloo", 4.0)])
 def test_a_completion_leads_by_its_reward_less_its_divergence(name, want):
     r = rollout(rewards=[3.0, -1.0], **KL)  # less β·0.5 and β·0: with β = 0.2 the lead is 2.9 + 1 = 3.9
-    experience.advantages([r], config(advantage=name, group_std=False), 0.2)
+    ppo_round.advantages([r], config(advantage=name, group_std=False), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([want * 3.9 / 4] * 2)
     assert r.advantages[1].tolist() == pytest.approx([-want * 3.9 / 4] * 3)
     assert r.returns == []
-    experience.advantages([r], config(advantage=name, group_std=False, kl_in="loss"), 0.2)
+    ppo_round.advantages([r], config(advantage=name, group_std=False, kl_in="loss"), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([want] * 2)
 
 
 def test_masked_tokens_have_no_part_in_the_whitening():
     values = [torch.tensor([0.5, 0.5]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 100.0], values=values, masks=[[True] * 2, [False] * 3], **KL)
-    experience.advantages([r], config(lam=1.0), 0.0)
+    ppo_round.advantages([r], config(lam=1.0), 0.0)
     assert r.advantages[0].tolist() == [0.0, 0.0]  # 0.5 and 0.5 before
     assert torch.isfinite(r.advantages[1]).all()
 
@@ -237,7 +236,7 @@ def test_masked_tokens_have_no_part_in_the_whitening():
 def test_a_round_in_numbers():
     values = [torch.tensor([0.0, 1.0]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 2.0], values=values, returns=[torch.tensor([1.0, 2.0]), torch.tensor([0, 0, 3.0])], **KL)
-    told = experience.describe([r], [[7.0, 9.0]], 0.3, 1.5)
+    told = ppo_round.describe([r], [[7.0, 9.0]], 0.3, 1.5)
     # returns 1 2 0 0 3: squares about their mean 1.2 add up to 6.8; errors 1 1 0 0 3, about their mean 1, to 6
     assert told == pytest.approx(
         {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
@@ -245,7 +244,7 @@ def test_a_round_in_numbers():
     )
     # Of a masked completion no log-prob is known: it says nothing on the divergence.
     r.masks = [[True, True], [False] * 3]
-    assert experience.describe([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
+    assert ppo_round.describe([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
 
 
 def test_a_round_survives_a_checkpoint():

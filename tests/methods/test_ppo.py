@@ -15,8 +15,8 @@ from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig, ValueConfig
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.adapter_files import HEAD
-from lowalign.model.start import peft_config
+from lowalign.model.adapters.files import HEAD
+from lowalign.model.policy import peft_config
 from lowalign.rewards.rewards import score_examples
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals

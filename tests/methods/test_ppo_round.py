@@ -12,10 +12,10 @@ from lowalign import Base, Host
 from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.errors import UserError
-from lowalign.methods import ppo_round as experience
+from lowalign.methods import ppo_round
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.start import peft_config
+from lowalign.model.policy import peft_config
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
 from lowalign.train.signals import Interrupted, StopSignals
@@ -233,7 +233,7 @@ def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host
     """Where memory ran out in the update, later rounds are evaluated in the packs that the update has now."""
     method = ppo(host)
     loss, evaluated, trained = method.loss, [], []
-    evaluate = experience.evaluate
+    evaluate = ppo_round.evaluate
 
     def small(examples, totals):
         if sum(e.length for e in examples) > 30:
@@ -245,7 +245,7 @@ def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host
         evaluated.append(evaluate(*arguments))
         return evaluated[-1]
 
-    monkeypatch.setattr(experience, "evaluate", look)
+    monkeypatch.setattr(ppo_round, "evaluate", look)
     method.loss = small
     train(host, method, replace(method.config.train, steps=8, checkpointing="off"), tmp_path)
     first, second = (packs for _, packs in evaluated)

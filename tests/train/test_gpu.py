@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowalign.config.sections import TrainConfig
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 from lowalign.train.optim import load_state, make_optimizer, move_state, paged_state_is_managed, read_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowalign.config.sections import TrainConfig
 from lowalign.errors import UserError
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 from lowalign.train.optim import (
     load_state,
     make_optimizer,

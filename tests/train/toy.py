@@ -15,7 +15,7 @@ from torch import nn
 
 from lowalign.config.sections import TrainConfig
 from lowalign.data.pack import Example, step_order, total_supervised
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 
 torch.set_num_threads(1)
 VOCABULARY = 24

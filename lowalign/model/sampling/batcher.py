@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
-from lowalign.model import attention
-from lowalign.model.pick import pick, uniforms
-from lowalign.model.rollout import KeysValues, Rollout
-from lowalign.model.rollout_layout import Prompts, Tokens
+from lowalign.model.attention import packed as attention
+from lowalign.model.attention.sampler_cache import KeysValues, Rollout
+from lowalign.model.attention.sampler_layout import Prompts, Tokens
+from lowalign.model.sampling.draw import pick, uniforms
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward, or one prompt
 

@@ -14,10 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model import attention
-from lowalign.model.files import TOKENIZER_FILES, load_tokenizer, resolve
-from lowalign.model.identity import Identity, checksum, identify
-from lowalign.model.probe import probe
+from lowalign.model.attention import packed as attention
+from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
+from lowalign.model.base.identity import Identity, checksum, identify
+from lowalign.model.base.probe import probe
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte a block of 64, and the blocks' own scales
 

@@ -10,11 +10,10 @@ import torch
 
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
-from lowalign.model.rollout_layout import Tokens
-from lowalign.model.rows import row_sample
-from lowalign.model.sampling import sample
-from tests.model.test_pick import truncated
-from tests.model.test_rollout import (
+from lowalign.model.attention.sampler_layout import Tokens
+from lowalign.model.forward.unpacked import row_sample
+from lowalign.model.sampling.sample import sample
+from tests.model.attention.test_sampler_cache import (
     GREEDY,
     PROMPTS,
     check_logprobs,
@@ -25,6 +24,7 @@ from tests.model.test_rollout import (
     teacher_forced,
     with_stock,
 )
+from tests.model.sampling.test_draw import truncated
 from tests.tiny import tiny_model
 
 # -- nothing else in the batch matters --------------------------------------------------------------------------------

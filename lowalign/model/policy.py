@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from lowalign.config.sections import AdapterConfig
 from lowalign.data.pack import Example, pack
 from lowalign.errors import UserError
-from lowalign.model import adapter_files
-from lowalign.model.forward import hidden_states
+from lowalign.model.adapters import files as adapter_files
+from lowalign.model.forward.logprob import Head
+from lowalign.model.forward.packed import hidden_states
 from lowalign.model.host import Host
-from lowalign.model.logprob import Head
 
 POLICY, INIT = "policy", "init"
 KL_TOKENS = 256  # tokens the divergence is averaged over
@@ -69,6 +69,15 @@ def load_stack(host: Host, name: str, source: str, allow_base_mismatch: bool = F
         host.load(parent, folder / "parents" / str(i), allow_base_mismatch)
     host.load(name, folder, allow_base_mismatch)
     return (*parents, name)
+
+
+def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool = False) -> tuple[str, ...]:
+    """Load runs, adapter folders or Hub ids, each with what it was trained on top of -> their names, as they stack."""
+    return tuple(
+        name
+        for i, adapter in enumerate(adapters)
+        for name in load_stack(host, f"adapter{i}", adapter, allow_base_mismatch)
+    )
 
 
 def start_policy(

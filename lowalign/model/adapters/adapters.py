@@ -13,9 +13,10 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
 
 from lowalign.errors import UserError
-from lowalign.model import adapter_files, lora, soft
-from lowalign.model.base import Base
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters import files as adapter_files
+from lowalign.model.adapters import lora, soft
+from lowalign.model.adapters.flat import FlatWeights
+from lowalign.model.base.base import Base
 
 
 class Adapters:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowalign.errors import UserError
-from lowalign.model.flat import FlatWeights
+from lowalign.model.adapters.flat import FlatWeights
 
 X = torch.linspace(-1, 1, 5 * 7).view(5, 7)
 

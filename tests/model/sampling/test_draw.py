@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowalign.model.pick import BLOCK, _invert, pick, uniforms
+from lowalign.model.sampling.draw import BLOCK, _invert, pick, uniforms
 
 ALMOST_ONE = 1 - 2**-24
 TRUNCATIONS = [(0, 1.0), (7, 1.0), (1, 1.0), (0, 0.6), (0, 0.999), (20, 0.7), (10**6, 1.0)]

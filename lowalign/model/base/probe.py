@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowalign.data.pack import Example, pack
-from lowalign.model import attention
-from lowalign.model.logprob import Head, token_logprobs
+from lowalign.model.attention import packed as attention
+from lowalign.model.forward.logprob import Head, token_logprobs
 
 WINDOW = 8
 TOLERANCE = 1e-3  # of the log-probs' spread; honest models show 4e-6, an ignored window 5, an ignored soft cap 2e-2

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from lowalign import Base, Example, Host, Sampling
-from tests.model.test_packed import ADAPTERS, load
+from tests.model.forward.test_packed import ADAPTERS, load
 from tests.tiny import tiny_folder
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19]]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowalign.model.blockwise import cumulative, visible
+from lowalign.model.attention.blockwise import cumulative, visible
 
 
 @dataclass

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from lowalign import Base, Example, Host
-from lowalign.model import attention, probe
+from lowalign.model.attention import packed as attention
+from lowalign.model.base import probe
 from tests.tiny import CONFIGS, tiny_folder
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3"]

@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache, GptOssConfig
 
 from lowalign.config.sections import Sampling
-from lowalign.model import attention, blockwise, live_rows, rollout
-from lowalign.model.sampling import sample
+from lowalign.model.attention import blockwise, sampler_cache
+from lowalign.model.attention import packed as attention
+from lowalign.model.sampling import batcher
+from lowalign.model.sampling.sample import sample
 from tests.tiny import CONFIGS, tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2"]
@@ -123,8 +125,8 @@ def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     """Chunks shorter than the window, behind a prefix, several prompts to a forward, and to several."""
     model, stock = models(kind)
     _, prefix = soft_prompt("prefix", model)
-    monkeypatch.setattr(rollout, "CHUNK", 5)
-    monkeypatch.setattr(live_rows, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(sampler_cache, "CHUNK", 5)
+    monkeypatch.setattr(batcher, "PREFILL_TOKENS", 30)
     got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), prefix=prefix)
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         check_logprobs(stock, prompt, completion, prefix=prefix)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowalign.errors import UserError
-from lowalign.model.files import resolve
-from lowalign.model.identity import Identity
+from lowalign.model.base.hub import resolve
+from lowalign.model.base.identity import Identity
 
 PREFIX = "base_model.model."  # of a LoRA's keys; without "model." for what stands beside a soft prompt
 SOFT_PREFIX = "base_model."
@@ -118,6 +118,15 @@ def read(folder: Path) -> tuple[Adapter, dict]:
             f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
         )
     return Adapter(config, tensors), meta
+
+
+def adapter_template(adapters: Sequence[str]) -> str | None:
+    """The chat template that was written with the last adapter that has one."""
+    for adapter in reversed(adapters):
+        file = locate(adapter) / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+    return None
 
 
 def check_base(folder: Path, meta: dict, identity: Identity) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowalign.data.pack import Example, Pack, pack
-from lowalign.model import attention
-from lowalign.model.logprob import Head, token_logprobs
-from lowalign.model.rope import stretching
+from lowalign.model.attention import packed as attention
+from lowalign.model.attention.rope import stretching
+from lowalign.model.forward.logprob import Head, token_logprobs
 
 Prefix = list[tuple[Tensor, Tensor]]
 

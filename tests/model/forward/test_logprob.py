@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowalign.model.logprob import Head, token_logprobs
+from lowalign.model.forward.logprob import Head, token_logprobs
 
 
 def reference(hidden, layer, labels, scale, softcap, temperature):

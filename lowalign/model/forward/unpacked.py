@@ -14,9 +14,9 @@ from transformers import DynamicCache
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
-from lowalign.model.forward import Tokens, Wanted, score
-from lowalign.model.live_rows import Completion
-from lowalign.model.pick import pick, uniforms
+from lowalign.model.forward.packed import Tokens, Wanted, score
+from lowalign.model.sampling.batcher import Completion
+from lowalign.model.sampling.draw import pick, uniforms
 
 Prefix = list[tuple[Tensor, Tensor]]
 

@@ -22,8 +22,8 @@ from transformers.masking_utils import sdpa_mask
 
 from lowalign.data.pack import Segment
 from lowalign.log import log
-from lowalign.model.blockwise import cumulative, visible
-from lowalign.model.rollout import rollout_attention
+from lowalign.model.attention.blockwise import cumulative, visible
+from lowalign.model.attention.sampler_cache import rollout_attention
 
 NAME = "lowalign"
 SCORES = 2**20  # on the CPU: most attention scores of a head that are written out in the backward

@@ -12,9 +12,9 @@ from lowalign.config.sections import Sampling
 from lowalign.data.micro_batches import free_memory
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.live_rows import Completion, LiveRows, Prompt
-from lowalign.model.rollout import KeysValues
-from lowalign.model.rope import stretching
+from lowalign.model.attention.rope import stretching
+from lowalign.model.attention.sampler_cache import KeysValues
+from lowalign.model.sampling.batcher import Completion, LiveRows, Prompt
 
 
 @torch.no_grad()

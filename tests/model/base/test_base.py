@@ -13,8 +13,8 @@ from bitsandbytes.functional import dequantize_4bit
 
 from lowalign import Base
 from lowalign.errors import UserError
-from lowalign.model import files
-from lowalign.model.base import NF4_BYTES
+from lowalign.model.base import hub
+from lowalign.model.base.base import NF4_BYTES
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 
@@ -102,7 +102,7 @@ def test_identity_tells_bases_apart(folder, tmp_path):
 
 def test_a_hub_model_and_a_copy_of_it_are_one(folder, tmp_path):
     """In the Hub's cache a weight file is a link to a blob named by its sha256: the same identity, without reading it."""
-    from lowalign.model.identity import identify
+    from lowalign.model.base.identity import identify
 
     snapshot = tmp_path / "snapshots" / "0123abcd"
     shutil.copytree(folder, snapshot)
@@ -125,7 +125,7 @@ def test_loads_by_hub_id(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(files, "snapshot_download", partial(files.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr(hub, "snapshot_download", partial(hub.snapshot_download, cache_dir=tmp_path))
     base = Base.load("org/tiny", device="cpu", quiet=True)
     assert (base.identity.name, base.identity.revision) == ("org/tiny", commit)
     with pytest.raises(UserError, match='"org/none" is neither a folder here nor reachable on the Hub'):

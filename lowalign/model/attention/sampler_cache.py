@@ -8,9 +8,9 @@ joined by their log-sum-exps, which is exact.
 import torch
 from torch import Tensor, nn
 
-from lowalign.model import blockwise
-from lowalign.model.blockwise import attend, varlen, visible
-from lowalign.model.rollout_layout import Prompts, Tokens
+from lowalign.model.attention import blockwise
+from lowalign.model.attention.blockwise import attend, varlen, visible
+from lowalign.model.attention.sampler_layout import Prompts, Tokens
 
 KeysValues = tuple[Tensor, Tensor]
 CHUNK = 512  # queries of a prompt computed at a time where their scores are held in memory

@@ -1,0 +1,1 @@
+"""The attention function registered with transformers: packed, blockwise, and over the sampler's cache."""

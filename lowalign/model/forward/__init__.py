@@ -1,0 +1,1 @@
+"""Hidden states, log-probabilities, values and scores of packed or single rows."""
