@@ -1,16 +1,21 @@
-"""Whole or absent: files are written aside, flushed to the disk, then renamed.
+"""Files and folders that are there whole or not at all, their hashes, and files of JSON lines.
 
-Between these steps stand write points. A test names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is
-passed) and the process kills itself there, as a power cut would.
+What is written goes aside, is flushed to the disk, and is then renamed. Between these steps stand write points. A test
+names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is passed) and the process kills itself there, as a
+power cut would.
 """
 
+import contextlib
 import hashlib
+import json
 import os
+import shutil
 import signal
-import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 WRITE_POINTS = (
     "save-begin",
@@ -33,56 +38,105 @@ _passed: Counter[str] = Counter()
 def write_point(name: str) -> None:
     """One of WRITE_POINTS has been reached."""
     assert name in WRITE_POINTS, name
-    wanted, _, count = os.environ.get("LOWALIGN_KILL_AT", "").partition(":")
-    if name == wanted:
+    kill_at, _, count = os.environ.get("LOWALIGN_KILL_AT", "").partition(":")
+    if name == kill_at:
         _passed[name] += 1
         if _passed[name] == int(count or 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder; it flushes names by itself
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def replace(path: Path, write: Callable[[Path], object], point: str) -> None:
-    """Make `path` what `write` puts into the file it is given: at any moment the old content or the new is there.
+def write_file(path: Path, content: bytes | str | Callable[[Path], object], point: str | None = None) -> None:
+    """Write a file, or replace it: at any moment the old content or the new is there. Raises OSError.
 
-    point: the two write points passed are POINT-written and POINT-replaced.
+    content: bytes, text, or a function that writes the file it is given. point: the two write points passed are
+    POINT-written and POINT-replaced.
     """
-    temp = path.with_name(f".saving-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".saving-{path.name}-{uuid4().hex[:8]}")  # two processes may write the same file
     try:
-        write(temp)
+        if callable(content):
+            content(temp)
+        else:
+            temp.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temp)
-        write_point(f"{point}-written")
-        os.replace(temp, path)
+        if point:
+            write_point(f"{point}-written")
+        temp.replace(path)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
     sync(path.parent)
-    write_point(f"{point}-replaced")
+    if point:
+        write_point(f"{point}-replaced")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON. Raises OSError."""
+    write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line. Raises OSError."""
+    write_file(path, "".join(map(json_line, lines)))
+
+
+def json_line(line: dict[str, Any]) -> str:
+    """One line of a JSONL file."""
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an error; an older `folder` is replaced."""
+    temp = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(temp, ignore_errors=True)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
+        temp.mkdir(parents=True)
+        yield temp
+        for path in (*temp.rglob("*"), temp):
+            sync(path)
+        aside = _move_aside(folder)
+        temp.rename(folder)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        shutil.rmtree(temp, ignore_errors=True)
         raise
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def content_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def remove_folder(folder: Path, point: str) -> None:
+    """Make a folder vanish as a whole, then delete it. point: the write point between the two."""
+    aside = _move_aside(folder)
+    write_point(point)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in this folder."""
+    for leftover in (*folder.glob(".saving-*"), *folder.glob(".old-*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_aside(folder: Path) -> Path:
+    aside = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    return aside

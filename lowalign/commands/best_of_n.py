@@ -12,7 +12,6 @@ weights; the first goes on from --adapter. Llama 2 (arXiv 2307.09288, 3.2.3) sam
 """
 
 import contextlib
-import json
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from lowalign.config.sections import DataConfig
 from lowalign.config.training import SFTConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompts import Prompt, distinct_prompts
-from lowalign.durable import write_whole
+from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
@@ -41,7 +40,7 @@ from lowalign.model.policy import load_policy, peft_config
 from lowalign.rewards.rewards import Rewards, load_rewards, named
 from lowalign.rewards.selection import describe, report, write_picks
 from lowalign.train import checkpoint
-from lowalign.train.run_folder import Journal, begin, fingerprints
+from lowalign.train.run_folder import Journal, begin, input_hashes
 
 BLOCK = 64  # prompts that are sampled, scored and written together
 
@@ -75,7 +74,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     prompts = _prompts(config, chat)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = named(config.reward)
-    inputs = {"data": prompts.said} | fingerprints(files, [*config.adapter, *runs])
+    inputs = {"data": prompts.said} | input_hashes(files, [*config.adapter, *runs])
     begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
@@ -113,7 +112,7 @@ def _sample(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, fol
         for name in tuple(host.configs):
             host.delete(name)
     told = report(journal.lines) | write_picks(folder, journal.lines, config.unfinished == "keep", config.raw)
-    write_whole(folder / "report.json", (json.dumps(told, indent=2) + "\n").encode())
+    write_json(folder / "report.json", told)
     log("\n".join([*describe(told), f"all of it is in {folder}"]))
 
 

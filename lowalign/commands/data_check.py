@@ -14,8 +14,8 @@ from lowalign.data.chat import load_chat
 from lowalign.data.dataset import SFT_READING, Reading, list_bad, read_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_READING
-from lowalign.data.read import Row, read_rows
 from lowalign.data.report import describe
+from lowalign.data.rows.read import Row, read_rows
 from lowalign.model.base.hub import load_tokenizer
 
 HEAD, TAIL = 800, 300  # characters shown of a long stretch

@@ -1,12 +1,12 @@
 """`lowalign generate`: prompts in, completions out, one JSON object a completion."""
 
-import json
 import sys
 from contextlib import nullcontext
 
 from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompts import Asked, prompt_ids, read_prompts
+from lowalign.durable import json_line
 from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
@@ -32,6 +32,6 @@ def generate(config: GenerateConfig) -> int:
                 for c in completions:
                     text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
                     line = {"prompt": asked[i].prompt, "completion": text, "stopped": c.stopped}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    out.write(json_line(line))
             out.flush()
     return 0

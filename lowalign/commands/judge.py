@@ -6,7 +6,6 @@ OUT/disagreements.jsonl   answers of which the verdict changed with the order, a
 OUT/report.json           the counts
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from lowalign.config.commands import JudgeConfig
-from lowalign.data.answers import Answers, Text, as_text, read_answers
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
-from lowalign.data.turns import Message, RowError
-from lowalign.durable import write_whole
+from lowalign.data.rows.answers import Answers, Text, as_text, read_answers
+from lowalign.data.rows.turns import Message, RowError
+from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters.files import adapter_template
@@ -30,7 +29,7 @@ from lowalign.model.policy import load_policy
 from lowalign.rewards.pairwise import JudgePrompt, choice, describe, log_odds, summary, verdict, winner
 from lowalign.rewards.rewards import load_rewards, named
 from lowalign.train import checkpoint
-from lowalign.train.run_folder import Journal, begin, fingerprints
+from lowalign.train.run_folder import Journal, begin, input_hashes
 
 BLOCK = 32  # pairs of answers whose verdicts are computed and written together
 EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
@@ -60,7 +59,7 @@ def judge(config: JudgeConfig) -> int:
     with checkpoint.lock(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = named(config.reward)
-        inputs = fingerprints(files, [*runs, *([config.adapter] if config.adapter else [])])
+        inputs = input_hashes(files, [*runs, *([config.adapter] if config.adapter else [])])
         begin(config, bool(journal.lines), inputs | {"data": [vars(row) for row in rows], "template": prompt.text})
         done = 0
         while blocks and done + len(blocks[0]) <= len(journal.lines):
@@ -216,10 +215,9 @@ def _write(out: Path, pairs: Sequence[Pair], lines: Sequence[dict]) -> None:
             case "changed" | "tie":
                 aside.append(line | {"prompt": row.prompt, "completion_a": a, "completion_b": b})
     for name, found in (("pairs", preferences), ("disagreements", aside)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
-        write_whole(out / f"{name}.jsonl", text.encode())
+        write_jsonl(out / f"{name}.jsonl", found)
     report = summary(lines)
-    write_whole(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_json(out / "report.json", report)
     log("\n".join(describe(report)))
     log(f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}")
 

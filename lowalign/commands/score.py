@@ -1,6 +1,5 @@
 """`lowalign score`: rows of sft or of preferences in, a line of JSON for each completion out, with its score."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,9 +11,10 @@ from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
-from lowalign.data.preference_rows import PREFERENCES
 from lowalign.data.preferences import load_preferences
-from lowalign.data.read import Row, read_rows
+from lowalign.data.rows.preference_rows import PREFERENCES
+from lowalign.data.rows.read import Row, read_rows
+from lowalign.durable import json_line
 from lowalign.log import log
 from lowalign.methods.reward_model import quality, scored
 from lowalign.model.adapters.files import adapter_template
@@ -43,7 +43,7 @@ def score(config: ScoreConfig) -> int:
                 for i, value in enumerate(values):
                     text = tokenizer.decode(example.completions[i], skip_special_tokens=True)
                     line = {"source": example.source, "completion": text, "score": value, **_known(example, i)}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    out.write(json_line(line))
             out.flush()
             scores += found
     log("\n".join(_summary(scores, examples)))

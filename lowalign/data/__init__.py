@@ -1,1 +1,1 @@
-"""From files of rows to packs of tokens."""
+"""From rows to packs of tokens: chat template, encoding, truncation, packing, micro-batches."""

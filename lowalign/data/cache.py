@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.pack import Example
-from lowalign.durable import write_whole
+from lowalign.durable import write_file
 
 FORMAT = 2  # raised when the meaning of a stored file or of any step before it changes
 OTHERS = ("rank", "margin", "label", "weight", "source")  # what is kept of an Example besides its tokens
@@ -66,7 +66,7 @@ def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
     }
     tensors["checksum"] = _checksum(tensors)
     with contextlib.suppress(OSError):
-        write_whole(cache_folder() / f"{name}.safetensors", save(tensors))
+        write_file(cache_folder() / f"{name}.safetensors", save(tensors))
 
 
 def recall(name: str) -> tuple[list[Example], dict[str, Any]] | None:

@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.data.adapt import alternating, system_as_user, tools_as_text
 from lowalign.data.encode import Encoder
 from lowalign.data.markers import strings_of
 from lowalign.data.pack import Example
-from lowalign.data.template import Template, Tools, Unrenderable
-from lowalign.data.turns import Message, RowError
+from lowalign.data.rows.rewrite import alternating, system_as_user, tools_as_text
+from lowalign.data.rows.turns import Message, RowError, Tools
+from lowalign.data.template import Template, Unrenderable
 from lowalign.errors import UserError
 
 T = TypeVar("T")

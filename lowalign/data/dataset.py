@@ -13,14 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache
 from lowalign.data.chat import Chat
-from lowalign.data.fit import chunks, fit
 from lowalign.data.pack import Example
-from lowalign.data.read import BadRow, Row, is_file, read_rows
 from lowalign.data.report import Tally, totals
-from lowalign.data.schema import SFT, Conversation, PromptCompletion, Text
-from lowalign.data.shapes import Shape, Shapes
+from lowalign.data.rows.read import BadRow, Row, is_file, read_rows
+from lowalign.data.rows.sft_rows import SFT, Conversation, PromptCompletion, Text
+from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.turns import RowDropped, RowError
 from lowalign.data.template import Unrenderable
-from lowalign.data.turns import RowDropped, RowError
+from lowalign.data.truncate import chunks, fit
+from lowalign.durable import file_hash, write_jsonl
 from lowalign.errors import UserError
 
 LISTED = 20  # bad rows shown before training is refused
@@ -80,8 +81,7 @@ def load_examples(
     if dataset.bad and config.on_error == "refuse":
         raise UserError("\n".join(list_bad(dataset)) + "\nmend them, or leave them out with --data.on-error skip")
     if dataset.bad and rejected is not None:
-        lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in dataset.bad]
-        cache.write_whole(rejected, "".join(lines).encode())
+        write_jsonl(rejected, map(vars, dataset.bad))
     if not dataset.examples:
         reasons = [why for file in dataset.report["files"] for why in file["dropped"]]
         why = "; ".join(dict.fromkeys(reasons)) or ("all are bad" if dataset.bad else "the files are empty")
@@ -137,7 +137,7 @@ def _read_file(
     rows, stored = None, None
     if config.cache:
         if is_file(name):
-            content = cache.content_hash(Path(name))
+            content = file_hash(Path(name))
         else:
             rows = read_rows(name, config.limit)
             content = hashlib.sha256(json.dumps([row.data for row in rows], default=str).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.markers import Markers
-from lowalign.data.turns import RowError
+from lowalign.data.rows.turns import RowError
 from lowalign.errors import UserError
 
 

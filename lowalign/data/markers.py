@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lowalign.data.turns import RowError
+from lowalign.data.rows.turns import RowError
 
 FIRST, LAST = 0xF0000, 0xFFFFD  # the private-use characters of plane 15
 

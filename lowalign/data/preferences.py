@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.config.sections import PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import Dataset, Reading, load_examples
-from lowalign.data.fit import fit
 from lowalign.data.pack import Example
-from lowalign.data.preference_rows import PREFERENCES, Asked, Preference, Score, Verdict
 from lowalign.data.report import Tally
+from lowalign.data.rows.preference_rows import PREFERENCES, Asked, Preference, Score, Verdict
+from lowalign.data.rows.turns import Message, RowDropped, RowError
+from lowalign.data.rows.votes import decide, ranks_of
 from lowalign.data.template import Unrenderable
-from lowalign.data.turns import Message, RowDropped, RowError
-from lowalign.data.votes import decide, ranks_of
+from lowalign.data.truncate import fit
 from lowalign.errors import UserError
 
 REPEATED_NOTE = "answers that stand twice at one rank kept once"

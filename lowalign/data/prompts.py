@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lowalign.data.chat import Chat
-from lowalign.data.preference_rows import PREFERENCES
-from lowalign.data.read import BadRow, read_rows
-from lowalign.data.schema import SFT, with_system
+from lowalign.data.rows.preference_rows import PREFERENCES
+from lowalign.data.rows.read import BadRow, read_rows
+from lowalign.data.rows.sft_rows import SFT, with_system
+from lowalign.data.rows.turns import Message, RowError, read_turns
 from lowalign.data.template import Unrenderable
-from lowalign.data.turns import Message, RowError, read_turns
 from lowalign.errors import UserError
 
 Prompt = str | list[Message]  # plain text, or messages

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowalign.data.pack import Example
-from lowalign.data.votes import agreement
+from lowalign.data.rows.votes import agreement
 
 
 class Tally:

@@ -2,14 +2,11 @@
 
 import json
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.data.turns import Message
+from lowalign.data.rows.turns import Message, Tools
 from lowalign.errors import UserError
-
-Tools = list[dict[str, Any]] | None
 
 DATE = "26 Jul 2024"  # Llama 3's own default; its templates would otherwise write the day of the run
 START, END = "<|im_start|>", "<|im_end|>"

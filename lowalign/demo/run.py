@@ -32,6 +32,7 @@ from lowalign.config.training import (
 from lowalign.data.chat import Chat
 from lowalign.demo import world
 from lowalign.demo.measure import ASKED, DRAW, Measured, measure
+from lowalign.durable import write_jsonl
 from lowalign.model.base.base import Base
 from lowalign.rewards.selection import divergence
 
@@ -171,7 +172,7 @@ def ppo_config(out: Path) -> PPOConfig:
 
 def write(file: Path, rows: Iterable[dict]) -> str:
     """Write rows as JSONL -> the file's name."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(file, rows)
     return str(file)
 
 

@@ -10,14 +10,13 @@ The divergence of best-of-k from the policy it samples from is at most
     KL = ln k - (k-1)/k                                                 arXiv 2009.01325, appendix G.3; 2401.01879
 """
 
-import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowalign.data.prompts import Prompt, as_messages
-from lowalign.durable import write_whole
+from lowalign.durable import write_jsonl
 
 
 def best(scores: Sequence[float], among: Iterable[int] | None = None) -> int | None:
@@ -91,8 +90,7 @@ def write_picks(folder: Path, lines: Sequence[Line], unfinished: bool, raw: bool
             ranked = {"completions": [_completion(texts[i], raw) for i in usable], "ranks": places}
             rows["rankings"].append({"prompt": _prompt(line["prompt"], raw), **ranked})
     for name, found in rows.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-        write_whole(folder / f"{name}.jsonl", text.encode())
+        write_jsonl(folder / f"{name}.jsonl", found)
     return {name: len(found) for name, found in rows.items()}
 
 

@@ -11,7 +11,6 @@ Random generators are not stored: the engine seeds them from (seed, step) before
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowalign.durable import replace, sync, write_point
+from lowalign.durable import file_hash, new_folder, remove_folder, remove_leftovers, sync, write_file, write_point
 from lowalign.errors import UserError
 from lowalign.log import log
 
@@ -55,10 +54,7 @@ def save(out: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state:
     """
     folder = _folder(out, step)
     _refuse_not_finite(out, step, parts["weights"])
-    temp = folder.with_name(f".saving-{folder.name}")
-    with _explained(folder, out, _bytes(parts), temp):
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
+    with _explained(folder, out, _bytes(parts)), new_folder(folder) as temp:
         write_point("save-begin")
         files = {}
         for part in PARTS:
@@ -70,11 +66,7 @@ def save(out: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state:
         record = {"format": FORMAT, "step": step, "files": files, "state": state}
         (temp / "state.json").write_text(json.dumps(record, indent=1) + "\n")
         sync(temp / "state.json")
-        sync(temp)
         write_point("save-state")
-        _remove(folder)  # one that was found to be damaged
-        temp.rename(folder)
-        sync(folder.parent)
     write_point("save-renamed")
     _rotate(out, step, keep)
     return folder
@@ -85,8 +77,7 @@ def save_best(out: Path, step: int, weights: Mapping[str, Tensor]) -> None:
     path = out / "checkpoints" / "best" / "weights.safetensors"
     _refuse_not_finite(out, step, weights)
     with _explained(path, out, _bytes({"weights": weights})):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda temp: save_file(dict(weights), temp, {"step": str(step)}), "best")
+        write_file(path, lambda temp: save_file(dict(weights), temp, {"step": str(step)}), "best")
 
 
 def read_best(out: Path) -> tuple[int, dict[str, Tensor]] | None:
@@ -120,9 +111,8 @@ def clean(out: Path, best: bool) -> None:
     folder = out / "checkpoints"
     if best:
         shutil.rmtree(folder / "best", ignore_errors=True)
-    leftovers = (found for pattern in (".saving-*", ".old-*", "best/.saving-*") for found in folder.glob(pattern))
-    for leftover in [*out.glob(".saving-*"), *leftovers]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for place in (out, folder, folder / "best"):
+        remove_leftovers(place)
 
 
 def check_space(out: Path, one: int, keep: int) -> None:
@@ -175,8 +165,7 @@ def _bytes(parts: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def _fingerprint(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _verified(folder: Path, step: int) -> dict:
@@ -191,20 +180,10 @@ def _verified(folder: Path, step: int) -> dict:
     return record["state"]
 
 
-def _remove(folder: Path) -> None:
-    """Make a folder vanish as a whole, then delete it."""
-    if folder.exists():
-        aside = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        write_point("rotate-aside")
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _rotate(out: Path, step: int, keep: int) -> None:
     # One of a later step is a damaged one that was skipped: it must not count as newer than what was just written.
     for old in [s for s in steps(out) if s <= step][: -max(1, keep)]:
-        _remove(_folder(out, old))
+        remove_folder(_folder(out, old), "rotate-aside")
     write_point("rotate-done")
 
 
@@ -218,14 +197,12 @@ def _refuse_not_finite(out: Path, step: int, weights: Mapping[str, Tensor]) -> N
 
 
 @contextlib.contextmanager
-def _explained(path: Path, out: Path, needed: int, temp: Path | None = None) -> Iterator[None]:
+def _explained(path: Path, out: Path, needed: int) -> Iterator[None]:
     """A failed write leaves nothing behind, and tells what is still there."""
     try:
         yield
     # A full disk is a SafetensorError, an OSError or a RuntimeError, depending on which library was writing.
     except (SafetensorError, OSError, RuntimeError) as error:
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)
         free = shutil.disk_usage(out).free
         raise UserError(
             f"{path} could not be written ({error}). It needs {needed:,} bytes; {free:,} are free on that disk. "

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lowalign.durable import replace, write_point
+from lowalign.durable import write_file, write_point
 from lowalign.errors import UserError
 from lowalign.log import log
 
@@ -32,7 +32,7 @@ class Track:
             if done is None:
                 self._path.unlink(missing_ok=True)
             elif self._path.exists():
-                replace(self._path, lambda temp: temp.write_bytes(_kept(self._path, done, drop_eval)), "metrics-cut")
+                write_file(self._path, _kept(self._path, done, drop_eval), "metrics-cut")
             self._file = self._path.open("a", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=self._begin, unit="step", file=sys.stderr) if terminal else None

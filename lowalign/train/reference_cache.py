@@ -23,6 +23,7 @@ from torch import Tensor
 from lowalign.config.sections import TrainConfig
 from lowalign.data import cache
 from lowalign.data.pack import Example, step_order
+from lowalign.durable import write_file
 from lowalign.log import log
 from lowalign.model.host import Host, completion_logps
 from lowalign.train.accumulate import MicroBatches
@@ -135,6 +136,6 @@ def _store(file: Path, examples: Sequence[Example]) -> None:
     """Keep what is known so far; nan stands for the rest. A full disk costs a computation next time, nothing else."""
     values = [v for e in examples for v in (e.reference or [math.nan] * len(e.completions))]
     try:
-        cache.write_whole(file, save({"logps": torch.tensor(values, dtype=torch.float32)}))
+        write_file(file, save({"logps": torch.tensor(values, dtype=torch.float32)}))
     except OSError as error:
         log(f"{file} could not be written ({error.strerror}); the reference will be computed again")

@@ -1,14 +1,13 @@
 """From a configuration to a finished run: base, data, host, method, engine, and what is written down.
 
 OUT/recipe.yaml        the whole configuration; rerunning it is the same run
-OUT/inputs.json        fingerprints of the files and adapters it names
+OUT/inputs.json        input_hashes of the files and adapters it names
 OUT/data_report.json   what was read, cut and dropped
 OUT/metrics.jsonl      one line a step
 OUT/checkpoints/       to resume from; best/ has the lowest held-out loss
 OUT/adapter/           the adapter as stock peft reads it, its chat template, and lowalign.json
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.report import describe
+from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.base.base import Base
@@ -31,7 +31,7 @@ from lowalign.model.policy import check_start, load_stack, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.method import Method
-from lowalign.train.run_folder import begin, fingerprints, save_adapter
+from lowalign.train.run_folder import begin, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
 
 Stack = tuple[str, ...]
@@ -59,7 +59,7 @@ def run(
     """
     with checkpoint.lock(config.out):
         adapters = [source for source in (config.init, *adapters) if source]
-        inputs = fingerprints((*config.data.files, *config.data.eval, *data), adapters)
+        inputs = input_hashes((*config.data.files, *config.data.eval, *data), adapters)
         begin(config, bool(checkpoint.steps(config.out)), inputs)
         # The rows first: what is wrong with them should not cost the loading of a 7B model.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
@@ -126,5 +126,5 @@ def read_rows(
         rows, heldout = split_heldout(data.examples, options.eval_rows, config.train.seed)
     for part in report.values():
         log("\n".join(describe(part)))
-    (out / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "data_report.json", report)
     return rows, heldout

@@ -18,7 +18,7 @@ from typing import Any
 from lowalign.config import recipe
 from lowalign.config.training import RunConfig
 from lowalign.data.chat import Chat
-from lowalign.durable import content_hash, sync, write_whole
+from lowalign.durable import file_hash, json_line, sync, write_file, write_json
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
@@ -54,7 +54,7 @@ class Journal:
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write a block. Raises UserError when the disk does not take it; the blocks before it are intact."""
-        raw = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
+        raw = [json_line(line).encode() for line in lines]
         try:
             new = not self.path.exists()
             with self.path.open("ab") as file:
@@ -79,26 +79,26 @@ def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
     something else.
     """
     recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
-    prints = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
+    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
     if begun and not config.resume:
         raise UserError(f"{config.out} holds results of an earlier run: go on with --resume, or choose another --out")
     if begun:
         changed = recipe.diff(recipe.parse(type(config), [], recipe_file), config)
         before = json.loads(inputs_file.read_text()) if inputs_file.exists() else {}
-        changed += [f"{name}: the content has changed" for name in prints if prints[name] != before.get(name)]
+        changed += [f"{name}: the content has changed" for name in hashes if hashes[name] != before.get(name)]
         if changed:
             listed = "\n  ".join(changed)
             raise UserError(
                 f"--resume goes on with the run in {config.out}, but these differ from what it was started with:\n"
                 f"  {listed}\nGive the same, or start anew in another --out"
             )
-    write_whole(recipe_file, recipe.dump(replace(config, resume=False)).encode())
-    write_whole(inputs_file, (json.dumps(prints, indent=2) + "\n").encode())
+    write_file(recipe_file, recipe.dump(replace(config, resume=False)))
+    write_json(inputs_file, hashes)
 
 
-def fingerprints(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
+def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
     """By name, what is in these files (Hub ids have nothing here) and adapters. Raises UserError for what is no adapter."""
-    found = {name: content_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
+    found = {name: file_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
     for source in adapters:
         folder = adapter_files.locate(source)
         adapter_files.read(folder)  # which complains where something is wrong with it

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE, TURNS_NOTE, Chat, load_chat
 from lowalign.data.pack import Example
-from lowalign.data.schema import SFT
-from lowalign.data.turns import read_tools, read_turns
+from lowalign.data.rows.sft_rows import SFT
+from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.errors import UserError
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import HIDDEN_NOTE, Chat
 from lowalign.data.markers import Markers
-from lowalign.data.turns import RowError, read_tools, read_turns
+from lowalign.data.rows.turns import RowError, read_tools, read_turns
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call
 

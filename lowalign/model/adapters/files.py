@@ -5,11 +5,7 @@ lowalign.json                                    the base's identity, a hash of 
 parents/0, parents/1, …                          the frozen adapters it was trained on top of, if any
 """
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowalign.durable import file_hash, new_folder
 from lowalign.errors import UserError
 from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
@@ -49,24 +46,14 @@ def write(
     files: texts written beside (a chat template). meta: more entries of lowalign.json. Raises UserError when weights are
     not finite or cannot be written.
     """
-    temporary, old = (folder.parent / f".{state}-{folder.name}" for state in ("saving", "old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write_one(temporary, adapter, identity, meta | {"parents": len(parents)})
-        for i, parent in enumerate(parents):
-            _write_one(temporary / "parents" / str(i), parent, identity, {"parents": 0})
-        for name, text in files.items():
-            (temporary / name).write_text(text)
-        for file in temporary.rglob("*"):
-            with file.open("rb") if file.is_file() else contextlib.nullcontext() as f:
-                _ = f and os.fsync(f.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder) as temp:
+            _write_one(temp, adapter, identity, meta | {"parents": len(parents)})
+            for i, parent in enumerate(parents):
+                _write_one(temp / "parents" / str(i), parent, identity, {"parents": 0})
+            for name, text in files.items():
+                (temp / name).write_text(text)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"the adapter could not be written to {folder}: {error}") from error
 
 
@@ -74,7 +61,7 @@ def _write_one(folder: Path, adapter: Adapter, identity: Identity, meta: dict) -
     bad = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(f"the adapter is not saved: {bad[0]} holds numbers that are not finite")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", _plain(adapter, identity))
@@ -154,8 +141,7 @@ def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[s
 
 def weights_hash(folder: Path) -> str:
     """sha256 of the weights' file: an adapter's own identity."""
-    with (folder / "adapter_model.safetensors").open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return file_hash(folder / "adapter_model.safetensors")
 
 
 def _plain(adapter: Adapter, identity: Identity) -> dict[str, object]:

@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lowalign.durable import file_hash
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -45,7 +47,7 @@ def identify(
     return Identity(
         name=name if commit else folder.name,  # a path says nothing on another machine
         revision=commit,
-        weights=_short("".join(_file_hash(file) for file in sorted(folder.glob("*.safetensors")))),
+        weights=_short("".join(_weights_hash(file) for file in sorted(folder.glob("*.safetensors")))),
         config=_short(json.dumps(config, sort_keys=True)),
         vocabulary=len(tokenizer),
         template=_short(json.dumps(tokenizer.chat_template or "")),
@@ -53,13 +55,12 @@ def identify(
     )
 
 
-def _file_hash(file: Path) -> str:
+def _weights_hash(file: Path) -> str:
     """sha256 of a file; one in the Hub's cache is a link to a blob of that name and is not read."""
     blob = file.resolve().name
     if file.is_symlink() and len(blob) == 64:
         return blob
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return file_hash(file)
 
 
 def _short(text: str) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.adapt import tools_as_text
-from lowalign.data.read import BadRow, Row, kind_of, read_rows
-from lowalign.data.turns import Message, RowError, expected, read_turns
+from lowalign.data.rows.read import BadRow, Row, kind_of, read_rows
+from lowalign.data.rows.rewrite import tools_as_text
+from lowalign.data.rows.turns import Message, RowError, expected, read_turns
 from lowalign.errors import UserError
 
 Text = str | list[Message]

@@ -9,10 +9,11 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lowalign.data.read import half_surrogate, kind_of
+from lowalign.data.rows.read import half_surrogate, kind_of
 from lowalign.errors import UserError
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
     "developer": "system",

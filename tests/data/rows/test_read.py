@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lowalign.data.read import BadRow, Row, read_rows
+from lowalign.data.rows.read import BadRow, Row, read_rows
 from lowalign.errors import UserError
 
 

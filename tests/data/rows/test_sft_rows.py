@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lowalign.data.adapt import alternating, system_as_user, tools_as_text
-from lowalign.data.schema import SFT, Conversation, PromptCompletion, Text
+from lowalign.data.rows.rewrite import alternating, system_as_user, tools_as_text
+from lowalign.data.rows.sft_rows import SFT, Conversation, PromptCompletion, Text
 from tests.data.made import WEATHER, weather_call
 
 

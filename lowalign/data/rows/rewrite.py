@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lowalign.data.turns import Message
+from lowalign.data.rows.turns import Message
 
 TOOLS = 'You can call these functions. To call one, answer with {"name": …, "arguments": {…}} and nothing else.'
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from lowalign.data.votes import agreement, alpha, decide, ranks_of
+from lowalign.data.rows.votes import agreement, alpha, decide, ranks_of
 
 
 @pytest.mark.parametrize(

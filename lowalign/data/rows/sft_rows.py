@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.read import kind_of
-from lowalign.data.shapes import Shape, Shapes
-from lowalign.data.turns import Message, RowError, read_tools, read_turns
+from lowalign.data.rows.read import kind_of
+from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.turns import Message, RowError, read_tools, read_turns
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.turns import RowError, closest, expected
+from lowalign.data.rows.turns import RowError, closest, expected
 
 
 @dataclass(frozen=True)

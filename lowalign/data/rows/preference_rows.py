@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.read import kind_of
-from lowalign.data.schema import SFT, string, with_system
-from lowalign.data.shapes import Shape, Shapes
-from lowalign.data.template import Tools
-from lowalign.data.turns import Message, RowError, closest, expected, read_tools, read_turns
+from lowalign.data.rows.read import kind_of
+from lowalign.data.rows.sft_rows import SFT, string, with_system
+from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.turns import Message, RowError, Tools, closest, expected, read_tools, read_turns
 
 Text = str | list[Message]
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from lowalign.data.fit import chunks, fit
 from lowalign.data.pack import Example
+from lowalign.data.truncate import chunks, fit
 
 BOS = 99
 
