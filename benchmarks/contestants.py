@@ -45,7 +45,7 @@ class Paced:
 
     def __init__(self, method, meter: Meter, every: int = 1) -> None:
         self.method, self.meter, self.every = method, meter, every
-        self.trains, self.totals = method.trains, method.totals
+        self.lr_multipliers, self.normalizers = method.lr_multipliers, method.normalizers
 
     def batch(self, step: int) -> list[Example]:
         if step % self.every == 0:
@@ -56,8 +56,8 @@ class Paced:
     def examples(self, step: int) -> list[Example]:
         return self.method.batch(step)
 
-    def loss(self, examples: Sequence[Example], totals: dict) -> tuple[Tensor, dict]:
-        loss, metrics = self.method.loss(examples, totals)
+    def loss(self, examples: Sequence[Example], normalizers: dict) -> tuple[Tensor, dict]:
+        loss, metrics = self.method.loss(examples, normalizers)
         self.sum += loss.item()
         return loss, metrics
 

@@ -38,9 +38,9 @@ from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy, peft_config
 from lowalign.rewards.rewards import Rewards, load_rewards, named
-from lowalign.rewards.selection import describe, report, write_picks
+from lowalign.rewards.selection import choice_lines, report, write_datasets
 from lowalign.train import checkpoint
-from lowalign.train.run_folder import Journal, begin, input_hashes
+from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 
 BLOCK = 64  # prompts that are sampled, scored and written together
 
@@ -75,7 +75,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = named(config.reward)
     inputs = {"data": prompts.said} | input_hashes(files, [*config.adapter, *runs])
-    begin(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
+    check_or_write_inputs(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
     adapters = config.adapter
@@ -111,9 +111,9 @@ def _sample(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, fol
                 bar.update(len(block))
         for name in tuple(host.configs):
             host.delete(name)
-    told = report(journal.lines) | write_picks(folder, journal.lines, config.unfinished == "keep", config.raw)
+    told = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
     write_json(folder / "report.json", told)
-    log("\n".join([*describe(told), f"all of it is in {folder}"]))
+    log("\n".join([*choice_lines(told), f"all of it is in {folder}"]))
 
 
 def _candidates(

@@ -9,12 +9,12 @@ from typing import get_args
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.commands import AnyDataConfig
-from lowalign.config.sections import PreferenceShape
+from lowalign.config.sections import PreferenceShapeName
 from lowalign.data.chat import load_chat
-from lowalign.data.dataset import SFT_READING, Reading, list_bad, read_examples
+from lowalign.data.dataset import SFT_ENCODER, RowEncoder, list_bad, read_examples
 from lowalign.data.pack import Example
-from lowalign.data.preferences import PREFERENCE_READING
-from lowalign.data.report import describe
+from lowalign.data.preferences import PREFERENCE_ENCODER
+from lowalign.data.report import report_lines
 from lowalign.data.rows.read import Row, read_rows
 from lowalign.model.base.hub import load_tokenizer
 
@@ -30,10 +30,10 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
     """
     tokenizer = load_tokenizer(model, revision)
     chat = load_chat(tokenizer, config.template)
-    reading = _reading(config)
+    encoder = _reading(config)
     config = replace(config, on_error="skip")
-    dataset = read_examples(config.files, chat, config, tokenizer=tokenizer, reading=reading)
-    print("\n".join(describe(dataset.report)))
+    dataset = read_examples(config.files, chat, config, tokenizer=tokenizer, encoder=encoder)
+    print("\n".join(report_lines(dataset.report)))
     repeated = len(dataset.examples) - len(
         {(tuple(e.prompt), *map(tuple, e.completions), e.label) for e in dataset.examples}
     )
@@ -52,13 +52,13 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
     return len(dataset.bad)
 
 
-def _reading(config: AnyDataConfig) -> Reading:
+def _reading(config: AnyDataConfig) -> RowEncoder:
     """What the first rows of the files look like; rows that could be both are preferences."""
     if config.shape != "auto":
-        return PREFERENCE_READING if config.shape in get_args(PreferenceShape) else SFT_READING
+        return PREFERENCE_ENCODER if config.shape in get_args(PreferenceShapeName) else SFT_ENCODER
     rows = [row for name in config.files for row in read_rows(name, min(PEEKED, config.limit or PEEKED))]
-    likeness = lambda reading: sum(reading.shapes.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
-    return max(PREFERENCE_READING, SFT_READING, key=likeness)
+    likeness = lambda encoder: sum(encoder.shapes.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
+    return max(PREFERENCE_ENCODER, SFT_ENCODER, key=likeness)
 
 
 def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:

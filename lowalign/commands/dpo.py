@@ -11,7 +11,7 @@ from lowalign.methods.dpo import DPO, REFERENCE_FREE
 from lowalign.methods.kto import KTO
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.train.reference_cache import fill
+from lowalign.train.reference_cache import fill_reference_logps
 from lowalign.train.run import Stack, check_and_log_start, named_run, read_rows, reference_stack, run
 from lowalign.train.signals import StopSignals
 
@@ -32,7 +32,7 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
         if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
             with StopSignals() as stop:
                 for part in (rows, heldout):
-                    fill(host, reference, part, settings, stop)
+                    fill_reference_logps(host, reference, part, settings, stop)
         if kto:
             return KTO(
                 host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed, settings.token_budget

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import Asked, prompt_ids, read_prompts
+from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
 from lowalign.durable import json_line
 from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
@@ -17,7 +17,9 @@ AT_A_TIME = 256  # prompts whose completions are written together
 
 def generate(config: GenerateConfig) -> int:
     """Run the command. Returns the exit code."""
-    asked = [Asked(config.prompt, "--prompt")] if config.prompts is None else list(read_prompts([str(config.prompts)]))
+    asked = (
+        [PromptRow(config.prompt, "--prompt")] if config.prompts is None else list(read_prompts([str(config.prompts)]))
+    )
     base = Base.load(config.model, **vars(config.base))
     host = Host(base)
     stack = load_policy(host, config.adapter, config.allow_base_mismatch)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
-from lowalign.data.rows.answers import Answers, Text, as_text, read_answers
+from lowalign.data.rows.answers import Answers, Prompt, as_text, read_answers
 from lowalign.data.rows.turns import Message, RowError
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
@@ -26,10 +26,10 @@ from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
-from lowalign.rewards.pairwise import JudgePrompt, choice, describe, log_odds, summary, verdict, winner
+from lowalign.rewards.pairwise import JudgePrompt, choice, log_odds, summary, summary_lines, verdict, winner
 from lowalign.rewards.rewards import load_rewards, named
 from lowalign.train import checkpoint
-from lowalign.train.run_folder import Journal, begin, input_hashes
+from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 
 BLOCK = 32  # pairs of answers whose verdicts are computed and written together
 EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
@@ -60,7 +60,9 @@ def judge(config: JudgeConfig) -> int:
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = named(config.reward)
         inputs = input_hashes(files, [*runs, *([config.adapter] if config.adapter else [])])
-        begin(config, bool(journal.lines), inputs | {"data": [vars(row) for row in rows], "template": prompt.text})
+        check_or_write_inputs(
+            config, bool(journal.lines), inputs | {"data": [vars(row) for row in rows], "template": prompt.text}
+        )
         done = 0
         while blocks and done + len(blocks[0]) <= len(journal.lines):
             done += len(blocks.pop(0))
@@ -218,11 +220,11 @@ def _write(out: Path, pairs: Sequence[Pair], lines: Sequence[dict]) -> None:
         write_jsonl(out / f"{name}.jsonl", found)
     report = summary(lines)
     write_json(out / "report.json", report)
-    log("\n".join(describe(report)))
+    log("\n".join(summary_lines(report)))
     log(f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}")
 
 
-def _preference(prompt: Text, chosen: Text, rejected: Text) -> dict[str, list[Message]]:
+def _preference(prompt: Prompt, chosen: Prompt, rejected: Prompt) -> dict[str, list[Message]]:
     """A row of pairs, all messages: what was judged as a turn of a chat is learnt as one."""
     turns = lambda text, role: [{"role": role, "content": text}] if isinstance(text, str) else text  # noqa: E731
     answers = {"chosen": turns(chosen, "assistant"), "rejected": turns(rejected, "assistant")}

@@ -14,7 +14,7 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
-from lowalign.data.prompts import Asked, distinct_prompts
+from lowalign.data.prompts import PromptRow, distinct_prompts
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.methods.ppo import PPO
@@ -35,7 +35,7 @@ Stack = tuple[str, ...]
 
 def ppo(config: PPOConfig, base: Base | None = None) -> int:
     """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
-    trip = _Trip(config)
+    trip = PPOSetup(config)
     _, rewards = named(config.reward)  # a function may be mended on the way
     adapters = (*named_run(config.reference), *rewards)
     return run(
@@ -43,14 +43,14 @@ def ppo(config: PPOConfig, base: Base | None = None) -> int:
     )
 
 
-class _Trip:
+class PPOSetup:
     """One run: what is read before the base is loaded is kept for what begins after."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.ptx: list[Example] = []
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[tuple[Asked, list[int]]], list]:
+    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[tuple[PromptRow, list[int]]], list]:
         """The prompts with their ids; nothing is held out."""
         data, c = self.config.data, self.config
         self.chat = chat

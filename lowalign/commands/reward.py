@@ -11,7 +11,7 @@ from lowalign.data.dataset import Dataset
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
 from lowalign.log import log
-from lowalign.methods.reward_model import Reward, quality, scored
+from lowalign.methods.reward_model import Reward, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.rewards.rewards import score_examples
@@ -43,6 +43,6 @@ def _reward_quality(host: Host, policy: Stack, examples: list[Example], config: 
     """What the scores are worth, on held-out rankings where there are some."""
     examples = examples[:QUALITY_ROWS]
     scores = score_examples(host, policy, examples, config.train.token_budget)
-    found = quality([torch.tensor(values) for values in scores], examples)
+    found = reward_metrics([torch.tensor(values) for values in scores], examples)
     log("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return {"reward": found}

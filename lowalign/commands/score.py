@@ -12,11 +12,11 @@ from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences
-from lowalign.data.rows.preference_rows import PREFERENCES
+from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
 from lowalign.data.rows.read import Row, read_rows
 from lowalign.durable import json_line
 from lowalign.log import log
-from lowalign.methods.reward_model import quality, scored
+from lowalign.methods.reward_model import reward_metrics, scored
 from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
@@ -54,7 +54,7 @@ def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
     """The Examples of a file of preferences, where its rows are such, or of sft."""
     rows = (row.data for row in read_rows(file, config.limit) if isinstance(row, Row))
     options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
-    if PREFERENCES.common(rows) is not None:
+    if PREFERENCE_ROWS.common(rows) is not None:
         options |= {"ties": "keep"}
         return load_preferences([file], chat, PreferenceConfig(**options), tokenizer=chat.tokenizer).examples
     return load_examples([file], chat, DataConfig(**options), tokenizer=chat.tokenizer).examples
@@ -68,7 +68,7 @@ def _known(example: Example, i: int) -> dict:
 
 
 def _summary(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> list[str]:
-    found = quality([torch.tensor(values) for values in scores], examples)
+    found = reward_metrics([torch.tensor(values) for values in scores], examples)
     lines = [f"{found['completions']:,} completions, score {found['mean']:.4f} on average, spread {found['std']:.4f}"]
     if "pairs" in found:
         lines.append(f"{found['accuracy']:.1%} of {found['pairs']:,} pairs the right way round")

@@ -14,9 +14,9 @@ from lowalign.config.sections import (
     AdapterConfig,
     BaseConfig,
     PreferenceConfig,
-    PreferenceShape,
+    PreferenceShapeName,
     Sampling,
-    Shape,
+    ShapeName,
     TrainConfig,
 )
 from lowalign.errors import UserError
@@ -175,7 +175,7 @@ class ScoreConfig:
 class AnyDataConfig(PreferenceConfig):
     """The rows to look at, of sft or of preferences."""
 
-    shape: Shape | PreferenceShape = "auto"
+    shape: ShapeName | PreferenceShapeName = "auto"
     """The shape of the rows; auto tells it from their columns."""
 
 

@@ -11,8 +11,8 @@ import tyro
 
 from lowalign.errors import UserError
 
-Shape = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
-PreferenceShape = Literal["auto", "pairs", "ranking", "scores", "labels", "verdicts"]
+ShapeName = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+PreferenceShapeName = Literal["auto", "pairs", "ranking", "scores", "labels", "verdicts"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DataConfig:
     """Held-out files. Without them --data.eval-rows are taken from the end of a seeded shuffle of the data."""
     eval_rows: int = 0
     """Rows held out from the data for evaluation, when no held-out files are given."""
-    shape: Shape = "auto"
+    shape: ShapeName = "auto"
     """The shape of the rows; auto tells it from their columns."""
     max_length: int = 2048
     """Most tokens of one example. Too long: the completion is kept and the prompt is cut from the left."""
@@ -57,7 +57,7 @@ class DataConfig:
 class PreferenceConfig(DataConfig):
     """The preferences to learn from."""
 
-    shape: PreferenceShape = "auto"
+    shape: PreferenceShapeName = "auto"
     """The shape of the rows; auto tells it from their columns."""
     gap: float = 0.0
     """scores: from the highest down, a score ties with the highest of its rank unless that is higher by more than this."""

@@ -1,4 +1,4 @@
-"""Conversations and texts to Examples, with the mask of what is learnt.
+"""Conversations and texts to Examples, with the mask of what is supervised.
 
 The mask is made by construction. The template renders the messages before an assistant turn with the generation prompt;
 that must be the beginning of what it renders with the turn, and the difference is the turn. Nothing is found by looking
@@ -39,7 +39,7 @@ class Piece:
     """A stretch of rendered text that is tokenized by itself. eos: the end-of-sequence id follows it."""
 
     text: str
-    learnt: bool = False
+    supervised: bool = False
     eos: bool = False
 
 
@@ -87,13 +87,13 @@ class Chat:
     def example(self, messages: list[Message], tools: Tools = None) -> list[Example]:
         """The Examples of one conversation: one, or one for each assistant turn where the template rewrites history.
 
-        The prompt reaches through the header of the first turn to be learnt; each such turn is supervised through its
+        The prompt reaches through the header of the first turn to be supervised; each such turn is supervised through its
         end-of-turn token. Raises RowError (the row is wrong) or Unrenderable (the template cannot say it).
         """
-        learnt = [i for i, m in enumerate(messages) if _learnt(m)]
-        if not learnt:
+        supervised = [i for i, m in enumerate(messages) if _learnt(m)]
+        if not supervised:
             raise RowError("no assistant turn to learn from")
-        return self._say(messages[: learnt[-1] + 1], tools, self._examples)
+        return self._say(messages[: supervised[-1] + 1], tools, self._examples)
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """The ids that the answer to `messages` continues: rendered with the generation prompt."""
@@ -187,14 +187,14 @@ class Chat:
                 f"the chat template begins an answer with {prompt[same:][-40:]!r} when the model is to write it, and in "
                 "another way when it is given; use a template that does not (--data.template)"
             )
-        text, closing, learnt = whole[len(prompt) :], self._template.closing, _learnt(messages[i])
+        text, closing, supervised = whole[len(prompt) :], self._template.closing, _learnt(messages[i])
         if closing and closing in text:
-            return prompt, Piece(text[: text.rindex(closing) + len(closing)], learnt)
+            return prompt, Piece(text[: text.rindex(closing) + len(closing)], supervised)
         # A turn that calls a tool may end in a token of its own (<|eom_id|>).
         marks = list(self._encoder.markers.pattern.finditer(text))
         if marks and not text[marks[-1].end() :].strip():
-            return prompt, Piece(text[: marks[-1].end()], learnt)
-        return prompt, Piece(text.rstrip(), learnt, eos=True)
+            return prompt, Piece(text[: marks[-1].end()], supervised)
+        return prompt, Piece(text.rstrip(), supervised, eos=True)
 
     def _pieces(self, full: str, messages: list[Message], tools: Tools) -> list[Piece] | None:
         """`full` cut at the assistant turns, through the last of them; None when it does not hold them as they are
@@ -216,25 +216,25 @@ class Chat:
         """`full`, rendered with the generation prompt, cut at the assistant turns of the history where it holds them."""
         pieces = self._pieces(full, messages, tools) or []
         at = sum(len(piece.text) for piece in pieces)
-        return [*(replace(piece, learnt=False) for piece in pieces), Piece(full[at:])]
+        return [*(replace(piece, supervised=False) for piece in pieces), Piece(full[at:])]
 
     def _ids(self, pieces: list[Piece], hidden: list[str]) -> tuple[list[int], list[bool]]:
-        """The ids of all pieces, and whether each is learnt."""
-        ids, learnt = [], []
+        """The ids of all pieces, and whether each is supervised."""
+        ids, supervised = [], []
         for piece in pieces:
             new = self._encoder.encode(piece.text, hidden, start=not ids)
             new = new if ids else self._encoder.with_front(new)
             new = [*new, self._encoder.eos] if piece.eos else new
             ids += new
-            learnt += [piece.learnt] * len(new)
-        return ids, learnt
+            supervised += [piece.supervised] * len(new)
+        return ids, supervised
 
     def _example(self, pieces: list[Piece], hidden: list[str]) -> Example:
-        ids, learnt = self._ids(pieces, hidden)
-        if True not in learnt:
+        ids, supervised = self._ids(pieces, hidden)
+        if True not in supervised:
             raise Unrenderable("nothing is left to learn: its only answer is an opening assistant turn")
-        start = learnt.index(True)
-        return Example(ids[:start], [ids[start:]], [learnt[start:]])
+        start = supervised.index(True)
+        return Example(ids[:start], [ids[start:]], [supervised[start:]])
 
 
 def _learnt(message: Message) -> bool:

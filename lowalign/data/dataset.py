@@ -16,8 +16,8 @@ from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.data.report import Tally, totals
 from lowalign.data.rows.read import BadRow, Row, is_file, read_rows
-from lowalign.data.rows.sft_rows import SFT, Conversation, PromptCompletion, Text
-from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
+from lowalign.data.rows.shapes import RowFormat, RowFormats
 from lowalign.data.rows.turns import RowDropped, RowError
 from lowalign.data.template import Unrenderable
 from lowalign.data.truncate import chunks, fit
@@ -38,7 +38,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowEncoder:
     """How rows become Examples.
 
     shapes: what each row means. together: rows of the same key (not None) make one Example between them. encode: what
@@ -46,7 +46,7 @@ class Reading:
     RowError, RowDropped or Unrenderable.
     """
 
-    shapes: Shapes
+    shapes: RowFormats
     together: Callable[[Any], Hashable]
     encode: Callable[[list[Any], Chat, DataConfig, Tally], list[Example]]
 
@@ -57,7 +57,7 @@ class _Said:
 
     number: int
     row: Row
-    shape: Shape
+    shape: RowFormat
     meaning: Any
 
 
@@ -69,15 +69,15 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     heldout: bool = False,
     rejected: Path | None = None,
-    reading: Reading | None = None,
+    encoder: RowEncoder | None = None,
 ) -> Dataset:
     """The Examples of all files, in order, each with its `source` (file:line), and the report.
 
     Bad rows: refused with the first 20 listed or, with config.on_error "skip", left out and written to `rejected` (one
     JSON object each: where, message, raw). Raises UserError for bad rows, for unreadable files, and when no row is left.
-    heldout: only noted in the report. reading: how rows become Examples; as for fine-tuning when left out.
+    heldout: only noted in the report. encoder: how rows become Examples; as for fine-tuning when left out.
     """
-    dataset = read_examples(files, chat, config, tokenizer=tokenizer, heldout=heldout, reading=reading)
+    dataset = read_examples(files, chat, config, tokenizer=tokenizer, heldout=heldout, encoder=encoder)
     if dataset.bad and config.on_error == "refuse":
         raise UserError("\n".join(list_bad(dataset)) + "\nmend them, or leave them out with --data.on-error skip")
     if dataset.bad and rejected is not None:
@@ -96,7 +96,7 @@ def read_examples(
     *,
     tokenizer: PreTrainedTokenizerBase,
     heldout: bool = False,
-    reading: Reading | None = None,
+    encoder: RowEncoder | None = None,
 ) -> Dataset:
     """As load_examples, but bad rows and empty results are only reported."""
     if config.max_length < len(chat.front) + 2:
@@ -105,7 +105,7 @@ def read_examples(
         raise UserError("no data: name files with --data FILE …")
     examples, reports, bad = [], [], []
     for name in files:
-        found = _read_file(name, chat, config, tokenizer, reading or SFT_READING)
+        found = _read_file(name, chat, config, tokenizer, encoder or SFT_ENCODER)
         examples += found.examples
         reports.append(found.report)
         bad += found.bad
@@ -132,7 +132,7 @@ def split_heldout(examples: Sequence[Example], rows: int, seed: int) -> tuple[li
 
 
 def _read_file(
-    name: str, chat: Chat, config: DataConfig, tokenizer: PreTrainedTokenizerBase, reading: Reading
+    name: str, chat: Chat, config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> Dataset:
     rows, stored = None, None
     if config.cache:
@@ -145,19 +145,19 @@ def _read_file(
         stored = cache.key(content, chat.templates, tokenizer, name, options)
         if (known := cache.recall(stored)) is not None:
             return Dataset(*known)
-    dataset = _tokenize(name, rows if rows is not None else read_rows(name, config.limit), chat, config, reading)
+    dataset = _tokenize(name, rows if rows is not None else read_rows(name, config.limit), chat, config, encoder)
     if stored and not dataset.bad:
         cache.store(stored, dataset.examples, dataset.report)
     return dataset
 
 
-def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfig, reading: Reading) -> Dataset:
+def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
     tally, examples, before = Tally(name), [], chat.notes.copy()
     tally.rows = len(rows)
-    groups, bad = _interpret(rows, reading, config.shape, tally)
+    groups, bad = _interpret(rows, encoder, config.shape, tally)
     for group in groups:
         try:
-            made = reading.encode([said.meaning for said in group], chat, config, tally)
+            made = encoder.encode([said.meaning for said in group], chat, config, tally)
             if not made:
                 raise RowDropped(f"no supervised token is left in {config.max_length:,} tokens")
         except (Unrenderable, RowDropped) as error:
@@ -170,18 +170,18 @@ def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfi
                 example.source = group[0].row.where
             for said in group:
                 tally.ignored.update(said.shape.ignored(said.row.data))
-            tally.add(made, chat.end_ids, document=isinstance(group[0].meaning, Text), rows=len(group))
+            tally.add(made, chat.end_ids, document=isinstance(group[0].meaning, PlainText), rows=len(group))
             examples += made
     tally.notes += chat.notes - before
     return Dataset(examples, tally.as_dict(len(bad)), [bad[number] for number in sorted(bad)])
 
 
 def _interpret(
-    rows: list[Row | BadRow], reading: Reading, name: str, tally: Tally
+    rows: list[Row | BadRow], encoder: RowEncoder, name: str, tally: Tally
 ) -> tuple[list[list[_Said]], dict[int, BadRow]]:
     """The rows with their meaning, those together that belong together, in the order of the first; and the bad ones by
     their number."""
-    shapes = reading.shapes.named(name)
+    shapes = encoder.shapes.named(name)
     usual = shapes.common(row.data for row in rows if isinstance(row, Row))
     groups: dict[Hashable, list[_Said]] = {}
     bad: dict[int, BadRow] = {}
@@ -196,7 +196,7 @@ def _interpret(
             bad[number] = _bad(row, error)
             continue
         tally.shapes[shape.name] += 1
-        key = reading.together(meaning)
+        key = encoder.together(meaning)
         groups.setdefault(number if key is None else key, []).append(_Said(number, row, shape, meaning))
     return list(groups.values()), bad
 
@@ -206,11 +206,11 @@ def _bad(row: Row, error: RowError) -> BadRow:
 
 
 def _examples(
-    meanings: list[Conversation | PromptCompletion | Text], chat: Chat, config: DataConfig, tally: Tally
+    meanings: list[Conversation | PromptCompletion | PlainText], chat: Chat, config: DataConfig, tally: Tally
 ) -> list[Example]:
     """The Examples of a row to fine-tune on."""
     (said,), max_length = meanings, config.max_length
-    if isinstance(said, Text):
+    if isinstance(said, PlainText):
         document = chat.document(said.text)
         tally.measure(document)
         pieces = chunks(document, max_length)
@@ -231,4 +231,4 @@ def _examples(
     return kept
 
 
-SFT_READING = Reading(SFT, lambda meaning: None, _examples)
+SFT_ENCODER = RowEncoder(SFT_ROWS, lambda meaning: None, _examples)

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.sections import PreferenceConfig
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import Dataset, Reading, load_examples
+from lowalign.data.dataset import Dataset, RowEncoder, load_examples
 from lowalign.data.pack import Example
 from lowalign.data.report import Tally
-from lowalign.data.rows.preference_rows import PREFERENCES, Asked, Preference, Score, Verdict
+from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
 from lowalign.data.rows.turns import Message, RowDropped, RowError
 from lowalign.data.rows.votes import decide, ranks_of
 from lowalign.data.template import Unrenderable
@@ -45,15 +45,15 @@ def load_preferences(
     `source` is the first of them.
     """
     return load_examples(
-        files, chat, config, tokenizer=tokenizer, heldout=heldout, rejected=rejected, reading=PREFERENCE_READING
+        files, chat, config, tokenizer=tokenizer, heldout=heldout, rejected=rejected, encoder=PREFERENCE_ENCODER
     )
 
 
-def _together(said: Asked) -> Hashable:
+def _together(said: PromptAndCompletions) -> Hashable:
     match said:
-        case Score():
+        case ScoreRow():
             return _key([said.prompt, said.tools])
-        case Verdict():
+        case VerdictRow():
             return _key([said.prompt, said.tools, sorted(map(_key, said.completions))])
         case _:
             return None
@@ -63,12 +63,12 @@ def _key(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _encode(rows: list[Asked], chat: Chat, config: PreferenceConfig, tally: Tally) -> list[Example]:
+def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConfig, tally: Tally) -> list[Example]:
     """The Example of rows that belong together."""
     match rows[0]:
-        case Score():
+        case ScoreRow():
             said = _ranked(rows, config.gap)
-        case Verdict():
+        case VerdictRow():
             said = _judged(rows, config, tally)
         case _:
             said = rows[0]
@@ -94,7 +94,7 @@ def _encode(rows: list[Asked], chat: Chat, config: PreferenceConfig, tally: Tall
     return [fitted]
 
 
-def _ranked(rows: list[Score], gap: float) -> Preference:
+def _ranked(rows: list[ScoreRow], gap: float) -> Preference:
     """Answers to one prompt, ranked by their scores."""
     if len(rows) == 1:
         raise RowDropped("the only answer to its prompt")
@@ -102,7 +102,7 @@ def _ranked(rows: list[Score], gap: float) -> Preference:
     return Preference(rows[0].prompt, [row.completions[0] for row in rows], rows[0].tools, rank=ranks)
 
 
-def _judged(rows: list[Verdict], config: PreferenceConfig, tally: Tally) -> Preference:
+def _judged(rows: list[VerdictRow], config: PreferenceConfig, tally: Tally) -> Preference:
     """Two answers, the better of which several annotators decide."""
     first, verdicts = rows[0], {}
     for row in rows:
@@ -188,7 +188,7 @@ def _side(messages: list[Message], said: Preference, chat: Chat) -> Example:
     return made[0]
 
 
-PREFERENCE_READING = Reading(PREFERENCES, _together, _encode)
+PREFERENCE_ENCODER = RowEncoder(PREFERENCE_ROWS, _together, _encode)
 
 
 def refuse_labels(examples: Sequence[Example], instead: str) -> None:

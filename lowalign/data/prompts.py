@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lowalign.data.chat import Chat
-from lowalign.data.rows.preference_rows import PREFERENCES
+from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
 from lowalign.data.rows.read import BadRow, read_rows
-from lowalign.data.rows.sft_rows import SFT, with_system
+from lowalign.data.rows.sft_rows import SFT_ROWS, with_system
 from lowalign.data.rows.turns import Message, RowError, read_turns
 from lowalign.data.template import Unrenderable
 from lowalign.errors import UserError
@@ -16,14 +16,14 @@ Prompt = str | list[Message]  # plain text, or messages
 COLUMNS = ("prompt", "messages", "conversations", "instruction", "chosen_messages", "chosen")
 
 
-class Asked(NamedTuple):
+class PromptRow(NamedTuple):
     """A prompt, and where it stands (file:line)."""
 
     prompt: Prompt
     where: str
 
 
-def read_prompts(files: Sequence[str]) -> Iterator[Asked]:
+def read_prompts(files: Sequence[str]) -> Iterator[PromptRow]:
     """The prompt of each row: its `prompt` (text or messages), or its conversation up to the last answer.
 
     Raises UserError, with file:line, for a row that has none.
@@ -33,17 +33,17 @@ def read_prompts(files: Sequence[str]) -> Iterator[Asked]:
             if isinstance(row, BadRow):
                 raise UserError(str(row))
             try:
-                yield Asked(_prompt(row.data), row.where)
+                yield PromptRow(_prompt(row.data), row.where)
             except RowError as error:
                 raise UserError(f"{row.where}: {error}") from error
 
 
 def distinct_prompts(
     files: Sequence[str], chat: Chat, limit: int | None, longest: int, raw: bool = False
-) -> tuple[list[tuple[Asked, list[int]]], int]:
+) -> tuple[list[tuple[PromptRow, list[int]]], int]:
     """Each prompt once with its ids, in the order of the rows (the first `limit` of them), and how many were left out
     because they have more than `longest` tokens. raw: as in prompt_ids."""
-    first: dict[str, Asked] = {}
+    first: dict[str, PromptRow] = {}
     for asked in read_prompts(files):
         first.setdefault(json.dumps(asked.prompt), asked)
     prompts = [(asked, prompt_ids(chat, asked, raw)) for asked in list(first.values())[:limit]]
@@ -51,7 +51,7 @@ def distinct_prompts(
     return fitting, len(prompts) - len(fitting)
 
 
-def prompt_ids(chat: Chat, asked: Asked, raw: bool) -> list[int]:
+def prompt_ids(chat: Chat, asked: PromptRow, raw: bool) -> list[int]:
     """The ids that a completion continues. raw: text as it stands, without the chat template."""
     prompt, where = asked
     if raw and not isinstance(prompt, str):
@@ -77,9 +77,9 @@ def _prompt(data: dict[str, Any]) -> Prompt:
         return value
     if column == "instruction":
         asked = {key: data[key] for key in ("instruction", "input", "system", "history") if key in data}
-        messages = SFT.read(asked | {"output": "…"}, SFT.of(asked | {"output": "…"})).messages
+        messages = SFT_ROWS.read(asked | {"output": "…"}, SFT_ROWS.of(asked | {"output": "…"})).messages
     elif column.startswith("chosen"):
-        said = PREFERENCES.read(data, PREFERENCES.of(data))
+        said = PREFERENCE_ROWS.read(data, PREFERENCE_ROWS.of(data))
         messages = [*said.prompt, *said.completions[0]]
     else:
         messages = read_turns(value, column)

@@ -101,7 +101,7 @@ def totals(files: Sequence[dict[str, Any]], max_length: int, heldout: bool) -> d
     return {"heldout": heldout, "max_length": max_length, **summed, "files": list(files)}
 
 
-def describe(report: dict[str, Any]) -> list[str]:
+def report_lines(report: dict[str, Any]) -> list[str]:
     """The report in lines of text, a paragraph for each file."""
     return [line for file in report["files"] for line in _describe_file(file, report["max_length"])]
 

@@ -26,7 +26,7 @@ class Measured:
     """How the answers to the held-out instructions did. scores: of each answer. kl: nats an answer from the SFT policy."""
 
     name: str
-    scores: list[world.Score]
+    scores: list[world.CardScore]
     kl: float | None = None
     answers: list[str] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ def measure(
     kl = None
     if reference:
         examples = [Example(p, [c.ids]) for p, c in zip(ids, chosen, strict=True)]
-        kl = divergence(host, stack, load_stack(host, "reference", reference), examples)
+        kl = completion_kl(host, stack, load_stack(host, "reference", reference), examples)
     for each in tuple(host.configs):
         host.delete(each)
     answers = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in chosen]
@@ -84,7 +84,7 @@ def measure(
 
 
 @torch.no_grad()
-def divergence(host: Host, p: Sequence[str], q: Sequence[str], examples: Sequence[Example]) -> float:
+def completion_kl(host: Host, p: Sequence[str], q: Sequence[str], examples: Sequence[Example]) -> float:
     """KL(p ‖ q) of whole answers in nats, estimated on answers that were sampled from p."""
     sums = []
     for stack in (p, q):

@@ -34,7 +34,7 @@ from lowalign.demo import world
 from lowalign.demo.measure import ASKED, DRAW, Measured, measure
 from lowalign.durable import write_jsonl
 from lowalign.model.base.base import Base
-from lowalign.rewards.selection import divergence
+from lowalign.rewards.selection import kl_bound
 
 BASE = Path(__file__).parent / "base"
 BEST_OF = 8
@@ -64,7 +64,7 @@ def main() -> int:
         return code
     name = f"best-of-{BEST_OF}"
     stages.append(measure(name, base, chat, str(out / "sft"), n=BEST_OF, judge=str(out / "reward")))
-    stages[-1].kl = divergence(BEST_OF)
+    stages[-1].kl = kl_bound(BEST_OF)
 
     say(f"best-of-{BEST_OF}: the SFT policy answers training instructions, and the reward model ranks its answers")
     if code := best_of_n(best_of_n_config(out), base):

@@ -18,7 +18,7 @@ from typing import Literal
 
 from lowalign.demo.grammar import CHEERFULNESS, FRAME, PLACES, postcard, pretraining_text
 
-__all__ = ["PLACES", "Score", "pretraining_text", "prompts", "ranking_rows", "score", "sft_rows"]
+__all__ = ["PLACES", "CardScore", "pretraining_text", "prompts", "ranking_rows", "score", "sft_rows"]
 
 Split = Literal["train", "held_out"]
 Messages = list[dict[str, str]]
@@ -54,7 +54,7 @@ MIN_GAP = 0.05
 
 
 @dataclass(frozen=True)
-class Score:
+class CardScore:
     """What `score` found; every part lies in [0, 1]."""
 
     cheerful: float
@@ -67,8 +67,8 @@ class Score:
         return 0.5 * self.cheerful + 0.25 * self.place + 0.25 * self.stopped
 
 
-def score(prompt: str | Messages, completion: str, stopped: bool) -> Score:
-    """Score one answer; exact, from the text alone.
+def score(prompt: str | Messages, completion: str, stopped: bool) -> CardScore:
+    """CardScore one answer; exact, from the text alone.
 
     - place: 1.0 if the place asked for is the only one named, 0.5 if others are named too, 0.0 if it is missing.
     - stopped: 1.0 if the answer ended its turn by itself (`stopped`), else 0.0.
@@ -91,7 +91,7 @@ def score(prompt: str | Messages, completion: str, stopped: bool) -> Score:
             values.append(0.0 if sentence in seen else CHEERFULNESS.get(sentence, 0.0))
         seen.add(sentence)
     cheerful = sum(values[:MAX_SENTENCES]) / max(len(values), MIN_SENTENCES)
-    return Score(cheerful=cheerful, place=place, stopped=float(stopped))
+    return CardScore(cheerful=cheerful, place=place, stopped=float(stopped))
 
 
 def _places_in(text: str) -> set[str]:

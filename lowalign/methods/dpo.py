@@ -40,18 +40,18 @@ class DPO:
     ) -> None:
         self.host, self.examples, self.config = host, examples, config
         self.stack, self.reference = stack, reference
-        self.trains = {stack[-1]: 1.0}
+        self.lr_multipliers = {stack[-1]: 1.0}
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> list[Example]:
         """The rankings of optimizer step `step`, counted from 0."""
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """What the means are over."""
         return count(examples)
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss."""
         free = self.config.loss in REFERENCE_FREE
         ref = None if free else reference_logps(self.host, self.reference, examples)
@@ -77,8 +77,8 @@ class DPO:
         summed = (pairs.weight * each).sum()
         sft = c.sft or (1.0 if c.loss == "orpo" else 0.0)
         nll = (best_weights(examples, logp.device) * -logp / length).sum()
-        loss = (summed + sft * nll) / totals["rankings"] if sft else summed / totals["rankings"]
-        mean = lambda values: values.detach().sum() / totals["pairs"]  # noqa: E731
+        loss = (summed + sft * nll) / normalizers["rankings"] if sft else summed / normalizers["rankings"]
+        mean = lambda values: values.detach().sum() / normalizers["pairs"]  # noqa: E731
         metrics = {
             "loss": loss.detach(),
             "logps/chosen": mean(logp[w]),
@@ -88,7 +88,7 @@ class DPO:
             "rewards/margins": mean(reward[w] - reward[l]),
             "rewards/accuracies": mean((reward[w] > reward[l]).float()),
         }
-        return loss, metrics | ({"nll": nll.detach() / totals["rankings"]} if sft else {})
+        return loss, metrics | ({"nll": nll.detach() / normalizers["rankings"]} if sft else {})
 
     def _rewards(self, logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
         """The reward that the loss implies."""

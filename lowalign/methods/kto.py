@@ -3,7 +3,7 @@
 r = log π(y|x) - log π_ref(y|x)        z0 = max(0, mean over the step of log π(y'|x) - log π_ref(y'|x)), y' another prompt's
 L = mean of  λ_D (1 - σ(β (r - z0)))  for thumbs up,  λ_U (1 - σ(β (z0 - r)))  for thumbs down                (eq. 8)
 
-z0 is a constant of the whole step, without gradient: it is among the step's totals.
+z0 is a constant of the whole step, without gradient: it is among the step's normalizers.
 """
 
 from collections.abc import Sequence
@@ -38,14 +38,14 @@ class KTO:
     ) -> None:
         self.host, self.examples, self.config = host, examples, config
         self.stack, self.reference = stack, reference
-        self.trains = {stack[-1]: 1.0}
+        self.lr_multipliers = {stack[-1]: 1.0}
         self.batch_size, self.seed, self.token_budget = batch_size, seed, token_budget
 
     def batch(self, step: int) -> list[Example]:
         """The Examples of optimizer step `step`, counted from 0."""
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """The completions, how many of them are up and down, their weight, and z0."""
         up = labels(examples)
         weight = sum(e.weight * len(e.completions) for e in examples)
@@ -65,7 +65,7 @@ class KTO:
         in_micro_batches(mismatched(examples), self.token_budget, compute)
         return max(0.0, sum(moved) / len(examples))
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss."""
         c = self.config
         ref = reference_logps(self.host, self.reference, examples)
@@ -74,15 +74,15 @@ class KTO:
         up = torch.tensor(labels(examples), device=ratio.device)
         weight = torch.tensor([e.weight for e in examples for _ in e.completions], device=ratio.device)
         weight = weight * torch.where(up, c.desirable, c.undesirable)
-        loss = (weight * losses.kto(ratio, up, totals["z0"], c.beta)).sum() / totals["weight"]
+        loss = (weight * losses.kto(ratio, up, normalizers["z0"], c.beta)).sum() / normalizers["weight"]
         reward = c.beta * ratio.detach()
-        chosen, rejected = reward[up].sum() / totals["up"], reward[~up].sum() / totals["down"]
+        chosen, rejected = reward[up].sum() / normalizers["up"], reward[~up].sum() / normalizers["down"]
         metrics = {
             "loss": loss.detach(),
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "kl": totals["z0"] * len(ratio) / totals["completions"],
+            "kl": normalizers["z0"] * len(ratio) / normalizers["completions"],
         }
         return loss, metrics
 

@@ -19,9 +19,9 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.pack import Example, step_order, total_supervised
 from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
-from lowalign.methods.ppo_round import Roles, Score
+from lowalign.methods.ppo_round import Roles, ScoreFunction
 from lowalign.methods.rollout import Rollout, from_tensors, supervised, to_tensors
-from lowalign.model.forward.packed import Wanted
+from lowalign.model.forward.packed import TokenRequest
 from lowalign.model.host import Host
 
 
@@ -37,16 +37,16 @@ class PPO:
         host: Host,
         roles: Roles,
         prompts: Sequence[Sequence[int]],
-        score: Score,
+        score: ScoreFunction,
         config: PPOConfig,
         ptx: Sequence[Example] = (),
         tell: Callable[[int, list[int], list[Rollout]], None] = lambda *_: None,
     ) -> None:
         self.host, self.roles, self.config = host, roles, config
         self.prompts, self.score, self.ptx, self.tell = prompts, score, ptx, tell
-        self.trains = {roles.policy[-1]: 1.0}
+        self.lr_multipliers = {roles.policy[-1]: 1.0}
         if roles.value and roles.value != roles.policy:
-            self.trains[roles.value[-1]] = config.value.learning_rate
+            self.lr_multipliers[roles.value[-1]] = config.value.learning_rate
         self.token_budget = config.train.token_budget
         self.kl = AdaptiveKL(config.ppo.kl, config.ppo.kl_target, config.ppo.kl_horizon)
         self.moments = RunningMoments()
@@ -107,40 +107,40 @@ class PPO:
         found = ppo_round.sample(self.host, self.roles, c, [self.prompts[i] for i in asked], number)
         drawn = sum(len(ids) for r in found for ids in r.completions) / (time.perf_counter() - since)
         raw = self.score(asked, [r.completions for r in found])
-        ppo_round.earn(found, raw, c, moments)
+        ppo_round.shape_rewards(found, raw, c, moments)
         minibatches = self._cut(found)
         how = self.token_budget, c.sampling.temperature
-        entropy, packs = ppo_round.evaluate(self.host, self.roles, minibatches, *how)
+        entropy, packs = ppo_round.compute_logps_and_values(self.host, self.roles, minibatches, *how)
         bias = ppo_round.value_bias(found, c, kl.beta) if self.roles.value and self.round < 0 else self.bias
         ppo_round.advantages(found, c, kl.beta, bias)
         self.speeds["sampling_tokens_per_second"] = drawn
-        told = ppo_round.describe(found, raw, kl.beta, entropy)
+        told = ppo_round.round_metrics(found, raw, kl.beta, entropy)
         self.tell(number, asked, found)
         self.kl, self.moments, self.rollouts, self.told = kl, moments, found, told
         self.round, self.began, self.packs, self.bias = number, step, packs, bias
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Rollouts, their tokens, and those of the pretraining mix."""
         rollouts = [e for e in examples if isinstance(e, Rollout)]
         others = [e for e in examples if not isinstance(e, Rollout)]
         tokens, ptx = total_supervised(rollouts) or 1, total_supervised(others) or 1
         return {"rollouts": len(rollouts), "tokens": tokens, "ptx": ptx}
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss; it is all rollouts, or all pretraining rows."""
         if not isinstance(examples[0], Rollout):
-            return self._ptx_loss(examples, totals["ptx"])
+            return self._ptx_loss(examples, normalizers["ptx"])
         c, shared = self.config.ppo, self.roles.value == self.roles.policy
         with self.host.use(*self.roles.policy):
             head = self.host.head(self.roles.value[-1]) if shared else None
             temperature = self.config.sampling.temperature
-            wanted = Wanted(entropy=c.entropy > 0, head=head, supervised_only=True, temperature=temperature)
+            wanted = TokenRequest(entropy=c.entropy > 0, head=head, supervised_only=True, temperature=temperature)
             own = self.host.tokens(examples, wanted)
         gather = lambda rows: torch.cat([supervised(e, row) for e, row in zip(examples, rows, strict=True)])  # noqa: E731
         logp, old = gather(own.logps), gather([e.old for e in examples])
         self._assert_start(examples, logp, old)
         advantage = gather([e.advantages for e in examples])
-        mean = lambda values: values.sum() / totals["tokens"]  # noqa: E731
+        mean = lambda values: values.sum() / normalizers["tokens"]  # noqa: E731
         loss = surrogate = mean(losses.clipped_surrogate(logp, old, advantage, c.clip, c.dual_clip))
         with torch.no_grad():
             log_ratio = logp - old
@@ -149,7 +149,7 @@ class PPO:
         metrics = {"policy_loss": surrogate.detach(), "approx_kl": mean(moved), "clipfrac": clipped}
         if c.stop_at_kl:
             parts = torch.stack([part.sum() for part in moved.split([e.supervised for e in examples])])
-            self.moved |= zip(map(id, examples), (parts / totals["tokens"]).tolist(), strict=True)
+            self.moved |= zip(map(id, examples), (parts / normalizers["tokens"]).tolist(), strict=True)
         if self.roles.value:
             values = own.values if shared else ppo_round.value_function(self.host, self.roles, examples)
             value = gather(values) + self.bias
@@ -160,7 +160,7 @@ class PPO:
             loss = loss + self.kl.beta * mean(losses.k3(logp, gather([e.reference_logps for e in examples])))
         if c.entropy:
             loss = loss - c.entropy * mean(gather(own.entropies))
-        share = len(examples) / totals["rollouts"]  # the round's numbers, so that they add up to themselves
+        share = len(examples) / normalizers["rollouts"]  # the round's numbers, so that they add up to themselves
         metrics |= {name: torch.tensor(value * share) for name, value in (self.told | self.speeds).items()}
         return loss, metrics | {"loss": loss.detach()}
 

@@ -19,11 +19,11 @@ from lowalign.data.micro_batches import in_micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollout import Rollout, flat, supervised
-from lowalign.model.forward.packed import Wanted
+from lowalign.model.forward.packed import TokenRequest
 from lowalign.model.host import Host
 
 Stack = tuple[str, ...]
-Score = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
+ScoreFunction = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
 """The numbers of the prompts, and for each the ids of its completions -> for each prompt its completions' rewards."""
 
 
@@ -46,8 +46,8 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
         found = host.generate(prompts, n, config.sampling, seeds=seeds)
     rollouts = []
     for prompt, completions in zip(prompts, found, strict=True):
-        learnt = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
-        masks = [[keep] * len(c.ids) for keep, c in zip(learnt, completions, strict=True)]
+        supervised = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
+        masks = [[keep] * len(c.ids) for keep, c in zip(supervised, completions, strict=True)]
         stopped = [c.stopped for c in completions]
         rollouts.append(Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped))
     if config.rollout.missing_eos != "keep" and not any(s for r in rollouts for s in r.stopped):
@@ -59,7 +59,7 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
     return rollouts
 
 
-def earn(
+def shape_rewards(
     rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
 ) -> None:
     """Set each completion's reward: normalised, clipped, less the penalties."""
@@ -76,7 +76,7 @@ def earn(
 
 
 @torch.no_grad()
-def evaluate(
+def compute_logps_and_values(
     host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
 ) -> tuple[float, set[tuple[int, ...]]]:
     """Set old and reference log-probs and values, in the packs of the update.
@@ -89,9 +89,11 @@ def evaluate(
     def compute(pack: list[Rollout]) -> None:
         head = host.head(roles.value[-1]) if shared else None
         with host.use(*roles.policy):
-            own = host.tokens(pack, Wanted(entropy=True, head=head, supervised_only=True, temperature=temperature))
+            own = host.tokens(
+                pack, TokenRequest(entropy=True, head=head, supervised_only=True, temperature=temperature)
+            )
         with host.use(*roles.reference):
-            reference = host.tokens(pack, Wanted(supervised_only=True, temperature=temperature)).logps
+            reference = host.tokens(pack, TokenRequest(supervised_only=True, temperature=temperature)).logps
         values = own.values if shared or not roles.value else value_function(host, roles, pack)
         for i, r in enumerate(pack):
             r.old, r.reference_logps = own.logps[i], reference[i]
@@ -108,7 +110,7 @@ def evaluate(
 def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
     """V(s_t) of each token by the value adapter's head, for each completion of each rollout."""
     with host.use(*roles.value):
-        wanted = Wanted(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+        wanted = TokenRequest(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
         return host.tokens(pack, wanted).values
 
 
@@ -144,7 +146,7 @@ def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias
                 a[torch.tensor(r.mask(i))] = next(white)
 
 
-def describe(
+def round_metrics(
     rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], beta: float, entropy: float
 ) -> dict[str, float]:
     """The round in numbers: what every of its steps logs."""
@@ -152,8 +154,8 @@ def describe(
     scores = [x for values in raw for x in values]
     lengths = [len(r.completions[i]) for i, r in completions]
     ended = sum(r.stopped[i] for i, r in completions) / len(completions)
-    learnt = [(i, r) for i, r in completions if any(r.mask(i))]  # of the others no log-prob was computed
-    kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in learnt]
+    supervised = [(i, r) for i, r in completions if any(r.mask(i))]  # of the others no log-prob was computed
+    kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in supervised]
     found = {
         "reward": sum(scores) / len(scores),
         "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(scores),

@@ -37,18 +37,18 @@ class Reward:
         ties: bool = False,
     ) -> None:
         self.host, self.examples, self.stack, self.config = host, examples, stack, config
-        self.trains = {stack[-1]: 1.0}
+        self.lr_multipliers = {stack[-1]: 1.0}
         self.batch_size, self.seed, self.ties = batch_size, seed, ties
 
     def batch(self, step: int) -> list[Example]:
         """The rankings of optimizer step `step`, counted from 0."""
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """What the means are over."""
         return count(examples, self.ties) | {"completions": sum(len(e.completions) for e in examples)}
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss."""
         with self.host.use(*self.stack):
             r = self.host.scores(examples, self.stack[-1])
@@ -65,13 +65,13 @@ class Reward:
             summed = summed + (pairs.tied_weight * tie).sum()
         if self.config.centring:
             summed = summed + self.config.centring * (pairs.weight * losses.centring(r_w, r_l)).sum()
-        loss = summed / totals["rankings"]
+        loss = summed / normalizers["rankings"]
         d = (r_w - r_l).detach()
         metrics = {
             "loss": loss.detach(),
-            "rewards/accuracies": (d > 0).sum() / totals["pairs"],
-            "rewards/margins": d.sum() / totals["pairs"],
-            "rewards/mean": flat.detach().sum() / totals["completions"],
+            "rewards/accuracies": (d > 0).sum() / normalizers["pairs"],
+            "rewards/margins": d.sum() / normalizers["pairs"],
+            "rewards/mean": flat.detach().sum() / normalizers["completions"],
         }
         return loss, metrics
 
@@ -91,7 +91,7 @@ def scored(example: Example) -> Example:
     return replace(example, completions=completions, masks=None)
 
 
-def quality(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:
+def reward_metrics(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:
     """What scores are worth on rankings: mean and spread (of all scores), accuracy and calibration of their pairs.
 
     calibration_error: by how much σ(|r_w - r_l|), the model's confidence, is off the share of pairs it gets right, in ten

@@ -25,7 +25,7 @@ class SFT:
         self.host = host
         self.examples = examples
         self.stack = stack
-        self.trains = {stack[-1]: 1.0}
+        self.lr_multipliers = {stack[-1]: 1.0}
         self.batch_size = batch_size
         self.seed = seed
 
@@ -33,15 +33,15 @@ class SFT:
         """The examples of optimizer step `step`, counted from 0."""
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """What the mean is over."""
         return {"tokens": total_supervised(examples)}
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss."""
         with self.host.use(*self.stack):
             logps = self.host.logprobs(examples, supervised_only=True)
-        loss = negative_log_likelihood([torch.cat(completions) for completions in logps], totals["tokens"])
+        loss = negative_log_likelihood([torch.cat(completions) for completions in logps], normalizers["tokens"])
         return loss, {"loss": loss.detach()}
 
     def state(self) -> dict:

@@ -17,7 +17,7 @@ from lowalign.model.adapters import soft
 from lowalign.model.adapters.adapters import Adapters
 from lowalign.model.base.base import Base
 from lowalign.model.forward import unpacked
-from lowalign.model.forward.packed import Tokens, Wanted, packed_scores, packed_tokens
+from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_tokens
 from lowalign.model.sampling.sample import Completion, sample
 
 
@@ -54,9 +54,9 @@ class Host(Adapters):
         0.0 for a first token without a prompt; with supervised_only, 0.0 for unsupervised tokens too, whose logits are
         then never computed.
         """
-        return self.tokens(examples, Wanted(supervised_only=supervised_only, temperature=temperature)).logps
+        return self.tokens(examples, TokenRequest(supervised_only=supervised_only, temperature=temperature)).logps
 
-    def tokens(self, examples: Sequence[Example], wanted: Wanted) -> Tokens:
+    def tokens(self, examples: Sequence[Example], wanted: TokenRequest) -> TokenOutputs:
         """Log-probabilities, entropies and values of the completion tokens under the active adapters, in one forward."""
         virtual, prefix = self.soft_states()
         compute = packed_tokens if self.base.packed else unpacked.row_tokens

@@ -133,12 +133,12 @@ def check_start(host: Host, policy: tuple[str, ...], reference: tuple[str, ...],
                 f"before the first step the policy must equal its reference; log-probs differ by {worst:.1e}"
             )
         return f"the {config.peft_type.value} starts as its reference: log-probs equal on {len(examples)} examples"
-    kl = divergence(host, reference, policy, examples)
+    kl = mean_kl(host, reference, policy, examples)
     return f"the fresh soft prompt starts at a divergence of {kl:.2f} nats a token from its reference"
 
 
 @torch.no_grad()
-def divergence(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequence[Example]) -> float:
+def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequence[Example]) -> float:
     """KL(p ‖ q) in nats, averaged over the completion tokens of the examples (at most KL_TOKENS of them), exact over the
     vocabulary. nan where the model cannot be packed."""
     if not host.base.packed:

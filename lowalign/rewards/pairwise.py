@@ -124,7 +124,7 @@ def summary(lines: Sequence[dict]) -> dict[str, Any]:
     }
 
 
-def describe(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: dict[str, Any]) -> list[str]:
     """The summary in lines of text."""
     judged = report["agreed"] + report["changed"] + report["ties"]
     said = [

@@ -33,7 +33,7 @@ Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Score:
+class CompletionScore:
     """What a completion is worth. parts: by spec without its weight, before weighting."""
 
     total: float
@@ -72,8 +72,8 @@ class Rewards:
         prompt_ids: Sequence[Ids],
         completions: Sequence[Sequence[str]],
         completion_ids: Sequence[Sequence[Ids]],
-    ) -> list[list[Score]]:
-        """For each prompt, the Score of each of its completions, given as texts and as the ids that were sampled.
+    ) -> list[list[CompletionScore]]:
+        """For each prompt, the CompletionScore of each of its completions, given as texts and as the ids that were sampled.
 
         Raises UserError when a function fails, or a reward run's score is not finite.
         """
@@ -84,7 +84,9 @@ class Rewards:
             scores.append([])
             for j in range(len(group)):
                 parts = {name: values[i][j] for name, values in found.items()}
-                scores[-1].append(Score(sum(self.parts[name][0] * value for name, value in parts.items()), parts))
+                scores[-1].append(
+                    CompletionScore(sum(self.parts[name][0] * value for name, value in parts.items()), parts)
+                )
         return scores
 
 

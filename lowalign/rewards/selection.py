@@ -52,7 +52,7 @@ def expected_best(scores: Sequence[float], k: int) -> float:
     return sum(math.comb(i, k - 1) * r for i, r in enumerate(ordered)) / math.comb(n, k)
 
 
-def divergence(k: int) -> float:
+def kl_bound(k: int) -> float:
     """The most that best-of-k diverges from the policy it samples from, in nats a completion."""
     return math.log(k) - (k - 1) / k
 
@@ -67,7 +67,7 @@ def sizes(n: int) -> list[int]:
 Line = dict[str, Any]  # of candidates.jsonl: prompt, completions: [{completion, score, parts, stopped, tokens}]
 
 
-def write_picks(folder: Path, lines: Sequence[Line], unfinished: bool, raw: bool) -> dict[str, int]:
+def write_datasets(folder: Path, lines: Sequence[Line], unfinished: bool, raw: bool) -> dict[str, int]:
     """Write best.jsonl, pairs.jsonl and rankings.jsonl -> how many rows each has.
 
     unfinished: completions cut off at the length limit may be the best. raw: prompts are plain text, not what a user says.
@@ -109,7 +109,7 @@ def report(lines: Sequence[Line]) -> dict[str, Any]:
         "prompts": len(lines),
         "n": len(scores[0]),
         "mean_reward": {str(k): mean([expected_best(group, k) for group in scores]) for k in ks},
-        "divergence": {str(k): divergence(k) for k in ks},
+        "divergence": {str(k): kl_bound(k) for k in ks},
         "acceptance": mean([max(group) > group[0] for group in scores]),
         "gain": mean([max(group) - mean(group) for group in scores]),
         "mean_length": mean([c["tokens"] for c in every]),
@@ -117,7 +117,7 @@ def report(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def describe(told: dict[str, Any]) -> list[str]:
+def choice_lines(told: dict[str, Any]) -> list[str]:
     """The report in lines of text."""
     lines = [f"{told['prompts']:,} prompts, {told['n']:,} completions each", f"{'best of':>10}{'mean reward':>14}"]
     lines += [f"{k:>10}{value:>14.4f}" for k, value in told["mean_reward"].items()]

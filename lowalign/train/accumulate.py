@@ -16,7 +16,7 @@ class MicroBatches:
     """Adds up a method's loss over micro-batches of at most `budget` tokens.
 
     When memory runs out the budget is halved and all is done again from the start. Since each part is divided by the
-    totals of the whole, the sum is the same however it is cut.
+    normalizers of the whole, the sum is the same however it is cut.
     """
 
     def __init__(self, method: Method, flats: Mapping[str, FlatWeights], budget: int, stop: StopSignals) -> None:
@@ -31,7 +31,7 @@ class MicroBatches:
         return self._sums(examples, None)
 
     def _sums(self, examples: Sequence[Example], seed: int | None) -> dict[str, Tensor]:
-        totals = self.method.totals(examples)
+        normalizers = self.method.normalizers(examples)
         while True:
             if seed is not None:
                 torch.manual_seed(seed)
@@ -42,7 +42,7 @@ class MicroBatches:
             try:
                 for group in groups:
                     self.stop.check()
-                    self._add(sums, group, totals, backward=seed is not None)
+                    self._add(sums, group, normalizers, backward=seed is not None)
                 return sums
             except torch.OutOfMemoryError as error:
                 reason = str(error)
@@ -51,9 +51,11 @@ class MicroBatches:
                 flat.zero_grad()
             self.budget = halve_budget(self.budget, groups, group, reason)
 
-    def _add(self, sums: dict[str, Tensor], group: Sequence[Example], totals: dict[str, float], backward: bool) -> None:
+    def _add(
+        self, sums: dict[str, Tensor], group: Sequence[Example], normalizers: dict[str, float], backward: bool
+    ) -> None:
         with torch.set_grad_enabled(backward):
-            loss, metrics = self.method.loss(group, totals)
+            loss, metrics = self.method.loss(group, normalizers)
         if backward:
             loss.backward()
             for flat in self.flats.values():

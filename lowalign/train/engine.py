@@ -99,8 +99,8 @@ class _Run:
     ) -> None:
         self.host, self.method, self.config = host, method, config
         self.out, self.heldout, self.stop = out, heldout, stop
-        host.train_only(*method.trains)
-        self.flats = {name: host.flat(name) for name in method.trains}
+        host.train_only(*method.lr_multipliers)
+        self.flats = {name: host.flat(name) for name in method.lr_multipliers}
         self.optimizer = make_optimizer({name: flat.master for name, flat in self.flats.items()}, config)
         self.base_checksum = host.base.checksum()
         self.step = 0  # optimizer steps done
@@ -172,7 +172,7 @@ class _Run:
                 flat.master.grad.mul_(clip / metrics["grad_norm"])
         factor = schedule(self.config, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self.method.trains[group["name"]] * factor
+            group["lr"] = self.config.learning_rate * self.method.lr_multipliers[group["name"]] * factor
         self.optimizer.step()
         for flat in self.flats.values():
             flat.publish()

@@ -11,7 +11,7 @@ from lowalign.data.pack import Example
 class Method(Protocol):
     """The engine knows a method only by this, and methods know no engine."""
 
-    trains: dict[str, float]
+    lr_multipliers: dict[str, float]
     """Adapter name -> what its learning rate is multiplied by."""
     token_budget: int
     """Most tokens of a micro-batch; the loop sets it before each `batch`, because it shrinks when memory runs out."""
@@ -23,11 +23,13 @@ class Method(Protocol):
         changes nothing: a step that a signal cut short is begun anew. Before it torch is seeded from (seed, step).
         """
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """The counts that means are over, such as {"tokens": …}."""
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Loss and metrics of some of the step's examples: sums divided by the STEP's totals, so that they add up."""
+    def loss(
+        self, examples: Sequence[Example], normalizers: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Loss and metrics of some of the step's examples: sums divided by the STEP's normalizers, so that they add up."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides `step`: tensors, and values that JSON holds."""

@@ -39,10 +39,10 @@ class _Recorder:
     def __init__(self, host: Host, reference: tuple[str, ...]) -> None:
         self.host, self.reference = host, reference
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         return {}
 
-    def loss(self, examples: Sequence[Example], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         with self.host.use(*self.reference):
             values = iter(completion_logps(self.host, examples).tolist())
         for e in examples:
@@ -50,7 +50,7 @@ class _Recorder:
         return torch.zeros(()), {}
 
 
-def fill(
+def fill_reference_logps(
     host: Host, reference: tuple[str, ...], examples: Sequence[Example], train: TrainConfig, stop: StopSignals
 ) -> None:
     """Set the `reference` of every Example, from disk where it is known.

@@ -20,7 +20,7 @@ from lowalign.config.training import RunConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.pack import Example
-from lowalign.data.report import describe
+from lowalign.data.report import report_lines
 from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -31,7 +31,7 @@ from lowalign.model.policy import check_start, load_stack, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.method import Method
-from lowalign.train.run_folder import begin, input_hashes, save_adapter
+from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
 
 Stack = tuple[str, ...]
@@ -60,7 +60,7 @@ def run(
     with checkpoint.lock(config.out):
         adapters = [source for source in (config.init, *adapters) if source]
         inputs = input_hashes((*config.data.files, *config.data.eval, *data), adapters)
-        begin(config, bool(checkpoint.steps(config.out)), inputs)
+        check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
         # The rows first: what is wrong with them should not cost the loading of a 7B model.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data.template)
@@ -125,6 +125,6 @@ def read_rows(
     else:
         rows, heldout = split_heldout(data.examples, options.eval_rows, config.train.seed)
     for part in report.values():
-        log("\n".join(describe(part)))
+        log("\n".join(report_lines(part)))
     write_json(out / "data_report.json", report)
     return rows, heldout

@@ -27,7 +27,7 @@ from lowalign.train.engine import Result
 
 
 class Journal:
-    """A file of JSON lines that is added to a block at a time; a block is on the disk before the next one is begun.
+    """A file of JSON lines that is added to a block at a time; a block is on the disk before the next one is has_results.
 
     lines: those that are there whole. What a kill or a power cut left behind them is cut off by `keep`.
     """
@@ -71,18 +71,18 @@ class Journal:
         self._sizes += map(len, raw)
 
 
-def begin(config: Any, begun: bool, inputs: Mapping[str, object]) -> None:
+def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, object]) -> None:
     """Write OUT/recipe.yaml and OUT/inputs.json, or compare with those a resumed run was started with.
 
-    config: has `out` and `resume`. begun: whether OUT holds results. inputs: what is read from files, by their names
+    config: has `out` and `resume`. has_results: whether OUT holds results. inputs: what is read from files, by their names
     or that of the option. Raises UserError when there are results and --resume is not given, or they were made from
     something else.
     """
     recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
-    if begun and not config.resume:
+    if has_results and not config.resume:
         raise UserError(f"{config.out} holds results of an earlier run: go on with --resume, or choose another --out")
-    if begun:
+    if has_results:
         changed = recipe.diff(recipe.parse(type(config), [], recipe_file), config)
         before = json.loads(inputs_file.read_text()) if inputs_file.exists() else {}
         changed += [f"{name}: the content has changed" for name in hashes if hashes[name] != before.get(name)]

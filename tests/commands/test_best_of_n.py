@@ -153,7 +153,7 @@ def test_the_files_are_read_by_the_next_stage(world, straight):
 
 
 def test_blank_repeated_and_unfinished_completions(tmp_path):
-    from lowalign.rewards.selection import write_picks
+    from lowalign.rewards.selection import write_datasets
 
     said = lambda text, score, stopped=True: {"completion": text, "score": score, "stopped": stopped}  # noqa: E731
     found = [
@@ -161,20 +161,20 @@ def test_blank_repeated_and_unfinished_completions(tmp_path):
         {"prompt": "q", "completions": [said("cut", 5, False), said("", 1)]},
         {"prompt": "r", "completions": [said("same", 1), said("as", 1)]},
     ]
-    assert write_picks(tmp_path, found, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    assert write_datasets(tmp_path, found, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
     assert lines(tmp_path / "best.jsonl") == [{"prompt": "p", "completion": "b"}, {"prompt": "r", "completion": "same"}]
     assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
     assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
-    assert write_picks(tmp_path, found, unfinished=True, raw=True)["best"] == 3
+    assert write_datasets(tmp_path, found, unfinished=True, raw=True)["best"] == 3
     assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
 
 
 def test_a_history_is_not_learnt_again(tmp_path):
-    from lowalign.rewards.selection import write_picks
+    from lowalign.rewards.selection import write_datasets
 
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     found = [{"prompt": turns, "completions": [{"completion": "d", "score": 1, "stopped": True}]}]
-    write_picks(tmp_path, found, unfinished=False, raw=False)
+    write_datasets(tmp_path, found, unfinished=False, raw=False)
     assert [t.get("weight", 1) for t in lines(tmp_path / "best.jsonl")[0]["messages"]] == [1, 0, 1, 1]
 
 

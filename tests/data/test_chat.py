@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE, TURNS_NOTE, Chat, load_chat
 from lowalign.data.pack import Example
-from lowalign.data.rows.sft_rows import SFT
+from lowalign.data.rows.sft_rows import SFT_ROWS
 from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.errors import UserError
 from tests.data import made
@@ -311,6 +311,6 @@ def test_a_written_date_is_always_the_same() -> None:
 def test_conversational_prompts_are_not_learnt() -> None:
     tokenizer = made.chatml()
     columns = {"prompt": TALK[:3], "completion": TALK[3:]}
-    row = SFT.read(columns, SFT.of(columns))
+    row = SFT_ROWS.read(columns, SFT_ROWS.of(columns))
     (example,) = Chat(tokenizer).example(row.messages, row.tools)
     assert spans(example, tokenizer) == ["A cat: the cat<|im_end|>"]

@@ -14,7 +14,7 @@ from lowalign.data import cache, dataset
 from lowalign.data.chat import TOOLS_NOTE, Chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
-from lowalign.data.report import describe, spread
+from lowalign.data.report import report_lines, spread
 from lowalign.errors import UserError
 from tests.data import made
 
@@ -66,7 +66,7 @@ def test_order_sources_and_report(folder: Path) -> None:
     assert one["end_of_turn"] == {"turns": 5, "ended": 5}
     assert two["shapes"] == {"messages": 1, "text": 1} and two["end_of_turn"] == {"turns": 3, "ended": 3}
     assert found.report["rows"] == 7 and found.report["cut"] == 1 and found.report["end_of_turn"]["turns"] == 8
-    assert f"  1 of 5 rows cut in the prompt, longest {limit + 1} > {limit} tokens" in describe(found.report)
+    assert f"  1 of 5 rows cut in the prompt, longest {limit + 1} > {limit} tokens" in report_lines(found.report)
     assert json.loads(json.dumps(found.report)) == found.report
 
 

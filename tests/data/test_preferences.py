@@ -9,7 +9,7 @@ from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data import dataset
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
-from lowalign.data.report import describe
+from lowalign.data.report import report_lines
 from lowalign.errors import UserError
 from tests.data import made
 from tests.data.test_preferences_rules import judged, load, one, said, user, write
@@ -161,7 +161,7 @@ def test_long_rows_share_the_cut_prompt(tmp_path: Path) -> None:
     (cut,) = found.examples
     assert cut.prompt == chat.front + whole.prompt[4:] and cut.completions == whole.completions
     assert found.report["files"][0]["cut"] == {"prompt": 1}
-    assert f"  1 of 1 rows cut in the prompt, longest {limit} > {limit - 3} tokens" in describe(found.report)
+    assert f"  1 of 1 rows cut in the prompt, longest {limit} > {limit - 3} tokens" in report_lines(found.report)
     found = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=len(long) - 1)
     (cut,) = found.examples
     assert cut.prompt == chat.front and cut.completions == [short, long[: len(long) - 2]]

@@ -10,7 +10,7 @@ import pytest
 from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, read_examples
-from lowalign.data.preferences import PREFERENCE_READING, load_preferences
+from lowalign.data.preferences import PREFERENCE_ENCODER, load_preferences
 from lowalign.errors import UserError
 from tests.data import made
 from tests.data.test_bad_rows import places
@@ -75,7 +75,7 @@ def test_a_bad_line_gets_its_message(line: str, tmp_path: Path, chat: Chat) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n")
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_READING)
+    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
     assert [str(row) for row in found.bad] == [f"{path}:2: {BAD[line]}"]
     assert [example.source for example in found.examples] == [f"{path}:1"]
 
@@ -128,7 +128,7 @@ def test_a_file_of_one_bad_line(line: str, tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(line)
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_READING)
+    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
     assert [str(row) for row in found.bad] == [f"{path}:1: {LONE[line]}"]
 
 
@@ -177,7 +177,7 @@ def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
     for template in (made.CHATML, made.QWEN3):
         chat = Chat(made.chatml(template))
         config = PreferenceConfig(cache=False, ties="keep", max_length=25)
-        found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_READING)
+        found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
         report = found.report
         assert report["used"] + len(found.bad) + report["dropped"] == len(rows) and report["used"] > 200
         for e in found.examples:

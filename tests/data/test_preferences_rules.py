@@ -10,7 +10,7 @@ from lowalign.data import dataset
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences
-from lowalign.data.report import describe
+from lowalign.data.report import report_lines
 from tests.data import made
 
 
@@ -105,7 +105,7 @@ def test_verdicts_of_one_pair_are_gathered(tmp_path: Path, chat: Chat) -> None:
     }
     assert agreement["agreement"] == pytest.approx(1 / 7)
     assert agreement["alpha"] == pytest.approx(1 - 5 * (10 / 3 + 2) / 22)
-    text = describe(found.report)
+    text = report_lines(found.report)
     assert "  6 verdicts of 4 annotators on 2 pairs" in text and "  two annotators of a pair agree: 14.3%" in text
     assert "  Krippendorff's alpha: -0.212 (1: always agreed, 0: as by chance)" in text
 

@@ -68,11 +68,11 @@ def test_a_row_without_one(row, says, tmp_path):
 
 def test_ids():
     from lowalign.data.chat import Chat
-    from lowalign.data.prompts import Asked
+    from lowalign.data.prompts import PromptRow
 
     tokenizer = tiny_tokenizer()
     chat = Chat(tokenizer)
-    assert prompt_ids(chat, Asked("q", "f:1"), raw=False) == prompt_ids(chat, Asked([USER], "f:1"), raw=False)
-    assert prompt_ids(chat, Asked("q", "f:1"), raw=True) == tokenizer("q")["input_ids"]
+    assert prompt_ids(chat, PromptRow("q", "f:1"), raw=False) == prompt_ids(chat, PromptRow([USER], "f:1"), raw=False)
+    assert prompt_ids(chat, PromptRow("q", "f:1"), raw=True) == tokenizer("q")["input_ids"]
     with pytest.raises(UserError, match="f:1: --raw takes prompts that are text"):
-        prompt_ids(chat, Asked([USER], "f:1"), raw=True)
+        prompt_ids(chat, PromptRow([USER], "f:1"), raw=True)

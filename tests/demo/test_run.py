@@ -32,7 +32,7 @@ def test_every_stage_gains_what_it_is_for(capsys):
 
 
 def test_win_rate_by_hand():
-    score = lambda cheerful: world.Score(cheerful, 1.0, 1.0)  # noqa: E731
+    score = lambda cheerful: world.CardScore(cheerful, 1.0, 1.0)  # noqa: E731
     a = Measured("a", [score(0.9), score(0.5), score(0.1), score(0.8)])
     b = Measured("b", [score(0.1), score(0.5), score(0.4), score(0.2)])
     rate, half = a.against(b)  # won, drawn, lost, won: 1, ½, 0, 1

@@ -174,9 +174,9 @@ def test_what_completions_earn():
     """Normalised, then clipped, then less what a missing end and each token cost."""
     r, moments = rollout(), RunningMoments()
     options = {"normalise": "running", "reward_clip": 1.5, "eos_penalty": 0.25, "length_penalty": 0.1}
-    ppo_round.earn([r], [[4.0, 0.0]], config(options), moments)  # spread 2
+    ppo_round.shape_rewards([r], [[4.0, 0.0]], config(options), moments)  # spread 2
     assert r.rewards == pytest.approx([1.5 - 0.2, 0.0 - 0.25 - 0.3])
-    ppo_round.earn([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
+    ppo_round.shape_rewards([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
     assert r.rewards == [4.0, 0.0] and moments.count == 2
 
 
@@ -236,7 +236,7 @@ def test_masked_tokens_have_no_part_in_the_whitening():
 def test_a_round_in_numbers():
     values = [torch.tensor([0.0, 1.0]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 2.0], values=values, returns=[torch.tensor([1.0, 2.0]), torch.tensor([0, 0, 3.0])], **KL)
-    told = ppo_round.describe([r], [[7.0, 9.0]], 0.3, 1.5)
+    told = ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)
     # returns 1 2 0 0 3: squares about their mean 1.2 add up to 6.8; errors 1 1 0 0 3, about their mean 1, to 6
     assert told == pytest.approx(
         {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
@@ -244,7 +244,7 @@ def test_a_round_in_numbers():
     )
     # Of a masked completion no log-prob is known: it says nothing on the divergence.
     r.masks = [[True, True], [False] * 3]
-    assert ppo_round.describe([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
+    assert ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
 
 
 def test_a_round_survives_a_checkpoint():

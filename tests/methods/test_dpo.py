@@ -99,9 +99,9 @@ def test_packed_equals_separate_rows(folder, name, kind):
     want_gradient = gradient(host)
     host.training("on")
     method = DPO(host, examples, ("policy",), (), config, len(examples), 0)
-    totals = method.totals(examples)
+    normalizers = method.normalizers(examples)
     for budget in (10_000, 60):  # however the step is cut
-        parts = [method.loss(group, totals)[0] for group in micro_batches(examples, budget)]
+        parts = [method.loss(group, normalizers)[0] for group in micro_batches(examples, budget)]
         sum(parts).backward()
         assert abs(sum(parts) - want) <= 1e-5 * abs(want)
         assert relative(gradient(host), want_gradient) <= 1e-5
@@ -111,22 +111,22 @@ def test_packed_equals_separate_rows(folder, name, kind):
 def test_known_reference_values_are_used(folder):
     host, examples = host_with(folder), rankings((2, 2))
     method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 2, 0)
-    computed, _ = method.loss(examples, method.totals(examples))
+    computed, _ = method.loss(examples, method.normalizers(examples))
     with torch.no_grad():
         for e in examples:
             e.reference = [t.sum().item() for t in row_logps(host, (), e)]
-    known, _ = method.loss(examples, method.totals(examples))
+    known, _ = method.loss(examples, method.normalizers(examples))
     torch.testing.assert_close(known, computed, rtol=1e-5, atol=1e-6)
     for e in examples:
         e.reference = [x + 3.0 * (r == 0) for x, r in zip(e.reference, e.rank, strict=True)]
-    moved, metrics = method.loss(examples, method.totals(examples))
+    moved, metrics = method.loss(examples, method.normalizers(examples))
     assert moved > known and metrics["rewards/chosen"] < 0
 
 
 def test_a_fresh_lora_begins_at_ln_2(folder):
     host, examples = host_with(folder, noise=0.0), rankings((2, 2, 4))
     method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 3, 0)
-    loss, metrics = method.loss(examples, method.totals(examples))
+    loss, metrics = method.loss(examples, method.normalizers(examples))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0  # the very same forward: no rounding either
 
@@ -165,9 +165,9 @@ def test_kto(folder, kind):
     want_gradient = gradient(host)
     method = KTO(host, examples, ("policy",), (), config, len(examples), 0, token_budget=40)
     host.training("on")
-    totals = method.totals(examples)
-    assert totals["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-6)
-    parts = [method.loss(group, totals) for group in micro_batches(examples, 60)]
+    normalizers = method.normalizers(examples)
+    assert normalizers["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-6)
+    parts = [method.loss(group, normalizers) for group in micro_batches(examples, 60)]
     sum(loss for loss, _ in parts).backward()
     host.training(None)
     assert abs(sum(loss for loss, _ in parts) - want) <= 1e-5 * want

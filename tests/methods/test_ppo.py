@@ -323,9 +323,9 @@ def test_an_update_is_that_of_four_padded_models(folder, name, tmp_path):
     case, c = CASES[name], config(CASES[name])
     host, method, head = ours(folder, case, tmp_path)
     copies = Copies(folder, tmp_path, case, head)
-    host.train_only(*method.trains)
+    host.train_only(*method.lr_multipliers)
     host.training("on")
-    flats = {adapter: host.flat(adapter) for adapter in method.trains}
+    flats = {adapter: host.flat(adapter) for adapter in method.lr_multipliers}
     micro_batches = MicroBatches(method, flats, case.budget, StopSignals())
     round_ = rows = stopped = None
     for step in range(4):

@@ -106,8 +106,8 @@ def test_the_base_after_twenty_updates(folder, kinds, tmp_path):
 def gradients(method: PPO) -> dict[str, torch.Tensor]:
     """Of the first step, by the adapters that are trained. The others have none."""
     host = method.host
-    host.train_only(*method.trains)
-    flats = {name: host.flat(name) for name in method.trains}
+    host.train_only(*method.lr_multipliers)
+    flats = {name: host.flat(name) for name in method.lr_multipliers}
     host.training("on")
     MicroBatches(method, flats, 40, StopSignals()).gradients(method.batch(0), 0)
     host.training(None)
@@ -136,7 +136,7 @@ def test_a_shared_value_reaches_the_policy(folder):
     host, method = four_roles(folder, ("lora", "prefix", "prompt"))
     host.add_head("policy", zero=False)
     method = PPO(host, Roles(("init", "policy"), ("init",), ("init", "policy")), method.prompts, method.score, method.config)  # fmt: skip
-    assert list(method.trains) == ["policy"] and gradients(method)["policy"].any()
+    assert list(method.lr_multipliers) == ["policy"] and gradients(method)["policy"].any()
     for r in method.rollouts:
         r.advantages = [torch.zeros_like(a) for a in r.advantages]
     assert gradients(method)["policy"].any()  # by the value loss alone

@@ -64,8 +64,8 @@ def ppo(host, score=even, prompts=6, tell=lambda *_: None, new=8, rollout=None, 
 
 
 def engine(host, method: PPO, budget: int = 4096) -> MicroBatches:
-    host.train_only(*method.trains)
-    return MicroBatches(method, {name: host.flat(name) for name in method.trains}, budget, StopSignals())
+    host.train_only(*method.lr_multipliers)
+    return MicroBatches(method, {name: host.flat(name) for name in method.lr_multipliers}, budget, StopSignals())
 
 
 def shift(host, amount: float) -> None:
@@ -174,11 +174,11 @@ def test_what_is_done_again_counts_once(host):
     assert method.state()["approx_kl"] == pytest.approx(want, rel=1e-5)
     run, loss, calls = engine(host, method, max(e.length for e in batch)), method.loss, []
 
-    def narrow(examples, totals):
+    def narrow(examples, normalizers):
         calls.append(examples)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("the card is full")
-        return loss(examples, totals)
+        return loss(examples, normalizers)
 
     method.batch(1)
     method.loss = narrow
@@ -235,11 +235,11 @@ def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host
     loss, evaluated, trained = method.loss, [], []
     evaluate = ppo_round.evaluate
 
-    def small(examples, totals):
+    def small(examples, normalizers):
         if sum(e.length for e in examples) > 30:
             raise torch.OutOfMemoryError("the card is full")
         trained.append((method.round, tuple(map(id, examples))))
-        return loss(examples, totals)
+        return loss(examples, normalizers)
 
     def look(*arguments):
         evaluated.append(evaluate(*arguments))

@@ -20,7 +20,7 @@ from lowalign.config.training import RewardLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.pairs import all_pairs, compare, count
-from lowalign.methods.reward_model import Reward, quality, scored
+from lowalign.methods.reward_model import Reward, reward_metrics, scored
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
 
@@ -58,9 +58,9 @@ def test_packed_equals_separate_rows(folder, kind):
     want_gradient = gradient(host)
     host.training("on")
     method = method_on(host, examples)
-    totals = method.totals(examples)
+    normalizers = method.normalizers(examples)
     for budget in (10_000, 40):  # however the step is cut
-        parts = [method.loss(group, totals) for group in micro_batches(examples, budget)]
+        parts = [method.loss(group, normalizers) for group in micro_batches(examples, budget)]
         sum(loss for loss, _ in parts).backward()
         assert abs(sum(loss for loss, _ in parts) - want) <= 1e-5 * want
         assert relative(gradient(host), want_gradient) <= 1e-5
@@ -92,7 +92,7 @@ def test_metrics_are_those_of_the_pairs(folder):
     with torch.no_grad(), host.use("policy"):
         r = host.scores(examples, "policy")
     lead = [float(s[i] - s[j]) for s, e in zip(r, examples, strict=True) for i, j in compare(e.rank)[0]]
-    _, metrics = method.loss(examples, method.totals(examples))
+    _, metrics = method.loss(examples, method.normalizers(examples))
     assert len(lead) == 4
     assert metrics["rewards/accuracies"] == pytest.approx(sum(d > 0 for d in lead) / 4)
     assert metrics["rewards/margins"] == pytest.approx(sum(lead) / 4, rel=1e-5)
@@ -126,7 +126,7 @@ def test_completions_are_cut_behind_their_last_supervised_token():
 
 def test_quality_by_hand():
     examples = [Example([1], [[2], [3]], rank=[0, 1]), Example([1], [[2], [3]], rank=[1, 0])]
-    found = quality([torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])], examples)
+    found = reward_metrics([torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])], examples)
     # leads 2 and -1: one of two is right; confidences σ(2) = .8808 and σ(1) = .7311 fall into two bins
     assert found["accuracy"] == 0.5 and found["mean"] == 0.75
     assert found["std"] == pytest.approx((((2 - 0.75) ** 2 + (1 - 0.75) ** 2 + 2 * 0.75**2) / 4) ** 0.5)

@@ -65,7 +65,7 @@ def test_equals_full_logits(folder):
     want.backward()
     want_gradient = gradient(host)
     host.training("on")
-    loss, metrics = method.loss(examples, method.totals(examples))
+    loss, metrics = method.loss(examples, method.normalizers(examples))
     loss.backward()
     assert abs(loss - want) <= 1e-6 * want
     assert metrics["loss"] == loss
@@ -81,10 +81,10 @@ def test_the_micro_batch_changes_nothing(folder, kind):
     found = []
     for budget in (1000, 60, 1):
         groups = micro_batches(examples, budget)
-        totals = method.totals(examples)
+        normalizers = method.normalizers(examples)
         loss = 0.0
         for group in groups:
-            part, _ = method.loss(group, totals)
+            part, _ = method.loss(group, normalizers)
             part.backward()
             loss += part.item()
         found.append((len(groups), loss, gradient(host)))

@@ -85,7 +85,7 @@ def assert_same(method, examples: list[Example], trainer) -> None:
     """Loss and every gradient to 1e-5."""
     want, gradients = trl_loss(trainer, method.host)
     method.host.training("on")
-    loss, _ = method.loss(examples, method.totals(examples))
+    loss, _ = method.loss(examples, method.normalizers(examples))
     loss.backward()
     assert abs(loss - want) <= 1e-5 * want
     for name, p in method.host.weights("policy").items():

@@ -6,7 +6,7 @@ import torch
 from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
-from lowalign.model.policy import POLICY, check_start, divergence, load_stack, peft_config, start_policy
+from lowalign.model.policy import POLICY, check_start, load_stack, mean_kl, peft_config, start_policy
 from tests.tiny import tiny_folder
 
 EXAMPLES = [Example([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), Example([14, 15], [[16, 17, 18, 19]])]
@@ -53,7 +53,7 @@ def test_a_soft_prompt_tells_its_divergence(host, kind):
     policy, reference = start_policy(host, AdapterConfig(kind=kind, virtual_tokens=4), None, "stack", 0)
     line = check_start(host, policy, reference, EXAMPLES)
     assert "nats a token" in line and "0.00 nats" not in line
-    assert divergence(host, (), (), EXAMPLES) == 0.0
+    assert mean_kl(host, (), (), EXAMPLES) == 0.0
 
 
 def test_divergence_against_its_definition(host):
@@ -67,7 +67,7 @@ def test_divergence_against_its_definition(host):
         with host.use(*stack), torch.no_grad():
             logp.append(host.base.model(ids).logits[0, 2:6].double().log_softmax(-1))
     want = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item()
-    assert divergence(host, (), ("a",), [example]) == pytest.approx(want, rel=1e-3)  # logits are bf16 in both
+    assert mean_kl(host, (), ("a",), [example]) == pytest.approx(want, rel=1e-3)  # logits are bf16 in both
 
 
 @pytest.mark.parametrize("init,new,mode", [("lora", "lora", "stack"), ("lora", "lora", "copy"), ("prompt", "prompt", "stack"),

@@ -132,7 +132,10 @@ def test_left_overs_of_a_killed_run_are_removed(tmp_path):
     for name in (".saving-step-000006", ".old-step-000001"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "weights.safetensors").write_bytes(b"half")
-    for file in (checkpoints / "best" / ".saving-weights.safetensors-0a1b2c3d", tmp_path / ".saving-metrics.jsonl-0a1b2c3d"):
+    for file in (
+        checkpoints / "best" / ".saving-weights.safetensors-0a1b2c3d",
+        tmp_path / ".saving-metrics.jsonl-0a1b2c3d",
+    ):
         file.write_bytes(b"half")
     toy.run(tmp_path, resume=True)
     assert not [p for p in tmp_path.rglob(".*") if p.name != ".lock"]

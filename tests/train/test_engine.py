@@ -47,10 +47,12 @@ def test_gradients_do_not_depend_on_the_micro_batch():
     assert counts[0] < counts[1] < counts[2] == 8
 
 
-def _by_hand(steps: int, clip: float, trains: dict[str, float]) -> tuple[toy.ToyHost, list[float], list[float]]:
+def _by_hand(steps: int, clip: float, lr_multipliers: dict[str, float]) -> tuple[toy.ToyHost, list[float], list[float]]:
     """The same training in plain torch: the whole batch at once, one parameter group per adapter, stock clipping."""
     host = toy.ToyHost(dropout=0.0)
-    groups = [{"params": list(host.adapters[name].parameters()), "factor": factor} for name, factor in trains.items()]
+    groups = [
+        {"params": list(host.adapters[name].parameters()), "factor": factor} for name, factor in lr_multipliers.items()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.01)
     examples, losses, norms = toy.rows(40, seed=1), [], []
     rates = [0.5, 1, 1, 3 / 4, 2 / 4, 1 / 4]  # linear, warm-up of a third of 6 steps
@@ -59,7 +61,7 @@ def _by_hand(steps: int, clip: float, trains: dict[str, float]) -> tuple[toy.Toy
         for i in step_order(40, 6, 0, step):
             e = examples[i]
             ids = torch.tensor(e.prompt + e.completions[0])
-            for name in trains:
+            for name in lr_multipliers:
                 logits = host.logits(ids, name)[1:-1]
                 loss = loss + F.cross_entropy(logits, ids[2:], reduction="sum")
             tokens += len(ids) - 2
@@ -76,10 +78,10 @@ def _by_hand(steps: int, clip: float, trains: dict[str, float]) -> tuple[toy.Toy
 
 def test_training_is_that_of_plain_torch(tmp_path):
     """Six steps, two adapters with different learning-rate factors, micro-batches of two or three rows, clipping in force."""
-    trains, clip = {"policy": 1.0, "value": 0.5}, 0.6
-    plain, losses, norms = _by_hand(6, clip, trains)
+    lr_multipliers, clip = {"policy": 1.0, "value": 0.5}, 0.6
+    plain, losses, norms = _by_hand(6, clip, lr_multipliers)
     assert min(norms) > clip
-    method = toy.ToyMethod(toy.ToyHost(dropout=0.0), trains)
+    method = toy.ToyMethod(toy.ToyHost(dropout=0.0), lr_multipliers)
     host, _, result = toy.run(
         tmp_path,
         method=method,
@@ -95,7 +97,7 @@ def test_training_is_that_of_plain_torch(tmp_path):
     assert [line["loss"] for line in steps] == pytest.approx(losses, rel=1e-6)
     assert [line["grad_norm"] for line in steps] == pytest.approx(norms, rel=1e-5)
     assert [line["lr"] for line in steps] == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
-    for name in trains:
+    for name in lr_multipliers:
         for p, q in zip(host.adapters[name].parameters(), plain.adapters[name].parameters(), strict=True):
             # Adam divides by the gradient's size: where it is 1e-6 a rounding error of 1e-8 is a hundredth of a step of 1e-2.
             assert torch.allclose(p, q, rtol=1e-4, atol=1e-4)
@@ -176,8 +178,8 @@ def test_not_finite_stops_before_the_step(tmp_path, where):
     method = toy.ToyMethod(toy.ToyHost())
     plain_loss = method.loss
 
-    def poisoned(examples, totals):
-        loss, metrics = plain_loss(examples, totals)
+    def poisoned(examples, normalizers):
+        loss, metrics = plain_loss(examples, normalizers)
         if method.step == 5 and torch.is_grad_enabled():
             if where == "loss":
                 loss = loss * float("nan")
@@ -242,12 +244,12 @@ def _small_device(method: toy.ToyMethod, room: int, when: str) -> None:
     """A device on which a micro-batch of more than `room` tokens does not fit: in the forward, or half-way back."""
     plain_loss, full = method.loss, False
 
-    def loss(examples, totals):
+    def loss(examples, normalizers):
         nonlocal full
         full = sum(e.length for e in examples) > room
         if full and when == "forward":
             raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
-        return plain_loss(examples, totals)
+        return plain_loss(examples, normalizers)
 
     def fail(gradient: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")

@@ -81,11 +81,16 @@ class ToyMethod:
     def __init__(
         self,
         host: ToyHost,
-        trains: dict[str, float] | None = None,
+        lr_multipliers: dict[str, float] | None = None,
         batch_size: int = CONFIG.batch_size,
         hook: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.host, self.trains, self.batch_size, self.hook = host, trains or {"policy": 1.0}, batch_size, hook
+        self.host, self.lr_multipliers, self.batch_size, self.hook = (
+            host,
+            lr_multipliers or {"policy": 1.0},
+            batch_size,
+            hook,
+        )
         self.examples = rows(40, seed=1)
         self.step, self.calls = -1, 0
         self.rounds = torch.zeros(3)
@@ -96,19 +101,19 @@ class ToyMethod:
         self.step, self.calls = step, 0
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, 0, step)]
 
-    def totals(self, examples) -> dict[str, float]:
+    def normalizers(self, examples) -> dict[str, float]:
         return {"tokens": total_supervised(examples)}
 
-    def loss(self, examples, totals) -> tuple[torch.Tensor, dict]:
+    def loss(self, examples, normalizers) -> tuple[torch.Tensor, dict]:
         if self.hook is not None:
             self.hook(self.step, self.calls)
         self.calls += 1
         loss = 0.0
         for e in examples:
             ids = torch.tensor(e.prompt + e.completions[0])
-            for adapter in self.trains:
+            for adapter in self.lr_multipliers:
                 logits = self.host.logits(ids[:-1], adapter)[len(e.prompt) - 1 :]
-                loss = loss + F.cross_entropy(logits, ids[len(e.prompt) :], reduction="sum") / totals["tokens"]
+                loss = loss + F.cross_entropy(logits, ids[len(e.prompt) :], reduction="sum") / normalizers["tokens"]
         return loss, {"loss": loss.detach(), "rows": len(examples)}
 
     def state(self) -> dict:

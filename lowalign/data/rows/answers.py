@@ -16,15 +16,15 @@ from lowalign.data.rows.rewrite import tools_as_text
 from lowalign.data.rows.turns import Message, RowError, expected, read_turns
 from lowalign.errors import UserError
 
-Text = str | list[Message]
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True)
 class Answers:
     """A prompt and its answers, each as it stands in the file, and where (file:line)."""
 
-    prompt: Text
-    completions: list[Text]
+    prompt: Prompt
+    completions: list[Prompt]
     source: str
 
 
@@ -49,8 +49,8 @@ def read_answers(files: Sequence[str]) -> list[Answers]:
     return found
 
 
-def as_text(value: Text) -> str:
-    """Text as it is; messages as lines `role: content`, an answer that is a single turn as its content."""
+def as_text(value: Prompt) -> str:
+    """Prompt as it is; messages as lines `role: content`, an answer that is a single turn as its content."""
     if isinstance(value, str):
         return value
     turns = tools_as_text(value, None)
@@ -63,7 +63,7 @@ def _single(row: Row) -> bool:
     return "completion" in row.data and not {"completions", "completion_a"} & row.data.keys()
 
 
-def _read(data: dict[str, Any]) -> tuple[Text, list[Text]]:
+def _read(data: dict[str, Any]) -> tuple[Prompt, list[Prompt]]:
     if "prompt" not in data:
         raise RowError(expected("prompt", data))
     prompt = _text(data["prompt"], "prompt")
@@ -81,7 +81,7 @@ def _read(data: dict[str, Any]) -> tuple[Text, list[Text]]:
     return prompt, [_answer(data[name], name) for name in names]
 
 
-def _answer(value: Any, column: str) -> Text:
+def _answer(value: Any, column: str) -> Prompt:
     if isinstance(value, dict):
         if "completion" not in value:
             raise RowError(f"{column}: {expected('completion', value)}")
@@ -89,7 +89,7 @@ def _answer(value: Any, column: str) -> Text:
     return _text(value, column)
 
 
-def _text(value: Any, column: str) -> Text:
+def _text(value: Any, column: str) -> Prompt:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowalign.data.rows.read import kind_of
-from lowalign.data.rows.sft_rows import SFT, string, with_system
-from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.sft_rows import SFT_ROWS, string, with_system
+from lowalign.data.rows.shapes import RowFormat, RowFormats
 from lowalign.data.rows.turns import Message, RowError, Tools, closest, expected, read_tools, read_turns
 
-Text = str | list[Message]
+Prompt = str | list[Message]
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptAndCompletions:
     """A prompt and answers to it: all texts, or all lists of messages."""
 
-    prompt: Text
-    completions: list[Text]
+    prompt: Prompt
+    completions: list[Prompt]
     tools: Tools = None
 
 
 @dataclass(frozen=True)
-class Preference(Asked):
+class Preference(PromptAndCompletions):
     """Answers and their ranks, the best lowest, ties the same; or (rank None) one answer with a label, good or bad.
 
     margin: by how much the better answer is to lead. weight: what the comparison counts.
@@ -44,14 +44,14 @@ class Preference(Asked):
 
 
 @dataclass(frozen=True)
-class Score(Asked):
+class ScoreRow(PromptAndCompletions):
     """One answer and its score."""
 
     score: float = 0.0
 
 
 @dataclass(frozen=True)
-class Verdict(Asked):
+class VerdictRow(PromptAndCompletions):
     """What one annotator says of two answers: "a" (the first is better), "b" or "tie"."""
 
     annotator: str = ""
@@ -121,8 +121,8 @@ def _ranking(data: dict[str, Any]) -> Preference:
     return Preference(**vars(asked), rank=[order.index(rank) for rank in ranks])
 
 
-def _score(data: dict[str, Any]) -> Score:
-    return Score(**vars(_asked(data, ["completion"])), score=_number(data["score"], '"score"', -math.inf))
+def _score(data: dict[str, Any]) -> ScoreRow:
+    return ScoreRow(**vars(_asked(data, ["completion"])), score=_number(data["score"], '"score"', -math.inf))
 
 
 def _label(data: dict[str, Any]) -> Preference:
@@ -132,21 +132,21 @@ def _label(data: dict[str, Any]) -> Preference:
     return Preference(**vars(_asked(data, ["completion"])), label=bool(label))
 
 
-def _verdict(data: dict[str, Any]) -> Verdict:
+def _verdict(data: dict[str, Any]) -> VerdictRow:
     annotator, verdict = data["annotator"], data["verdict"]
     if isinstance(annotator, bool) or not isinstance(annotator, str | int) or not str(annotator).strip():
         raise RowError(f'"annotator" must be a name or a number, found {json.dumps(annotator, ensure_ascii=False)}')
     if verdict not in ("a", "b", "tie"):
         raise RowError(f'"verdict" must be "a", "b" or "tie", found {json.dumps(verdict, ensure_ascii=False)}')
     asked = _asked(data, ["completion_a", "completion_b"])
-    return Verdict(**vars(asked), annotator=str(annotator), verdict=verdict)
+    return VerdictRow(**vars(asked), annotator=str(annotator), verdict=verdict)
 
 
-def _asked(data: dict[str, Any], names: Sequence[str]) -> Asked:
+def _asked(data: dict[str, Any], names: Sequence[str]) -> PromptAndCompletions:
     """The column `prompt` and answers in the columns `names`."""
     prompt, values = data["prompt"], [data[name] for name in names]
     if not isinstance(prompt, list | dict) and not any(isinstance(value, list | dict) for value in values):
-        return Asked(string(data, "prompt", empty=True), [string(data, name) for name in names])
+        return PromptAndCompletions(string(data, "prompt", empty=True), [string(data, name) for name in names])
     prompt = read_turns(_turns(prompt, "user"), "prompt")
     answers = []
     for name, value in zip(names, values, strict=True):
@@ -156,7 +156,7 @@ def _asked(data: dict[str, Any], names: Sequence[str]) -> Asked:
         if turns and turns[0]["role"] != "assistant":
             raise RowError(f"{name} begins with a turn of the {turns[0]['role']}, not of the assistant")
         answers.append(_answering(turns, name))
-    return Asked(prompt, answers, read_tools(data.get("tools")))
+    return PromptAndCompletions(prompt, answers, read_tools(data.get("tools")))
 
 
 def _turns(value: Any, role: str) -> Any:
@@ -187,21 +187,21 @@ def _number(value: Any, name: str, least: float) -> float:
 
 
 def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
-    shape = SFT.of(data)
+    shape = SFT_ROWS.of(data)
     return shape.required if shape else ()
 
 
 # The order decides when a row has the columns of several.
-PREFERENCES = Shapes(
+PREFERENCE_ROWS = RowFormats(
     [
-        Shape("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
-        Shape("pairs", ("prompt", "chosen", "rejected"), ("tools", "margin"), _pairs),
-        Shape("pairs", ("chosen_messages", "rejected_messages"), ("tools", "margin"), _whole_messages),
-        Shape("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole_pairs),
-        Shape("verdicts", ("prompt", "completion_a", "completion_b", "annotator", "verdict"), ("tools",), _verdict),
-        Shape("ranking", ("prompt", "completions"), ("ranks", "tools"), _ranking),
-        Shape("scores", ("prompt", "completion", "score"), ("tools",), _score),
-        Shape("labels", ("prompt", "completion", "label"), ("tools",), _label),
+        RowFormat("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
+        RowFormat("pairs", ("prompt", "chosen", "rejected"), ("tools", "margin"), _pairs),
+        RowFormat("pairs", ("chosen_messages", "rejected_messages"), ("tools", "margin"), _whole_messages),
+        RowFormat("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole_pairs),
+        RowFormat("verdicts", ("prompt", "completion_a", "completion_b", "annotator", "verdict"), ("tools",), _verdict),
+        RowFormat("ranking", ("prompt", "completions"), ("ranks", "tools"), _ranking),
+        RowFormat("scores", ("prompt", "completion", "score"), ("tools",), _score),
+        RowFormat("labels", ("prompt", "completion", "label"), ("tools",), _label),
     ],
     _foreign,
     "a row without a preference; use lowalign sft",

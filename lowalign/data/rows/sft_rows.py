@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowalign.data.rows.read import kind_of
-from lowalign.data.rows.shapes import Shape, Shapes
+from lowalign.data.rows.shapes import RowFormat, RowFormats
 from lowalign.data.rows.turns import Message, RowError, read_tools, read_turns
 
 
@@ -25,7 +25,7 @@ class PromptCompletion:
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """A document to learn as a whole."""
 
     text: str
@@ -93,8 +93,8 @@ def _alpaca(data: dict[str, Any]) -> Conversation:
     return _conversation(with_system(data, messages), None)
 
 
-def _text(data: dict[str, Any]) -> Text:
-    return Text(string(data, "text"))
+def _text(data: dict[str, Any]) -> PlainText:
+    return PlainText(string(data, "text"))
 
 
 def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
@@ -103,13 +103,13 @@ def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
 
 # The order decides when a row has the columns of several: the original Alpaca data also has `text`, UltraChat has
 # `prompt` beside `messages`.
-SFT = Shapes(
+SFT_ROWS = RowFormats(
     [
-        Shape("messages", ("messages",), ("tools",), _messages),
-        Shape("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-        Shape("prompt-completion", ("prompt", "completion"), ("tools",), _prompt_completion),
-        Shape("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-        Shape("text", ("text",), (), _text),
+        RowFormat("messages", ("messages",), ("tools",), _messages),
+        RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+        RowFormat("prompt-completion", ("prompt", "completion"), ("tools",), _prompt_completion),
+        RowFormat("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
+        RowFormat("text", ("text",), (), _text),
     ],
     _foreign,
     "a row of preferences; use lowalign dpo or lowalign reward",

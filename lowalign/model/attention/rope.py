@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig
 
 
-def stretching(config: PretrainedConfig) -> tuple[str | None, int]:
+def rope_scaling(config: PretrainedConfig) -> tuple[str | None, int]:
     """-> the kind, and the length from which on it changes. (None, 0) for a model whose RoPE is fixed.
 
     "longrope" switches its factors when a forward passes the original length; "dynamic" stretches with the very length.

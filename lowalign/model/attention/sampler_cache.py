@@ -17,7 +17,7 @@ CHUNK = 512  # queries of a prompt computed at a time where their scores are hel
 ROOM = 64  # tokens a sample's key buffer starts with; it doubles when they are used up
 
 
-class Rollout:
+class SamplerCache:
     """Keys and values of live samples (rows 0..R-1 of `slots`, in any order) and of their prompts.
 
     prefix: for each layer keys and values (1, kv_heads, p, head_dim) that stand before every prompt (prefix tuning).
@@ -99,7 +99,7 @@ def rollout_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     *,
-    rollout: Rollout,
+    rollout: SamplerCache,
 ) -> tuple[Tensor, None]:
     """query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D), for the forward that `rollout.now` describes.
 
@@ -113,7 +113,9 @@ def rollout_attention(
     return out.to(query.dtype)[None], None
 
 
-def _prompts(rollout: Rollout, layer: int, query, key, value, scale: float, window: int | None, softcap: float | None):
+def _prompts(
+    rollout: SamplerCache, layer: int, query, key, value, scale: float, window: int | None, softcap: float | None
+):
     """Each token sees the prefix and its prompt up to itself. -> (T, H, D), log-sum-exp (T, H)."""
     stored = rollout.store_prompts(layer, key, value)
     if blockwise.varlen_applies(query, key, value, softcap):
@@ -136,7 +138,9 @@ def _prompts(rollout: Rollout, layer: int, query, key, value, scale: float, wind
     return torch.cat(outs), torch.cat(sums)
 
 
-def _tokens(rollout: Rollout, layer: int, query, key, value, scale: float, window: int | None, softcap: float | None):
+def _tokens(
+    rollout: SamplerCache, layer: int, query, key, value, scale: float, window: int | None, softcap: float | None
+):
     """Each row sees its prompt and its own tokens. -> (R, H, D), log-sum-exp (R, H)."""
     now, rows = rollout.now, query[0].transpose(0, 1)
     own = rollout.store_own(layer, key, value)
@@ -174,7 +178,7 @@ def _own_varlen(now: Tokens, rows: Tensor, key: Tensor, value: Tensor, scale: fl
     return varlen(rows, k, v, now.own_bounds, key_bounds, 1, now.oldest + 1, scale, reach, used)
 
 
-def _shared(rollout: Rollout, layer: int, rows: Tensor, scale: float, window: int | None, softcap: float | None):
+def _shared(rollout: SamplerCache, layer: int, rows: Tensor, scale: float, window: int | None, softcap: float | None):
     """rows (R, H, D), ordered by prompt, on the keys of their prompts -> (R, H, D), log-sum-exp (R, H)."""
     outs, sums = [], []
     for group in rollout.now.groups:

@@ -9,14 +9,14 @@ from transformers import PretrainedConfig
 
 from lowalign.data.pack import Example, Pack, pack
 from lowalign.model.attention import packed as attention
-from lowalign.model.attention.rope import stretching
+from lowalign.model.attention.rope import rope_scaling
 from lowalign.model.forward.logprob import Head, token_logprobs
 
 Prefix = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TokenRequest:
     """What is to be computed for the completion tokens of Examples.
 
     logps: each token's log-probability at this temperature, and with `entropy` that of the distribution it comes from.
@@ -32,7 +32,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenOutputs:
     """For each example, for each completion, (its length,) in fp32; 0.0 where there is nothing to predict from. None for
     what was not wanted."""
 
@@ -42,8 +42,8 @@ class Tokens:
 
 
 def packed_tokens(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
-) -> Tokens:
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
+) -> TokenOutputs:
     """What is wanted of the Examples' completion tokens.
 
     virtual (v, hidden): embeddings before every prompt. prefix: for each layer keys and values before every prompt.
@@ -64,7 +64,7 @@ def packed_tokens(
             if into is not None:
                 for i, pieces in zip(group, _by_completion(flat, row, keep), strict=True):
                     into[i] = pieces
-    return Tokens(*found)
+    return TokenOutputs(*found)
 
 
 def _by_completion(flat: Tensor, row: Pack, keep: Tensor | slice) -> list[list[Tensor]]:
@@ -121,7 +121,7 @@ def _groups(
 
     With longrope short and long Examples go apart, with dynamic RoPE each long Example goes alone.
     """
-    kind, original = stretching(config)
+    kind, original = rope_scaling(config)
     everything = list(range(len(examples)))
     if kind is None:
         return [everything]

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
-from lowalign.model.forward.packed import Tokens, Wanted, score
+from lowalign.model.forward.packed import TokenOutputs, TokenRequest, score
 from lowalign.model.sampling.batcher import Completion
 from lowalign.model.sampling.draw import pick, uniforms
 
@@ -22,16 +22,16 @@ Prefix = list[tuple[Tensor, Tensor]]
 
 
 def row_tokens(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
-) -> Tokens:
+    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
+) -> TokenOutputs:
     """As `packed_tokens`, a row at a time."""
     found = [[_one(model, e, i, virtual, prefix, wanted) for i in range(len(e.completions))] for e in examples]
     asked = (wanted.logps, wanted.entropy, wanted.head is not None)
-    return Tokens(*([[c[k] for c in row] for row in found] if asked[k] else None for k in range(3)))
+    return TokenOutputs(*([[c[k] for c in row] for row in found] if asked[k] else None for k in range(3)))
 
 
 def _one(
-    model: nn.Module, example: Example, i: int, virtual: Tensor | None, prefix: Prefix | None, wanted: Wanted
+    model: nn.Module, example: Example, i: int, virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(length of completion i,) log-probs, entropies and values, as far as they are wanted."""
     completion = example.completions[i]

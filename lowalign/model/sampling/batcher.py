@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model.attention import packed as attention
-from lowalign.model.attention.sampler_cache import KeysValues, Rollout
+from lowalign.model.attention.sampler_cache import KeysValues, SamplerCache
 from lowalign.model.attention.sampler_layout import Prompts, Tokens
 from lowalign.model.sampling.draw import pick, uniforms
 
@@ -32,7 +32,7 @@ class Completion:
 
 
 @dataclass
-class Prompt:
+class PromptTask:
     """length: keys that stand before its completions. limit: most tokens of one."""
 
     index: int
@@ -46,14 +46,14 @@ class Prompt:
 class Row:
     """One completion on its way."""
 
-    prompt: Prompt
+    prompt: PromptTask
     number: int
     uniforms: list[float]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
-class LiveRows:
+class SampleBatcher:
     """Samples that may share forwards: what waits, what is live (row r in slot r of the rollout), what is done.
 
     waiting: prompts, each with the number of a sample; those of a prompt stand together. The other arguments are those of
@@ -63,7 +63,7 @@ class LiveRows:
     def __init__(
         self,
         model: nn.Module,
-        waiting: Sequence[tuple[Prompt, int]],
+        waiting: Sequence[tuple[PromptTask, int]],
         max_rows: int,
         sampling: Sampling,
         eos_ids: set[int],
@@ -75,12 +75,12 @@ class LiveRows:
         self.device = model.get_input_embeddings().weight.device
         self.waiting = deque(waiting)
         self.max_rows = min(max_rows, len(self.waiting))
-        self.rollout = Rollout(self.max_rows, max(p.limit for p, _ in waiting), prefix)
+        self.rollout = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), prefix)
         self.rows: list[Row] = []
         self.live = 0  # how many the last forward was for, those that only began with it among them
         self.first: dict[int, Tensor] = {}  # (V,) logits of a prompt's first token, until all its samples have begun
         self.to_begin = Counter(prompt.index for prompt, _ in waiting)
-        self.present: dict[int, Prompt] = {}  # prompts whose keys are kept
+        self.present: dict[int, PromptTask] = {}  # prompts whose keys are kept
         self.done: dict[tuple[int, int], Completion] = {}
 
     def finish(self) -> None:
@@ -109,7 +109,7 @@ class LiveRows:
 
     def _begin(self, new: list[Row]) -> None:
         """Their first tokens; a prompt is computed when its first sample begins."""
-        batch: list[Prompt] = []
+        batch: list[PromptTask] = []
         for prompt in {row.prompt.index: row.prompt for row in new}.values():
             if prompt.index in self.first:
                 continue
@@ -127,7 +127,7 @@ class LiveRows:
                 del self.first[row.prompt.index]
         self.rows += new
 
-    def _compute(self, prompts: list[Prompt]) -> None:
+    def _compute(self, prompts: list[PromptTask]) -> None:
         """One forward of whole prompts, end to end: their keys and values, and the logits of their first tokens."""
         embed = self.model.get_input_embeddings()
         words = [embed(torch.tensor(p.ids, dtype=torch.long, device=self.device)) for p in prompts]

@@ -12,9 +12,9 @@ from lowalign.config.sections import Sampling
 from lowalign.data.micro_batches import free_memory
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.attention.rope import stretching
+from lowalign.model.attention.rope import rope_scaling
 from lowalign.model.attention.sampler_cache import KeysValues
-from lowalign.model.sampling.batcher import Completion, LiveRows, Prompt
+from lowalign.model.sampling.batcher import Completion, PromptTask, SampleBatcher
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def sample(
     ahead = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
     config = model.config.get_text_config()
     # Dynamic RoPE goes on past the positions the config names.
-    last = None if stretching(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
+    last = None if rope_scaling(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
     positions = last or math.inf
     tasks = []
     for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -56,10 +56,10 @@ def sample(
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
         if length >= positions:
             raise UserError(f"prompt {i} takes {length} of the model's {positions} positions; shorten it")
-        tasks.append(Prompt(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
+        tasks.append(PromptTask(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
     results: list[list[Completion]] = [[] for _ in prompts]
     options = {"sampling": sampling, "eos_ids": set(eos_ids), "virtual": virtual, "prefix": prefix, "check": check}
-    begin = partial(LiveRows, model, **options)
+    begin = partial(SampleBatcher, model, **options)
     for group, max_rows in _groups(config, tasks, sampling.max_rows):
         done = _all_done(begin, [(task, j) for task in group for j in range(n)], max_rows)
         for task in group:
@@ -68,7 +68,9 @@ def sample(
 
 
 def _all_done(
-    begin: Callable[[list[tuple[Prompt, int]], int], LiveRows], todo: list[tuple[Prompt, int]], max_rows: int
+    begin: Callable[[list[tuple[PromptTask, int]], int], SampleBatcher],
+    todo: list[tuple[PromptTask, int]],
+    max_rows: int,
 ) -> dict[tuple[int, int], Completion]:
     """These samples, by (prompt, number); where memory runs out, what is not done begins anew, half as many at a time."""
     done: dict[tuple[int, int], Completion] = {}
@@ -94,13 +96,13 @@ def _all_done(
         log(f"out of memory while sampling: what is not done begins anew, at most {max_rows} at a time (--sampling.max-rows)")  # fmt: skip
 
 
-def _groups(config: PretrainedConfig, prompts: list[Prompt], max_rows: int) -> list[tuple[list[Prompt], int]]:
+def _groups(config: PretrainedConfig, prompts: list[PromptTask], max_rows: int) -> list[tuple[list[PromptTask], int]]:
     """Which prompts may share forwards, and how many rows at a time.
 
     All of them, unless the model's RoPE changes with the longest position of a forward (longrope, dynamic): then what
     passes the original length goes one row at a time.
     """
-    kind, original = stretching(config)
+    kind, original = rope_scaling(config)
     if kind is None:
         return [(prompts, max_rows)] if prompts else []
     short = [p for p in prompts if p.length + p.limit <= original]

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from lowalign.data.rows.rewrite import alternating, system_as_user, tools_as_text
-from lowalign.data.rows.sft_rows import SFT, Conversation, PromptCompletion, Text
+from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
 from tests.data.made import WEATHER, weather_call
 
 
 def said(row: dict) -> object:
-    return SFT.read(row, SFT.of(row))
+    return SFT_ROWS.read(row, SFT_ROWS.of(row))
 
 
 def user(text: str) -> dict:
@@ -28,7 +28,7 @@ TOOL = {"type": "function", "function": WEATHER}
 ROWS = [
     ({"messages": HI}, Conversation(HI)),
     ({"messages": HI, "prompt": "hi", "prompt_id": "7"}, Conversation(HI)),
-    ({"text": "hi", "messages": None}, Text("hi")),
+    ({"text": "hi", "messages": None}, PlainText("hi")),
     ({"prompt": "2 + 2 =", "completion": " 4"}, PromptCompletion("2 + 2 =", " 4")),
     ({"prompt": "", "completion": "4"}, PromptCompletion("", "4")),
     ({"prompt": "hi", "completion": [assistant("ho")]}, Conversation(HI)),
@@ -102,8 +102,8 @@ def test_results_answer_their_calls() -> None:
 
 def test_the_file_decides_what_an_odd_row_was_meant_to_be() -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"text": "c"}, {"prompt": "d"}]
-    assert SFT.common(rows).name == "prompt-completion"
-    assert SFT.of(rows[3]).name == "text" and SFT.of(rows[4]) is None
+    assert SFT_ROWS.common(rows).name == "prompt-completion"
+    assert SFT_ROWS.of(rows[3]).name == "text" and SFT_ROWS.of(rows[4]) is None
 
 
 def test_tools_as_text() -> None:
