@@ -14,7 +14,7 @@ from lowalign.log import log
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, Q, D) on (B, H, K, D) -> (B, H, Q, D) and the log-sum-exp of the scores (B, H, Q) in fp32.
+    """(B, H, Q, D) on (B, H, K, D) -> (B, H, Q, D) and the log-sum-exp of the scores (B, H, Q) in fp32 (fp64 for fp64).
 
     mask: bool, broadcast to (B, H, Q, K); where a query sees nothing the result is 0 and the log-sum-exp -inf.
     """
@@ -26,12 +26,13 @@ def attend(
         out, lse = kernel(query, key, value, attn_mask=bias, scale=scale)
         # The kernel says 0 where nothing is seen.
         return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -torch.inf)
-    scores = query.float() @ key.float().mT * scale
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(exact) @ key.to(exact).mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).nan_to_num() @ value.float()).to(query.dtype), scores.logsumexp(-1)
+    return (scores.softmax(-1).nan_to_num() @ value.to(exact)).to(query.dtype), scores.logsumexp(-1)
 
 
 def varlen_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:

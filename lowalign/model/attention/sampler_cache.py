@@ -155,7 +155,8 @@ def _tokens(
     else:
         shared = _shared(rollout, layer, ordered, scale, window, softcap)
     theirs, theirs_lse = (x[now.inverse] for x in shared)
-    out = mine.float().lerp(theirs.float(), torch.sigmoid(theirs_lse - mine_lse)[..., None])
+    share = torch.sigmoid(theirs_lse - mine_lse)[..., None]
+    out = mine.to(share.dtype).lerp(theirs.to(share.dtype), share)
     return out, torch.logaddexp(mine_lse, theirs_lse)
 
 

@@ -41,7 +41,9 @@ def _one(
     logps = entropies = values = None
     if wanted.logps:
         logits, _ = _logits(model, before, virtual, prefix, keep=n)
-        logp = (logits[len(logits) - known :].float() / wanted.temperature).log_softmax(-1)
+        logits = logits[len(logits) - known :]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logp = (logits.to(exact) / wanted.temperature).log_softmax(-1)
         label = torch.tensor(completion, device=logp.device)
         logps = logp.gather(1, label[n - known :, None])[:, 0]
         entropies = -(logp.exp() * logp).sum(-1) if wanted.entropy else None

@@ -33,10 +33,10 @@ def pick(
     likeliest token; top_k 0 and top_p 1 truncate nothing. Top-p is applied to what top-k leaves, and keeps a token when
     the likelier ones hold less than top_p (arXiv 1904.09751).
 
-    Returns tokens (R,) and their log-probs (R,) in fp32 under the whole distribution at this temperature (at 1 for
-    temperature 0), before barring and truncation.
+    Returns tokens (R,) and their log-probs (R,) in fp32 (fp64 for fp64 logits) under the whole distribution at this
+    temperature (at 1 for temperature 0), before barring and truncation.
     """
-    scores = logits.float()
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         scores = scores / temperature
     if spare := -scores.shape[1] % BLOCK:
@@ -64,7 +64,7 @@ def _blocks(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top).exp_().view(len(scores), -1, BLOCK)
     mass = weights.sum(-1).double().cumsum(-1)
-    return weights, mass, top + mass[:, -1:].log().float()
+    return weights, mass, top + mass[:, -1:].log().to(scores.dtype)
 
 
 def _truncated(scores: Tensor, lse: Tensor, uniform: Tensor, top_k: int, top_p: float) -> Tensor:

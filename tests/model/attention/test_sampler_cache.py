@@ -1,4 +1,7 @@
-"""The sampler's attention against stock transformers, one prompt at a time, in fp32 (log-probs against fp64)."""
+"""The sampler's attention against stock transformers, one prompt at a time.
+
+Tokens are compared in fp64, where no rounding of any CPU decides between two of them; log-probs in fp32 too.
+"""
 
 import copy
 from functools import cache
@@ -27,9 +30,10 @@ PROMPTS = [draw(14, 0), draw(5, 1), draw(20, 2), draw(1, 3)]
 
 
 @cache
-def models(kind):
-    """An architecture twice: with our attention in fp32, and as it is in fp64."""
-    return with_stock(tiny_model(kind))
+def models(kind, dtype=torch.float64):
+    """An architecture twice: with our attention in `dtype`, and as it is in fp64."""
+    model, stock = with_stock(tiny_model(kind))
+    return model.to(dtype), stock
 
 
 def with_stock(model):
@@ -123,7 +127,7 @@ def test_soft_prompts(kind, soft):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     """Chunks shorter than the window, behind a prefix, several prompts to a forward, and to several."""
-    model, stock = models(kind)
+    model, stock = models(kind, torch.float32)
     _, prefix = soft_prompt("prefix", model)
     monkeypatch.setattr(sampler_cache, "CHUNK", 5)
     monkeypatch.setattr(batcher, "PREFILL_TOKENS", 30)
@@ -163,7 +167,7 @@ def test_a_learned_sink_takes_its_share():
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_log_probs_are_those_of_the_whole_distribution(kind):
     """At the sampling temperature, whatever top-k, top-p and min_new_tokens leave of it."""
-    model, stock = models(kind)
+    model, stock = models(kind, torch.float32)
     how = Sampling(temperature=0.7, top_k=20, top_p=0.9, max_new_tokens=30, min_new_tokens=10, seed=3)
     for prompt, completions in zip(PROMPTS, sample(model, PROMPTS, 2, how, eos_ids=range(0, 380, 9)), strict=True):
         for completion in completions:

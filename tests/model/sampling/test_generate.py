@@ -1,11 +1,14 @@
-"""`host.generate` against stock transformers + peft generation, for every kind of adapter and for stacks, in fp32."""
+"""`host.generate` against stock transformers + peft generation, for every kind of adapter and for stacks.
+
+In fp64 where tokens are compared, so that no rounding of any CPU decides between two of them.
+"""
 
 import pytest
 import torch
 from peft import get_peft_model
 
 from lowalign import Base, Example, Host, Sampling
-from tests.model.forward.test_packed import ADAPTERS, load
+from tests.model.forward.test_packed import ADAPTERS
 from tests.tiny import tiny_folder
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19]]
@@ -15,6 +18,18 @@ GREEDY = Sampling(temperature=0, max_new_tokens=24)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {kind: tiny_folder(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "qwen3", "mistral", "bloom")}
+
+
+def load(folder) -> Base:
+    return Base.load(folder, quantization="none", dtype="float64", device="cpu", quiet=True)
+
+
+def exact(host, *names) -> Host:
+    """With these adapters in fp64 too."""
+    for name in names:
+        for p in host.parameters(name):
+            p.data = p.data.double()
+    return host
 
 
 def stock_generate(model, prompt) -> list[int]:
@@ -36,7 +51,7 @@ def test_greedy_equals_stock_generate(kind, adapter, folders, tmp_path):
         stock.save_pretrained(tmp_path)
         host.load("a", tmp_path)
         names = ("a",)
-    with host.use(*names):
+    with exact(host, *names).use(*names):
         got = host.generate(PROMPTS, sampling=GREEDY)
         assert [c.ids for (c,) in got] == [stock_generate(stock, p) for p in PROMPTS]
         teacher_forced = host.logprobs([Example(p, [c.ids]) for p, (c,) in zip(PROMPTS, got, strict=True)])
@@ -46,7 +61,7 @@ def test_greedy_equals_stock_generate(kind, adapter, folders, tmp_path):
 
 def test_a_stack_and_its_samples(folders):
     """LoRA on LoRA under a prefix: log-probs of samples equal a teacher-forced forward at their temperature."""
-    host = Host(load(folders["llama"]))
+    host = Host(Base.load(folders["llama"], quantization="none", dtype="float32", device="cpu", quiet=True))
     torch.manual_seed(0)
     host.add("a", ADAPTERS["lora"]())
     host.add("b", ADAPTERS["lora"]())
@@ -75,7 +90,7 @@ def test_rows_fall_back_draws_the_same(adapter, folders):
         if ADAPTERS[adapter]:
             host.add("a", ADAPTERS[adapter]())
             names = ("a",)
-        with host.use(*names):
+        with exact(host, *names).use(*names):
             results.append(host.generate(PROMPTS, n=2, sampling=Sampling(max_new_tokens=16, min_new_tokens=3)))
     for a, b in zip(*results, strict=True):
         assert [c.ids for c in a] == [c.ids for c in b] and [c.stopped for c in a] == [c.stopped for c in b]
@@ -83,7 +98,7 @@ def test_rows_fall_back_draws_the_same(adapter, folders):
 
 
 def test_without_the_attention_interface(folders):
-    base = Base.load(folders["bloom"], quantization="none", dtype="float32", device="cpu", quiet=True)
+    base = load(folders["bloom"])
     got = Host(base).generate(PROMPTS, sampling=GREEDY)
     assert [c.ids for (c,) in got] == [stock_generate(base.model, p) for p in PROMPTS]
 

@@ -245,8 +245,7 @@ def test_longrope_keeps_short_and_long_apart():
     """
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
-    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32)
-    model, stock = with_stock(model)
+    model, stock = with_stock(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32).double())
     prompts = [draw(14, 0), draw(40, 1), draw(5, 2), draw(33, 3)]
     got = sample(model, prompts, 2, Sampling(max_new_tokens=12), eos_ids=())
     for prompt, completions in zip(prompts, got, strict=True):
