@@ -40,6 +40,7 @@ from lowalign.model.policy import load_policy, peft_config
 from lowalign.rewards.rewards import Rewards, load_rewards, named
 from lowalign.rewards.selection import choice_lines, report, write_datasets
 from lowalign.train import checkpoint
+from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 
 BLOCK = 64  # prompts that are sampled, scored and written together
@@ -56,7 +57,7 @@ class Prompts:
 def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
     """Run the command; `base` is one that is loaded already. Returns the exit code."""
     try:
-        with checkpoint.lock(config.out), _leaving_at_once():
+        with lock_folder(config.out), _leaving_at_once():
             return _run(config, base)
     except _Stopped as stopped:
         log(f"stopped by {stopped.signal.name}; go on with the same command and --resume")

@@ -28,7 +28,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.pairwise import JudgePrompt, choice, log_odds, summary, summary_lines, verdict, winner
 from lowalign.rewards.rewards import load_rewards, named
-from lowalign.train import checkpoint
+from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 
 BLOCK = 32  # pairs of answers whose verdicts are computed and written together
@@ -56,7 +56,7 @@ def judge(config: JudgeConfig) -> int:
     if not pairs:
         raise UserError(f"no two answers to one prompt in {', '.join(config.data)}")
     blocks = list(_blocks(pairs, whole_rows=bool(config.reward)))
-    with checkpoint.lock(config.out):
+    with lock_folder(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = named(config.reward)
         inputs = input_hashes(files, [*runs, *([config.adapter] if config.adapter else [])])

@@ -10,9 +10,7 @@ Random generators are not stored: the engine seeds them from (seed, step) before
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,7 +28,6 @@ from lowalign.log import log
 
 FORMAT = 1
 PARTS = ("weights", "optimizer", "method")
-_locked: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -124,36 +121,6 @@ def check_space(out: Path, one: int, keep: int) -> None:
             f"not enough disk space for checkpoints in {out}: {needed:,} bytes are needed ({keep + 2} of {one:,}), "
             f"{free:,} are free; make room, lower --train.keep or choose another --out"
         )
-
-
-@contextlib.contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Hold the run folder. Raises UserError when another process does; this process may nest it."""
-    path = (out / ".lock").resolve()
-    if path in _locked:
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab+", buffering=0)
-    except OSError as error:
-        raise UserError(f"{out} cannot be the folder of a run: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{out} is in use by process {file.read().decode().strip()}; wait for it, or choose another --out"
-            ) from None
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without a name
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-        _locked.add(path)
-        try:
-            yield
-        finally:
-            _locked.discard(path)
 
 
 def _folder(out: Path, step: int) -> Path:

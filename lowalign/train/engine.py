@@ -23,6 +23,7 @@ from lowalign.log import log
 from lowalign.train import checkpoint
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.guards import assert_all_reached, assert_base_unchanged, refuse_not_finite
+from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
 from lowalign.train.metrics import Track
 from lowalign.train.optim import load_state, make_optimizer, read_state, schedule, state_bytes
@@ -60,7 +61,7 @@ def train(
     """
     if config.steps is None:
         raise ValueError("config.steps must be set; epochs are turned into steps by the caller")
-    with checkpoint.lock(out), StopSignals() as stop:
+    with lock_folder(out), StopSignals() as stop:
         run = _Run(host, method, config, out, heldout, stop)
         found = _starting_point(out, resume)
         checkpoint.check_space(out, run.checkpoint_bytes(), config.keep)

@@ -30,6 +30,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import check_start, load_stack, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
+from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
 from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
@@ -57,7 +58,7 @@ def run(
     many for that many rows, where epochs do not tell. finish: (host, policy, rows, config) -> what the adapter's
     lowalign.json is to say besides.
     """
-    with checkpoint.lock(config.out):
+    with lock_folder(config.out):
         adapters = [source for source in (config.init, *adapters) if source]
         inputs = input_hashes((*config.data.files, *config.data.eval, *data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)

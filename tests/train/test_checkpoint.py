@@ -1,4 +1,4 @@
-"""What is on the disk: whole, verified, rotated, locked."""
+"""What is on the disk: whole, verified, rotated."""
 
 import json
 import os
@@ -240,33 +240,6 @@ def test_the_estimate_is_about_what_a_checkpoint_takes(tmp_path, monkeypatch):
         folder = checkpoint.newest_valid(tmp_path / kind).folder
         real = sum(p.stat().st_size for p in folder.iterdir())
         assert abs(real - asked[-1]) < 5000  # headers, maps and state.json, which do not grow with the weights
-
-
-# -- the lock -------------------------------------------------------------------------------------------------------------
-
-
-def _enter(out: Path) -> None:
-    try:
-        toy.run(out)
-    except UserError as error:
-        (out / "message").write_text(str(error))
-        os._exit(1)
-
-
-def test_a_second_process_is_refused_with_the_first_ones_pid(tmp_path):
-    with checkpoint.lock(tmp_path), checkpoint.lock(tmp_path):  # one process may nest it
-        assert toy.in_child(_enter, tmp_path) == 1
-        assert (
-            tmp_path / "message"
-        ).read_text() == f"{tmp_path} is in use by process {os.getpid()}; wait for it, or choose another --out"
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "message"]
-    assert toy.in_child(_enter, tmp_path) == 0
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be the folder of a run: Not a directory"):
-        toy.run(tmp_path / "file" / "run")
 
 
 def test_the_files_are_what_the_format_says(tmp_path):

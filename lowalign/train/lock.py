@@ -1,0 +1,55 @@
+"""One process at a time works in a run's folder.
+
+OUT/.lock       locked by the process; the system frees it when the process ends, however it ends
+OUT/.lock.pid   the id of that process, for the message to others
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lowalign.errors import UserError
+
+_held_here: set[Path] = set()
+
+
+@contextlib.contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """Lock the folder of a run, and make it if it is missing. This process may nest it.
+
+    Raises UserError when another process holds it, or when it cannot be made or locked.
+    """
+    path = (out / ".lock").resolve()
+    if path in _held_here:
+        yield
+        return
+    # Not in the lock's own file: filelock may empty it, and on Windows nobody can read it while it is locked.
+    pid_file = path.with_name(".lock.pid")
+    file_lock = FileLock(path, fallback_to_soft=False)  # a file in place of a lock would outlive a kill
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{out} is in use by {_holder(pid_file)}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{out} cannot be the folder of a run: {error.strerror}") from error
+    try:
+        _held_here.add(path)
+        with contextlib.suppress(OSError):  # a full disk: the folder is locked all the same
+            pid_file.write_text(str(os.getpid()))
+        yield
+    finally:
+        _held_here.discard(path)
+        with contextlib.suppress(OSError):
+            pid_file.unlink()
+        file_lock.release()
+
+
+def _holder(pid_file: Path) -> str:
+    try:
+        return f"process {pid_file.read_text()}".rstrip()
+    except OSError:
+        return "another process"
