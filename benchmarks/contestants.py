@@ -36,7 +36,7 @@ from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.methods.reward_model import Reward
 from lowalign.methods.sft import SFT
-from lowalign.rewards.rewards import score_examples
+from lowalign.rewards.reward_run import score_examples
 from lowalign.train.engine import train
 
 

@@ -16,7 +16,7 @@ from lowalign.errors import UserError
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.model.policy import peft_config
-from lowalign.rewards.rewards import score_examples
+from lowalign.rewards.reward_run import score_examples
 from lowalign.train.engine import train
 
 PROMPTS, SAMPLES = 2, 4  # of a round; a step trains on one prompt with its samples

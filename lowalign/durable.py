@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, their hashes, and files of JSON lines.
+"""Atomic writing of files and folders, file hashes, and JSON lines.
 
-What is written goes aside, is flushed to the disk, and is then renamed. Between these steps stand write points. A test
-names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is passed) and the process kills itself there, as a
-power cut would.
+Content is written under a temporary name, flushed to the disk, and then renamed. Between these steps are write points. A
+test names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is reached), and the process kills itself there,
+like a power cut.
 """
 
 import contextlib
@@ -32,22 +32,22 @@ WRITE_POINTS = (
     "metrics-cut-written",
     "metrics-cut-replaced",
 )
-_passed: Counter[str] = Counter()
+_reached: Counter[str] = Counter()
 
 
 def write_point(name: str) -> None:
-    """One of WRITE_POINTS has been reached."""
+    """Mark that one of WRITE_POINTS is reached; kill the process when a test names it."""
     assert name in WRITE_POINTS, name
     kill_at, _, count = os.environ.get("LOWALIGN_KILL_AT", "").partition(":")
     if name == kill_at:
-        _passed[name] += 1
-        if _passed[name] == int(count or 1):
+        _reached[name] += 1
+        if _reached[name] == int(count or 1):
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows SIGTERM ends it as abruptly
 
 
 def sync(path: Path) -> None:
     """Flush a file's bytes, or a folder's names, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder; it flushes names by itself
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and flushes names by itself
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -57,10 +57,10 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], object], point: str | None = None) -> None:
-    """Write a file, or replace it: at any moment the old content or the new is there. Raises OSError.
+    """Write or replace a file: at any moment it has the old content or the new. Raises OSError.
 
-    content: bytes, text, or a function that writes the file it is given. point: the two write points passed are
-    POINT-written and POINT-replaced.
+    content: bytes, text, or a function that writes a file at a path. point: names the write points POINT-written and
+    POINT-replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".saving-{path.name}-{uuid4().hex[:8]}")  # two processes may write the same file
@@ -116,14 +116,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path, point: str) -> None:
-    """Make a folder vanish as a whole, then delete it. point: the write point between the two."""
+    """Rename a folder, then delete it, so that it is never there in part. point: the write point between the two."""
     aside = _move_aside(folder)
     write_point(point)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted in this folder."""
+    """Delete what a killed process left partly written or partly deleted in this folder."""
     for leftover in (*folder.glob(".saving-*"), *folder.glob(".old-*")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

@@ -1,1 +1,1 @@
-"""One file per verb of the command line: it wires a method to its data, or does what the verb says."""
+"""One file per verb of the command line. The verbs that train connect a method with its data."""

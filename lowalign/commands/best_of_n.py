@@ -1,23 +1,20 @@
-"""`lowalign best-of-n`: sample n completions of each prompt, score them, and write down the best.
+"""`lowalign best-of-n`: sample n completions of each prompt, score them, and write the best as training data.
 
-OUT/candidates.jsonl   one line a prompt: all its completions with their scores; what a stopped run goes on from
-OUT/best.jsonl         the best of each prompt, ready for `lowalign sft`
-OUT/pairs.jsonl        best against worst, ready for `lowalign dpo`
-OUT/rankings.jsonl     all of them by score, ready for `lowalign reward`
-OUT/report.json        mean reward at n = 1, 2, 4, …, and what was picked
+OUT/candidates.jsonl   one line a prompt: all its completions with their scores; a stopped run resumes from it
+OUT/best.jsonl         the best completion of each prompt, for `lowalign sft`
+OUT/pairs.jsonl        best against worst, for `lowalign dpo`
+OUT/rankings.jsonl     all completions ranked by score, for `lowalign reward`
+OUT/report.json        mean reward at n = 1, 2, 4, …, and the number of rows in each file
 
-With --train all of it is in OUT/round-1, …, and OUT/round-K/sft is the run that learnt from the best of round K. As in
-RAFT (arXiv 2304.06767, algorithm 1) each round samples from the policy that the last one trained and goes on training its
-weights; the first goes on from --adapter. Llama 2 (arXiv 2307.09288, 3.2.3) samples from its newest policy too.
+With --train these files are in OUT/round-1, OUT/round-2, …, and OUT/round-K/sft is the run trained on best.jsonl of round
+K. As in RAFT (arXiv 2304.06767, algorithm 1) each round samples from the policy that the round before trained, and
+continues training its weights; the first continues from --adapter. Llama 2 (arXiv 2307.09288, 3.2.3) samples from its
+newest policy too.
 """
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -27,7 +24,7 @@ from lowalign.config.commands import BestOfNConfig
 from lowalign.config.sections import DataConfig
 from lowalign.config.training import SFTConfig
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import Prompt, distinct_prompts
+from lowalign.data.prompts import PromptRow, distinct_prompts
 from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -37,35 +34,32 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy, peft_config
-from lowalign.rewards.rewards import Rewards, load_rewards, named
+from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.selection import choice_lines, report, write_datasets
+from lowalign.rewards.spec import files_and_runs
 from lowalign.train import checkpoint
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
+from lowalign.train.signals import Interrupted, stop_at_once
 
 BLOCK = 64  # prompts that are sampled, scored and written together
 
-
-@dataclass
-class Prompts:
-    """The prompts of a run as they are written, and as token ids."""
-
-    said: list[Prompt]
-    ids: list[list[int]]
+Prompts = Sequence[tuple[PromptRow, list[int]]]  # rows and their token ids
 
 
 def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
     """Run the command; `base` is one that is loaded already. Returns the exit code."""
     try:
-        with lock_folder(config.out), _leaving_at_once():
+        # Only the block in progress is lost, so a signal may arrive anywhere.
+        with lock_folder(config.out), stop_at_once():
             return _run(config, base)
-    except _Stopped as stopped:
+    except Interrupted as stopped:
         log(f"stopped by {stopped.signal.name}; go on with the same command and --resume")
         return 128 + stopped.signal
 
 
 def _run(config: BestOfNConfig, base: Base | None) -> int:
-    # What is wrong with prompts or with the names of rewards and adapters should not cost the loading of a 7B model.
+    # Errors in prompts, rewards and adapters are found before a 7B model is loaded.
     if not config.reward:
         raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
     if config.train and config.adapter:
@@ -74,8 +68,8 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     chat = Chat(tokenizer, adapter_template(config.adapter))
     prompts = _prompts(config, chat)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
-    files, runs = named(config.reward)
-    inputs = {"data": prompts.said} | input_hashes(files, [*config.adapter, *runs])
+    files, runs = files_and_runs(config.reward)
+    inputs = {"data": [row.prompt for row, _ in prompts]} | input_hashes(files, [*config.adapter, *runs])
     check_or_write_inputs(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
@@ -85,21 +79,21 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         if not (trained / "adapter" / "lowalign.json").exists():
             if config.train:
                 log(f"round {k + 1} of {config.rounds}")
-            # Another seed each round, or a prompt would meet the same luck again.
+            # Another seed each round: with the same one a prompt would get the same random numbers again.
             sampling = replace(config.sampling, seed=config.sampling.seed + k)
-            _sample(replace(config, adapter=adapters, sampling=sampling), base, chat, prompts, folder)
+            _sample_round(replace(config, adapter=adapters, sampling=sampling), base, chat, prompts, folder)
             if config.train and (code := sft(_sft_config(config, folder, adapters), base)):
                 return code
         adapters = (str(trained),)
     return 0
 
 
-def _sample(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, folder: Path) -> None:
-    """One round: what its folder holds besides the run that learns from it."""
+def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, folder: Path) -> None:
+    """Sample and score one round, and write all files of its folder but the sft run."""
     folder.mkdir(exist_ok=True)
-    journal, total = Journal(folder / "candidates.jsonl"), len(prompts.ids)
+    journal, total = Journal(folder / "candidates.jsonl"), len(prompts)
     done = len(journal.lines) if len(journal.lines) == total else len(journal.lines) // BLOCK * BLOCK
-    # A block is always computed as a whole: it then has the same bits however often a run was cut off.
+    # A block is always computed as a whole: it then has the same bits however often a run was interrupted.
     journal.keep(done)
     if done < total:
         host = Host(base)
@@ -112,21 +106,21 @@ def _sample(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, fol
                 bar.update(len(block))
         for name in tuple(host.configs):
             host.delete(name)
-    told = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
-    write_json(folder / "report.json", told)
-    log("\n".join([*choice_lines(told), f"all of it is in {folder}"]))
+    figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
+    write_json(folder / "report.json", figures)
+    log("\n".join([*choice_lines(figures), f"all of it is in {folder}"]))
 
 
 def _candidates(
     config: BestOfNConfig, host: Host, stack: Sequence[str], rewards: Rewards, prompts: Prompts, block: range
 ) -> list[dict[str, Any]]:
-    """The lines of candidates.jsonl for these prompts."""
-    said, ids = [prompts.said[i] for i in block], [prompts.ids[i] for i in block]
+    """The lines of candidates.jsonl for the prompts with the numbers in `block`, which are their sampling seeds too."""
+    texts, ids = [prompts[i][0].prompt for i in block], [prompts[i][1] for i in block]
     with host.use(*stack):
-        found = host.generate(ids, config.n, config.sampling, seeds=block)
+        completions = host.generate(ids, config.n, config.sampling, seeds=block)
     decode = host.base.tokenizer.decode
-    texts = [[decode(c.ids, skip_special_tokens=True) for c in group] for group in found]
-    scores = rewards(said, ids, texts, [[c.ids for c in group] for group in found])
+    decoded = [[decode(c.ids, skip_special_tokens=True) for c in group] for group in completions]
+    scores = rewards(texts, ids, decoded, [[c.ids for c in group] for group in completions])
     return [
         {
             "prompt": prompt,
@@ -135,33 +129,34 @@ def _candidates(
                 for c, text, s in zip(*group, strict=True)
             ],
         }
-        for prompt, *group in zip(said, found, texts, scores, strict=True)
+        for prompt, *group in zip(texts, completions, decoded, scores, strict=True)
     ]
 
 
 def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
-    """Each prompt once, in the order of the rows; those that are too long are left out."""
+    """Each prompt once, in the order of the rows, without those that are too long."""
     if not config.data:
         raise UserError("no prompts: give --data FILE…")
-    fitting, left_out = distinct_prompts(config.data, chat, config.limit, config.max_prompt, config.raw)
+    prompts, left_out = distinct_prompts(config.data, chat, config.limit, config.max_prompt, config.raw)
     if left_out:
-        total = len(fitting) + left_out
+        total = len(prompts) + left_out
         log(f"{left_out:,} of {total:,} prompts have more than {config.max_prompt:,} tokens and are left out")
-    if not fitting:
+    if not prompts:
         raise UserError(f"no prompt of {', '.join(config.data)} is left; see --max-prompt and --limit")
-    return Prompts([asked.prompt for asked, _ in fitting], [ids for _, ids in fitting])
+    return prompts
 
 
 def _check_kind(config: BestOfNConfig) -> None:
+    """Raises UserError when --sft.adapter is of another kind than --adapter, whose weights it continues."""
     adapter, _ = adapter_files.read(adapter_files.locate(config.adapter[0]))
-    wanted = peft_config(config.sft.adapter)
-    if type(adapter.config) is not type(wanted):
-        kinds = f"{adapter.config.peft_type.value}, not {wanted.peft_type.value}"
+    configured = peft_config(config.sft.adapter)
+    if type(adapter.config) is not type(configured):
+        kinds = f"{adapter.config.peft_type.value}, not {configured.peft_type.value}"
         raise UserError(f"--train goes on from --adapter {config.adapter[0]}, which is {kinds}; set --sft.adapter.kind to its kind")  # fmt: skip
 
 
 def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) -> SFTConfig:
-    """The run that learns from the best completions of a round, with the weights that they were sampled from."""
+    """The run that trains on the best completions of a round, from the weights that sampled them."""
     best = folder / "best.jsonl"
     if not best.stat().st_size:
         raise UserError(f"{best} is empty: no completion was finished; raise --sampling.max-new-tokens, or --unfinished keep")  # fmt: skip
@@ -184,29 +179,3 @@ def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) 
         allow_base_mismatch=config.allow_base_mismatch,
         resume=bool(checkpoint.steps(folder / "sft")),
     )
-
-
-class _Stopped(BaseException):
-    """A signal asked to leave."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = signal.Signals(number)
-
-
-@contextlib.contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """SIGINT and SIGTERM raise _Stopped wherever they arrive: a block that is not written yet is all that is lost."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise _Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to no other
-        yield
-        return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""`lowalign doctor`: versions, device, and what will and what won't work on this machine, each tried out."""
+"""`lowalign doctor`: versions, device, and a test of each feature that may not work on this machine."""
 
 import importlib.util
 import logging
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the answer. state: "ok", "no" (works without it) or "FAIL" (lowalign cannot be used)."""
+    """One line of the output. state: "ok", "no" (lowalign works without it) or "FAIL" (lowalign cannot be used)."""
 
     state: str
     what: str
@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 
 
 def doctor() -> int:
-    """Print the findings; 0, or 1 where one of them is FAIL."""
+    """Print the findings. Returns 0, or 1 when one of them is FAIL."""
     print(f"lowalign {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print("\n".join(f"      {name:16}  {version}" for name, version in versions().items()))
     findings = [_try("versions", _ranges), _try("memory", _memory), _try("disk", _disk)]
@@ -46,14 +46,14 @@ def doctor() -> int:
 
 
 def versions() -> dict[str, str]:
-    """The installed version of everything that results depend on."""
-    found = {}
+    """The installed version of each package that results depend on."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def _try(what: str, check: Callable[[], tuple[str, str]]) -> Finding:
@@ -65,11 +65,11 @@ def _try(what: str, check: Callable[[], tuple[str, str]]) -> Finding:
 
 
 def _ranges() -> tuple[str, str]:
-    """Whether each requirement of the installed lowalign is met."""
+    """Are the requirements of the installed lowalign met?"""
     try:
         required = [Requirement(line) for line in metadata.requires("lowalign") or ()]
     except metadata.PackageNotFoundError:
-        return "no", "lowalign runs from a folder and is not installed, so the ranges it needs are unknown"
+        return "no", "lowalign runs from a folder and is not installed, so the versions it requires are unknown"
     unmet = []
     for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -84,7 +84,7 @@ def _ranges() -> tuple[str, str]:
     return (
         ("FAIL", "pip install -U lowalign; " + "; ".join(unmet))
         if unmet
-        else ("ok", "all within the ranges that lowalign asks for")
+        else ("ok", "all within the ranges that lowalign requires")
     )
 
 
@@ -116,13 +116,13 @@ def _bfloat16() -> tuple[str, str]:
     import torch
 
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "no", "this card has none (it came with Ampere): use --base.dtype float16"
+        return "no", "this card has none (it came with the Ampere generation): use --base.dtype float16"
     x = torch.ones(8, 8, dtype=torch.bfloat16, device=_where())
     return ("ok", "works") if (x @ x == 8).all() else ("FAIL", "a matrix product of ones is wrong")
 
 
 def _nf4() -> tuple[str, str]:
-    """Quantize, multiply and differentiate one layer, against the same layer taken back to fp32."""
+    """Quantize one layer; compare its product and gradient with those of the same weights in fp32."""
     import torch
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notice about optional CPU kernels
@@ -134,22 +134,22 @@ def _nf4() -> tuple[str, str]:
     layer = Linear4bit(512, 256, bias=False, compute_dtype=torch.float32, quant_type="nf4", device="meta")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to(_where())
     packed, state = quantize_4bit(weight.to(_where()), compress_statistics=True, quant_type="nf4")
-    plain = dequantize_4bit(packed, state)
-    loss = ((plain.cpu() - weight).norm() / weight.norm()).item()
+    fp32 = dequantize_4bit(packed, state)
+    loss = ((fp32.cpu() - weight).norm() / weight.norm()).item()
     x = torch.randn(8, 512, device=_where(), requires_grad=True)
     y = layer.train()(x)
     y.sum().backward()
-    far = max(((y - x @ plain.T).norm() / y.norm()).item(), ((x.grad - plain.sum(0)).norm() / x.grad.norm()).item())
-    if far > 0.01 or not 0.05 < loss < 0.15:
-        return "FAIL", f"NF4 gives wrong products (off by {far:.1%}) or loses too much ({loss:.1%})"
-    return "ok", f"NF4 keeps a Gaussian weight to {loss:.1%}; product and gradient right to {far:.0e}"
+    error = max(((y - x @ fp32.T).norm() / y.norm()).item(), ((x.grad - fp32.sum(0)).norm() / x.grad.norm()).item())
+    if error > 0.01 or not 0.05 < loss < 0.15:
+        return "FAIL", f"NF4 gives wrong products (off by {error:.1%}) or loses too much ({loss:.1%})"
+    return "ok", f"NF4 keeps a Gaussian weight to {loss:.1%}; product and gradient right to {error:.0e}"
 
 
 def _paging() -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return "no", "needs CUDA; here the 8-bit optimizer state lies in ordinary memory"
+        return "no", "needs CUDA; here the 8-bit optimizer state is in ordinary memory"
     from bitsandbytes.optim import PagedAdamW8bit
 
     weight = torch.nn.Parameter(torch.zeros(1 << 17, device="cuda"))
@@ -157,9 +157,9 @@ def _paging() -> tuple[str, str]:
     optimizer = PagedAdamW8bit([weight], lr=0.01)
     optimizer.step()
     torch.cuda.synchronize()
-    moved = torch.allclose(weight, torch.full_like(weight, -0.01), rtol=0.1)  # Adam's first step is the learning rate
+    stepped = torch.allclose(weight, torch.full_like(weight, -0.01), rtol=0.1)  # Adam's first step is the learning rate
     paged = getattr(optimizer.state[weight]["state1"], "is_paged", False)
-    return ("ok", "its state lies in managed memory") if moved and paged else ("FAIL", f"{moved=}, {paged=}")
+    return ("ok", "its state is in managed memory") if stepped and paged else ("FAIL", f"{stepped=}, {paged=}")
 
 
 def _attention() -> tuple[str, str]:
@@ -167,14 +167,17 @@ def _attention() -> tuple[str, str]:
     import torch.nn.functional as F
 
     if not torch.cuda.is_available() or importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return "no", "the varlen kernel needs CUDA; here the segments are computed one after the other, same results"
+        return (
+            "no",
+            "the varlen kernel needs CUDA; here segments are computed one after the other, with the same results",
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = torch.randn(3, 64, 4, 64, device="cuda", dtype=torch.bfloat16)
     bounds = torch.tensor([0, 64], device="cuda", dtype=torch.int32)
     out = varlen_attn(q, k, v, bounds, bounds, 64, 64, window_size=(-1, 0))
-    wanted = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), is_causal=True).transpose(0, 1)
-    close = torch.allclose(out, wanted, atol=2e-2, rtol=2e-2)
+    expected = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), is_causal=True).transpose(0, 1)
+    close = torch.allclose(out, expected, atol=2e-2, rtol=2e-2)
     return ("ok", "the varlen kernel works") if close else ("FAIL", "the varlen kernel differs from plain attention")
 
 

@@ -1,4 +1,4 @@
-"""`lowalign dpo`: DPO and its kin, KTO among them."""
+"""`lowalign dpo`: DPO, its variants and KTO."""
 
 from functools import partial
 from typing import Any

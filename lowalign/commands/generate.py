@@ -1,4 +1,4 @@
-"""`lowalign generate`: prompts in, completions out, one JSON object a completion."""
+"""`lowalign generate`: sample completions of prompts; one line of JSON for each."""
 
 import sys
 from contextlib import nullcontext
@@ -17,23 +17,24 @@ AT_A_TIME = 256  # prompts whose completions are written together
 
 def generate(config: GenerateConfig) -> int:
     """Run the command. Returns the exit code."""
-    asked = (
-        [PromptRow(config.prompt, "--prompt")] if config.prompts is None else list(read_prompts([str(config.prompts)]))
-    )
+    if config.prompts is None:
+        rows = [PromptRow(config.prompt, "--prompt")]
+    else:
+        rows = list(read_prompts([str(config.prompts)]))
     base = Base.load(config.model, **vars(config.base))
     host = Host(base)
     stack = load_policy(host, config.adapter, config.allow_base_mismatch)
     chat = Chat(base.tokenizer, adapter_template(config.adapter))
     base.end_at(chat.end_of_turn)
-    ids = [prompt_ids(chat, each, config.raw) for each in asked]
+    ids = [prompt_ids(chat, row, config.raw) for row in rows]
     with host.use(*stack), config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
-        for start in range(0, len(asked), AT_A_TIME):
-            part = range(start, min(start + AT_A_TIME, len(asked)))
-            found = host.generate([ids[i] for i in part], config.n, config.sampling, seeds=part)
-            for i, completions in zip(part, found, strict=True):
-                for c in completions:
+        for start in range(0, len(rows), AT_A_TIME):
+            part = range(start, min(start + AT_A_TIME, len(rows)))
+            completions = host.generate([ids[i] for i in part], config.n, config.sampling, seeds=part)
+            for i, group in zip(part, completions, strict=True):
+                for c in group:
                     text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
-                    line = {"prompt": asked[i].prompt, "completion": text, "stopped": c.stopped}
+                    line = {"prompt": rows[i].prompt, "completion": text, "stopped": c.stopped}
                     out.write(json_line(line))
             out.flush()
     return 0

@@ -1,6 +1,6 @@
-"""`lowalign ppo`: the four roles on one base, the prompts, the rewards, and what a round tells.
+"""`lowalign ppo`: PPO with policy, reference, value function and rewards on one base.
 
-OUT/samples.jsonl   some completions of each round with their rewards; the rest as in lowalign.train.run
+OUT/samples.jsonl   some completions of each round with their rewards; the other files as in lowalign.train.run
 """
 
 import math
@@ -24,7 +24,9 @@ from lowalign.model.adapters import files as adapter_files
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import add_fresh, load_stack, peft_config
-from lowalign.rewards.rewards import Rewards, RunReward, as_function, load_rewards, named, split_spec
+from lowalign.rewards.reward_run import RunReward
+from lowalign.rewards.rewards import Rewards, load_rewards
+from lowalign.rewards.spec import files_and_runs, parse_spec
 from lowalign.train.run import check_and_log_start, named_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
@@ -35,103 +37,106 @@ Stack = tuple[str, ...]
 
 def ppo(config: PPOConfig, base: Base | None = None) -> int:
     """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
-    trip = PPOSetup(config)
-    _, rewards = named(config.reward)  # a function may be mended on the way
-    adapters = (*named_run(config.reference), *rewards)
+    setup = PPOSetup(config)
+    _, runs = files_and_runs(config.reward)  # the files may change: functions can be corrected before --resume
+    adapters = (*named_run(config.reference), *runs)
     return run(
-        config, "ppo", trip.read, trip.start, base, data=config.ppo.ptx_data, adapters=adapters, steps=trip.steps
+        config, "ppo", setup.read, setup.start, base, data=config.ppo.ptx_data, adapters=adapters, steps=setup.steps
     )
 
 
 class PPOSetup:
-    """One run: what is read before the base is loaded is kept for what begins after."""
+    """The steps of one run; `read` keeps the chat and the ptx Examples for `start`."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.ptx: list[Example] = []
 
     def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[tuple[PromptRow, list[int]]], list]:
-        """The prompts with their ids; nothing is held out."""
+        """The prompts with their ids, and no held-out rows."""
         data, c = self.config.data, self.config
         self.chat = chat
         if not data.files:
             raise UserError("no prompts: give --data FILE…")
         if data.eval or data.eval_rows:
-            raise UserError("ppo holds no rows out: its rewards are measured on what it samples; leave --data.eval and --data.eval-rows")  # fmt: skip
+            raise UserError("ppo holds no rows out, its rewards are measured on its samples: remove --data.eval and --data.eval-rows")  # fmt: skip
         if not c.reward:
             raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
-        fitting, left_out = distinct_prompts(data.files, chat, data.limit, data.max_length)
-        log(f"{len(fitting) + left_out:,} prompts, {left_out:,} of them longer than {data.max_length:,} tokens and left out")  # fmt: skip
-        if not fitting:
+        prompts, left_out = distinct_prompts(data.files, chat, data.limit, data.max_length)
+        log(f"{len(prompts) + left_out:,} prompts, {left_out:,} of them longer than {data.max_length:,} tokens and left out")  # fmt: skip
+        if not prompts:
             raise UserError(f"no prompt of {', '.join(data.files)} is left; see --data.max-length and --data.limit")
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data, tokenizer=tokenizer).examples
-        return fitting, []
+        return prompts, []
 
-    def start(self, host: Host, prompts: list, _: list, policy: Stack, reference: Stack) -> PPO:
-        """The method, with its roles on the host."""
+    def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:
+        """The method, with its roles on the host. rows: the prompts with their ids. initial: what the policy starts from."""
         c, base = self.config, host.base
         base.end_at(self.chat.end_of_turn)
-        check_and_log_start(host, policy, reference, [Example(ids, [ids[-8:]]) for _, ids in prompts[:4]], c)
-        started = reference
-        reference = reference_stack(host, c.reference, reference, c.allow_base_mismatch)
+        check_and_log_start(host, policy, initial, [Example(ids, [ids[-8:]]) for _, ids in rows[:4]], c)
+        reference = reference_stack(host, c.reference, initial, c.allow_base_mismatch)
         rewards = load_rewards(c.reward, host, self.chat, c.allow_base_mismatch)
-        value = add_value(host, c, policy, started) if c.ppo.advantage == "gae" else None
-        asked = [a.prompt for a, _ in prompts]
-        ids = [i for _, i in prompts]
+        value = add_value(host, c, policy, initial) if c.ppo.advantage == "gae" else None
+        prompts, prompt_ids = [row.prompt for row, _ in rows], [ids for _, ids in rows]
         decode = partial(base.tokenizer.decode, skip_special_tokens=True)
 
         def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
             texts = [[decode(c) for c in group] for group in completions]
-            found = rewards([asked[i] for i in numbers], [ids[i] for i in numbers], texts, completions)
-            return [[s.total for s in group] for group in found]
+            scores = rewards([prompts[i] for i in numbers], [prompt_ids[i] for i in numbers], texts, completions)
+            return [[s.total for s in group] for group in scores]
 
-        def tell(number: int, numbers: list[int], rollouts: list[Rollout]) -> None:
+        def on_round(number: int, numbers: list[int], rollouts: list[Rollout]) -> None:
             lines = [
-                {"round": number, "prompt": asked[i], "completion": decode(r.completions[0]), "reward": r.rewards[0]}
+                {"round": number, "prompt": prompts[i], "completion": decode(r.completions[0]), "reward": r.rewards[0]}
                 for i, r in list(zip(numbers, rollouts, strict=True))[: c.rollout.show]
             ]
             journal = Journal(c.out / "samples.jsonl")
-            journal.keep(sum(line["round"] < number for line in journal.lines))  # a resumed run comes here again
+            journal.keep(sum(line["round"] < number for line in journal.lines))  # a resumed run repeats rounds
             journal.add(lines)
 
-        _say_roles(host, policy, reference, value, rewards)
-        return PPO(host, Roles(policy, reference, value), ids, score, c, self.ptx, tell)
+        _log_roles(host, policy, reference, value, rewards)
+        return PPO(host, Roles(policy, reference, value), prompt_ids, score, c, self.ptx, on_round)
 
     def steps(self, prompts: int) -> int:
-        """--train.epochs passes over the prompts, in whole rounds."""
+        """Optimizer steps of --train.epochs passes over the prompts, in whole rounds."""
         r = self.config.rollout
         rounds = math.ceil(self.config.train.epochs * prompts / r.prompts)
         return rounds * self.config.ppo.epochs * (r.prompts // self.config.train.batch_size)
 
 
-def add_value(host: Host, config: PPOConfig, policy: Stack, started: Stack) -> Stack:
-    """The value function's stack: the policy with a head, a copy of the one reward run where its adapter is of the same
-    kind (arXiv 2009.01325, appendix), or a fresh adapter with a zero head on what the policy started from."""
+def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> Stack:
+    """Add the value function to the host -> its stack.
+
+    It is the policy with a head (--value.share); or a copy of the reward run, when there is one reward and its adapter is
+    of the same kind (arXiv 2009.01325, appendix); or a fresh adapter with a zero head on `initial`, what the policy
+    starts from.
+    """
     if config.value.share:
         host.add_head(policy[-1], zero=True)
         return policy
-    wanted = peft_config(config.value.adapter)
-    (weight, source), *others = map(split_spec, config.reward)
-    if not others and as_function(source) is None:
-        adapter, meta = adapter_files.read(adapter_files.locate(source))
-        if type(adapter.config) is type(wanted):
-            stack = load_stack(host, VALUE, source, config.allow_base_mismatch)
-            if config.rollout.normalise == "running":  # it is to predict rewards over their spread
+    configured = peft_config(config.value.adapter)
+    spec, *others = map(parse_spec, config.reward)
+    if not others and spec.function() is None:
+        adapter, meta = adapter_files.read(adapter_files.locate(spec.name))
+        if type(adapter.config) is type(configured):
+            stack = load_stack(host, VALUE, spec.name, config.allow_base_mismatch)
+            weight = spec.weight
+            if config.rollout.normalise == "running":  # the rewards are divided by their spread
                 weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
             host.head(VALUE).data.mul_(weight)
             return stack
-    soft = not isinstance(wanted, LoraConfig)
-    under = tuple(name for name in started if not soft or isinstance(host.configs[name], LoraConfig))  # one at a time
+    soft = not isinstance(configured, LoraConfig)
+    under = tuple(name for name in initial if not soft or isinstance(host.configs[name], LoraConfig))  # one at a time
     add_fresh(host, VALUE, config.value.adapter, under)
     host.add_head(VALUE, zero=True)
     return (*under, VALUE)
 
 
-def _say_roles(host: Host, policy: Stack, reference: Stack, value: Stack | None, rewards: Rewards) -> None:
-    """Who acts where, in a line each."""
+def _log_roles(host: Host, policy: Stack, reference: Stack, value: Stack | None, rewards: Rewards) -> None:
+    """Log which adapters each role has."""
     kind = lambda stack: " + ".join(host.configs[name].peft_type.value for name in stack) or "the bare base"  # noqa: E731
     log(f"policy: {kind(policy)}; reference: {kind(reference)}; value: {kind(value) if value else 'none'}")
-    for source, (weight, reward) in rewards.parts.items():
+    for name, (weight, reward) in rewards.parts.items():
         what = kind(reward.stack) if isinstance(reward, RunReward) else "a function"
-        log(f"reward: {weight:g} * {source} ({what})")
+        log(f"reward: {weight:g} * {name} ({what})")

@@ -1,4 +1,4 @@
-"""`lowalign reward`: a reward model, and how good its scores are on held-out rankings."""
+"""`lowalign reward`: train a reward model, and measure its scores on held-out rankings."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,10 +14,10 @@ from lowalign.log import log
 from lowalign.methods.reward_model import Reward, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.rewards.rewards import score_examples
+from lowalign.rewards.reward_run import score_examples
 from lowalign.train.run import Stack, read_rows, run
 
-QUALITY_ROWS = 1024  # rankings that a finished reward model is judged on
+EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
 
 
 def reward(config: RewardConfig, base: Base | None = None) -> int:
@@ -36,13 +36,13 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         ties = config.data.ties == "keep"
         return Reward(host, rows, stack, config.reward, config.train.batch_size, config.train.seed, ties)
 
-    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_reward_quality)
+    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_evaluate)
 
 
-def _reward_quality(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
-    """What the scores are worth, on held-out rankings where there are some."""
-    examples = examples[:QUALITY_ROWS]
+def _evaluate(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
+    """The entry `reward` of the adapter's lowalign.json: metrics of the scores, on held-out rankings where there are some."""
+    examples = examples[:EVALUATED_ROWS]
     scores = score_examples(host, policy, examples, config.train.token_budget)
-    found = reward_metrics([torch.tensor(values) for values in scores], examples)
-    log("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    return {"reward": found}
+    metrics = reward_metrics([torch.tensor(values) for values in scores], examples)
+    log("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return {"reward": metrics}

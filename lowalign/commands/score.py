@@ -1,4 +1,4 @@
-"""`lowalign score`: rows of sft or of preferences in, a line of JSON for each completion out, with its score."""
+"""`lowalign score`: the scores that a reward run gives to completions; one line of JSON for each."""
 
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.rewards.rewards import load_reward_run, score_examples
+from lowalign.rewards.reward_run import load_reward_run, score_examples
 
 AT_A_TIME = 256  # Examples whose lines are written together
 
@@ -38,20 +38,20 @@ def score(config: ScoreConfig) -> int:
     with config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
         for start in range(0, len(examples), AT_A_TIME):
             part = examples[start : start + AT_A_TIME]
-            found = score_examples(host, stack, part, config.token_budget)
-            for example, values in zip(part, found, strict=True):
+            part_scores = score_examples(host, stack, part, config.token_budget)
+            for example, values in zip(part, part_scores, strict=True):
                 for i, value in enumerate(values):
                     text = tokenizer.decode(example.completions[i], skip_special_tokens=True)
-                    line = {"source": example.source, "completion": text, "score": value, **_known(example, i)}
+                    line = {"source": example.source, "completion": text, "score": value, **_annotation(example, i)}
                     out.write(json_line(line))
             out.flush()
-            scores += found
+            scores += part_scores
     log("\n".join(_summary(scores, examples)))
     return 0
 
 
 def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
-    """The Examples of a file of preferences, where its rows are such, or of sft."""
+    """The Examples of a file of preferences or of sft."""
     rows = (row.data for row in read_rows(file, config.limit) if isinstance(row, Row))
     options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
     if PREFERENCE_ROWS.common(rows) is not None:
@@ -60,16 +60,20 @@ def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
     return load_examples([file], chat, DataConfig(**options), tokenizer=chat.tokenizer).examples
 
 
-def _known(example: Example, i: int) -> dict:
-    """What the row says of its completion i."""
+def _annotation(example: Example, i: int) -> dict:
+    """The rank or label that the row gives to its completion i."""
     if example.rank is not None:
         return {"rank": example.rank[i]}
     return {} if example.label is None else {"label": example.label}
 
 
 def _summary(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> list[str]:
-    found = reward_metrics([torch.tensor(values) for values in scores], examples)
-    lines = [f"{found['completions']:,} completions, score {found['mean']:.4f} on average, spread {found['std']:.4f}"]
-    if "pairs" in found:
-        lines.append(f"{found['accuracy']:.1%} of {found['pairs']:,} pairs the right way round")
+    metrics = reward_metrics([torch.tensor(values) for values in scores], examples)
+    lines = [
+        f"{metrics['completions']:,} completions, score {metrics['mean']:.4f} on average, spread {metrics['std']:.4f}"
+    ]
+    if "pairs" in metrics:
+        lines.append(
+            f"{metrics['accuracy']:.1%} of {metrics['pairs']:,} pairs have the higher score on the better completion"
+        )
     return lines

@@ -13,7 +13,7 @@ from lowalign.demo import world
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_stack
-from lowalign.rewards.rewards import load_reward_run, score_examples
+from lowalign.rewards.reward_run import load_reward_run, score_examples
 from lowalign.rewards.selection import best
 
 ASKED = 128  # held-out instructions a policy is measured on

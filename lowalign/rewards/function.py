@@ -1,4 +1,4 @@
-"""A Python function of the user's as a reward: loading it, calling it, and what it does wrong in words."""
+"""A Python function as a reward: load it, call it, and report its errors by file and line."""
 
 import copy
 import difflib
@@ -16,7 +16,10 @@ from lowalign.errors import UserError
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A Python function, the file it stands in and its name there."""
+    """A function of prompts and completions, two lists of one length, that returns a number for each completion.
+
+    file, name: where it is defined. A prompt is text or messages; a completion is text.
+    """
 
     file: Path
     name: str
@@ -25,13 +28,14 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[Prompt], _: object, completions: Sequence[Sequence[str]], __: object
     ) -> list[list[float]]:
-        """The function's numbers. Raises UserError when it fails or returns anything but a finite number for each."""
+        """Its numbers by prompt and completion. Raises UserError when it fails, or does not return a finite number for
+        each completion."""
         texts = [text for group in completions for text in group]
-        asked = [copy.deepcopy(p) for p, group in zip(prompts, completions, strict=True) for _ in group]
+        prompt_of_each = [copy.deepcopy(p) for p, group in zip(prompts, completions, strict=True) for _ in group]
         name = f"{self.file}:{self.name}"
         try:
-            values = list(self.function(asked, list(texts)))
-        except Exception as error:  # somebody else's program: it can fail in any way
+            values = list(self.function(prompt_of_each, list(texts)))
+        except Exception as error:  # the user's code can fail in any way
             raise UserError(f"{_place(error, self.file)}: {type(error).__name__}: {error}") from error
         if len(values) != len(texts):
             raise UserError(f"{name} returned {len(values):,} numbers for {len(texts):,} completions")
@@ -40,14 +44,14 @@ class FunctionReward:
 
 
 def load_function(file: Path, name: str) -> FunctionReward:
-    """The function of that name in a Python file, which is run. Raises UserError when it fails or has no such function."""
+    """Run a Python file and take the function of that name. Raises UserError when the file fails or has no such function."""
     module = _imported(file)
     function = getattr(module, name, None)
     if function is None:
-        near = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], 1)
-        raise UserError(f"{file}: there is no function {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        similar = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], 1)
+        raise UserError(f"{file}: there is no function {name}" + (f"; did you mean {similar[0]}?" if similar else ""))
     if not callable(function):
-        raise UserError(f"{file}: {name} is no function, it is of type {type(function).__name__}")
+        raise UserError(f"{file}: {name} is not a function, it is of type {type(function).__name__}")
     return FunctionReward(file, name, function)
 
 
@@ -56,7 +60,7 @@ def _imported(file: Path) -> ModuleType:
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses and typing look their module up there
     try:
-        # Not importlib, which leaves a __pycache__ beside the file, and may take one that is not of this text.
+        # Not importlib: it would leave a __pycache__ beside the file, and could load an outdated one.
         exec(compile(file.read_bytes(), file, "exec"), vars(module))
     except Exception as error:
         raise UserError(f"{_place(error, file)}: {type(error).__name__}: {error}") from error
@@ -64,7 +68,7 @@ def _imported(file: Path) -> ModuleType:
 
 
 def _place(error: Exception, file: Path) -> str:
-    """FILE:LINE of what failed: the innermost line that stands in the user's file."""
+    """FILE:LINE of an error: the innermost line in the user's file."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f"{file}:{error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
@@ -78,5 +82,5 @@ def _number(value: object, name: str, text: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         shown = text if len(text) <= 60 else text[:60] + " …"
-        raise UserError(f"{name} returned {value!r}, which is no finite number, for the completion {shown!r}")
+        raise UserError(f"{name} returned {value!r}, which is not a finite number, for the completion {shown!r}")
     return number

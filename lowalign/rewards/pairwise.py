@@ -1,99 +1,185 @@
-"""The verdict of a judging model without sampling: one forward for each order of the two answers.
+"""Which of two answers is better, by a model that is asked or by rewards.
 
-Asked which of A and B is better, the model gives each letter a probability; the log-odds log p(A) − log p(B) are its
-verdict for the first place. A judge that favours a place (arXiv 2306.05685, section 3.3) changes it with the order, so
-only what both orders say counts.
+A model is asked which of A and B is better; the log-odds log p(A) − log p(B) of the two letters are its verdict for the
+first place, from one forward without sampling. A judge may favour a place (arXiv 2306.05685, section 3.3), so it is asked
+in both orders, and only a verdict that does not change with the order counts.
 """
 
 import math
-import traceback
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from jinja2 import StrictUndefined, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
+from lowalign.data.rows.answers import Answers, as_text
+from lowalign.data.rows.turns import RowError
 from lowalign.errors import UserError
 from lowalign.model.host import Host
+from lowalign.rewards.judge_prompt import JudgePrompt, letter_question
+from lowalign.rewards.rewards import Rewards
+
+EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
+
+Line = dict[str, Any]  # of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers
 
 
-class JudgePrompt:
-    """The template that asks for a verdict: Jinja, rendered with the texts `prompt`, `a` and `b`."""
+class Pair(NamedTuple):
+    """Answers i and j of a row, i < j."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises UserError, with file:line, for what cannot be rendered, and when it leaves an answer out."""
-        self.file = file
+    row: Answers
+    i: int
+    j: int
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The two answers as text."""
+        return as_text(self.row.completions[self.i]), as_text(self.row.completions[self.j])
+
+    def unfit(self) -> str:
+        """The reason why the two answers cannot be compared; "" when they can."""
+        a, b = self.texts
+        if not (a.strip() and b.strip()):
+            return EMPTY
+        return "both answers are the same" if a == b else ""
+
+    def line(self, verdict: str, **more: Any) -> Line:
+        """The pair's line of verdicts.jsonl."""
+        return {"source": self.row.source, "a": self.i, "b": self.j, "verdict": verdict, **more}
+
+
+@dataclass(frozen=True)
+class ModelJudge:
+    """Compares answers by asking the model in both orders. stack: the judge's adapters."""
+
+    host: Host
+    chat: Chat
+    stack: tuple[str, ...]
+    prompt: JudgePrompt
+    config: JudgeConfig
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Line]:
+        """The line of each pair."""
+        questions = [pair.unfit() or self._questions(pair) for pair in pairs]
+        askable = [question for both in questions if not isinstance(both, str) for question in both]
+        with self.host.use(*self.stack):
+            odds = iter(log_odds(self.host, askable, self.config.token_budget))
+        lines = []
+        for pair, both in zip(pairs, questions, strict=True):
+            if isinstance(both, str):
+                lines.append(pair.line("skipped", why=both))
+            else:
+                first, swapped = next(odds), next(odds)
+                lines.append(pair.line(verdict(first, swapped, self.config.margin), first=first, swapped=swapped))
+        return lines
+
+    def _questions(self, pair: Pair) -> list[Example] | str:
+        """The question in both orders, or the reason why it cannot be asked."""
+        prompt, (a, b) = as_text(pair.row.prompt), pair.texts
         try:
-            self.text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the judge's template {file} cannot be read ({error})") from error
-        try:
-            self._template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text)
-        except TemplateSyntaxError as error:
-            raise UserError(f"{file}:{error.lineno}: {error.message}") from error
-        shown = self.render("probe_prompt", "probe_first", "probe_second")
-        for name, probe in (("a", "probe_first"), ("b", "probe_second")):
-            if probe not in shown:
-                raise UserError(
-                    f"{file}: the judge never sees answer {name}; write {{{{ {name} }}}} where it is to stand"
-                )
-
-    def render(self, prompt: str, a: str, b: str) -> str:
-        """The question, with answer a in the first place."""
-        try:
-            return self._template.render(prompt=prompt, a=a, b=b)
-        except Exception as error:  # a template is somebody's program: it can fail in any way
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
-            where = f"{self.file}:{lines[-1]}" if lines else self.file
-            raise UserError(
-                f"{where}: {error or type(error).__name__} (a judge's template is given prompt, a and b)"
-            ) from error
+            questions = [letter_question(self.chat, self.prompt.render(prompt, *order)) for order in ((a, b), (b, a))]
+        except RowError as error:
+            return str(error)
+        if max(question.length for question in questions) > self.config.max_length:
+            return TOO_LONG
+        return [replace(question, source=pair.row.source) for question in questions]
 
 
-def choice(chat: Chat, question: str) -> Example:
-    """An Example whose two completions are the answers A and B, less what both begin or end with.
+@dataclass(frozen=True)
+class RewardJudge:
+    """Compares answers by their rewards; each answer is scored once. chat: None when no reward needs token ids."""
 
-    They are taken from what the chat template makes of them, so that a space or a marker it puts before an answer stands
-    where the model expects it. Raises RowError and Unrenderable like `Chat.example`.
-    """
-    asked = {"role": "user", "content": question}
-    said = [chat.example([asked, {"role": "assistant", "content": letter}])[-1] for letter in "AB"]
-    a, b = (example.completions[0] for example in said)
-    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if shared is None:
-        raise UserError("the tokenizer writes A and B alike, so the answers cannot be told apart")
-    prompt, a, b = [*said[0].prompt, *a[:shared]], a[shared:], b[shared:]
-    while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    return Example(prompt, [a, b])
+    rewards: Rewards
+    chat: Chat | None
+    config: JudgeConfig
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Line]:
+        """The line of each pair."""
+        rows = {id(pair.row): self._encode(pair.row) for pair in pairs}
+        scores = self._scores([row for row in rows.values() if row.ids])
+        lines = []
+        for pair in pairs:
+            skipped = rows[id(pair.row)].skipped
+            if why := pair.unfit() or skipped.get(pair.i) or skipped.get(pair.j):
+                lines.append(pair.line("skipped", why=why))
+            else:
+                a, b = (scores[id(pair.row), k] for k in (pair.i, pair.j))
+                lines.append(pair.line(winner(a - b, self.config.margin), scores=[a, b]))
+        return lines
+
+    def _scores(self, rows: Sequence["_EncodedRow"]) -> dict[tuple[int, int], float]:
+        """The reward of each answer with ids, by (id of the row, index of the answer)."""
+        by_row = self.rewards(
+            [row.answers.prompt for row in rows],
+            [row.prompt for row in rows],
+            [[as_text(row.answers.completions[k]) for k in row.ids] for row in rows],
+            [list(row.ids.values()) for row in rows],
+        )
+        return {
+            (id(row.answers), k): score.total
+            for row, scores in zip(rows, by_row, strict=True)
+            for k, score in zip(row.ids, scores, strict=True)
+        }
+
+    def _encode(self, row: Answers) -> "_EncodedRow":
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        messages = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in messages]
+        prompt, ids, skipped = [], {}, {}
+        for k, completion in enumerate(row.completions):
+            text = as_text(completion)
+            if not text.strip():
+                skipped[k] = EMPTY
+            elif self.chat is None:
+                ids[k] = []
+            else:
+                try:
+                    example = self.chat.example([*messages, {"role": "assistant", "content": text}])[-1]
+                except RowError as error:
+                    skipped[k] = str(error)
+                    continue
+                prompt = example.prompt
+                if example.length > self.config.max_length:
+                    skipped[k] = TOO_LONG
+                else:
+                    ids[k] = example.completions[0]
+        return _EncodedRow(row, prompt, ids, skipped)
+
+
+class _EncodedRow(NamedTuple):
+    """prompt: its ids. ids: of each answer through the end of its turn. skipped: why an answer cannot be scored. Both by
+    index of the answer."""
+
+    answers: Answers
+    prompt: list[int]
+    ids: dict[int, list[int]]
+    skipped: dict[int, str]
 
 
 @torch.no_grad()
 def log_odds(host: Host, questions: Sequence[Example], token_budget: int) -> list[float]:
     """log p(A) − log p(B) of each question, in nats, under the active adapters."""
-    found = {}
+    odds = {}
 
     def compute(batch: list[Example]) -> None:
         for question, (a, b) in zip(batch, host.logprobs(batch), strict=True):
-            found[id(question)] = value = (a.sum() - b.sum()).item()
+            odds[id(question)] = value = (a.sum() - b.sum()).item()
             if not math.isfinite(value):
                 raise UserError(f"the judge's verdict on {question.source} is {value}; try --base.dtype float32")
 
     in_micro_batches(questions, token_budget, compute)
-    return [found[id(question)] for question in questions]
+    return [odds[id(question)] for question in questions]
 
 
 def verdict(first: float, swapped: float, margin: float = 0.0) -> str:
-    """What two verdicts come to: "a" or "b", "changed" (with the order), or "tie".
+    """The verdict of both orders: "a", "b", "changed" (with the order) or "tie".
 
-    first, swapped: log-odds of the answer in the first place, which is a, then b. margin: a lead (the mean of both, for a)
-    that is smaller is a tie.
+    first, swapped: log-odds of the answer in the first place, which is a in the first order and b in the second.
+    margin: a lead (the mean over both orders, for a) smaller than this is a tie.
     """
     if first == 0 or swapped == 0:
         return "tie"
@@ -103,15 +189,15 @@ def verdict(first: float, swapped: float, margin: float = 0.0) -> str:
 
 
 def winner(lead: float, margin: float) -> str:
-    """ "a" where it leads, "b" where it trails, "tie" where neither does by the margin."""
+    """ "a" for a positive lead, "b" for a negative one, "tie" for none or one below the margin."""
     if lead == 0 or abs(lead) < margin:
         return "tie"
     return "a" if lead > 0 else "b"
 
 
-def summary(lines: Sequence[dict]) -> dict[str, Any]:
-    """The counts of verdicts. first_place: share of the questions in which the answer in the first place won; a half
-    where the place says nothing, null where nothing was asked in two orders."""
+def summary(lines: Sequence[Line]) -> dict[str, Any]:
+    """The counts of verdicts. first_place: share of the questions won by the answer in the first place; 0.5 without a bias
+    for a place, None when no question was asked."""
     counts = Counter(line["verdict"] for line in lines)
     odds = [line[order] for line in lines for order in ("first", "swapped") if order in line]
     return {
@@ -125,12 +211,12 @@ def summary(lines: Sequence[dict]) -> dict[str, Any]:
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
-    """The summary in lines of text."""
+    """The summary as text."""
     judged = report["agreed"] + report["changed"] + report["ties"]
-    said = [
+    lines = [
         f"{judged:,} of {report['pairs']:,} pairs judged: {report['agreed']:,} with a winner, {report['ties']:,} ties"
     ]
     if report["first_place"] is not None:
-        said[0] += f", {report['changed']:,} of which the verdict changed with the order"
-        said.append(f"the first place won {report['first_place']:.1%} of the questions (50% without a bias)")
-    return said + [f"{count:,} pairs skipped: {why}" for why, count in report["skipped"].items()]
+        lines[0] += f", {report['changed']:,} with a verdict that changed with the order"
+        lines.append(f"the first place won {report['first_place']:.1%} of the questions (50% without a bias)")
+    return lines + [f"{count:,} pairs skipped: {why}" for why, count in report["skipped"].items()]

@@ -1,9 +1,8 @@
-"""A run's folder: what it was started with, what is done already, and what it leaves.
+"""A run's folder: recipe, input hashes, journal, saved adapter.
 
 OUT/recipe.yaml   the whole configuration
-OUT/inputs.json   a fingerprint of the files and adapters that the configuration names, so that it is known when one was
-                  changed
-OUT/adapter       where an adapter is trained: the adapter
+OUT/inputs.json   hashes of the files and adapters that the configuration names, to detect changes on --resume
+OUT/adapter       the trained adapter, of the commands that train one
 """
 
 import hashlib
@@ -27,9 +26,9 @@ from lowalign.train.engine import Result
 
 
 class Journal:
-    """A file of JSON lines that is added to a block at a time; a block is on the disk before the next one is has_results.
+    """A file of JSON lines that grows by blocks; `add` returns when its block is on the disk.
 
-    lines: those that are there whole. What a kill or a power cut left behind them is cut off by `keep`.
+    lines: the complete lines of the file. `keep` removes an incomplete line that a kill or a power cut left after them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,13 +46,13 @@ class Journal:
             self._sizes.append(len(raw))
 
     def keep(self, count: int) -> None:
-        """Cut off all but the first `count` lines."""
+        """Truncate the file to its first `count` lines."""
         del self.lines[count:], self._sizes[count:]
         if self.path.exists():
             os.truncate(self.path, sum(self._sizes))
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write a block. Raises UserError when the disk does not take it; the blocks before it are intact."""
+        """Append a block. Raises UserError when it cannot be written; earlier blocks are then intact."""
         raw = [json_line(line).encode() for line in lines]
         try:
             new = not self.path.exists()
@@ -72,11 +71,11 @@ class Journal:
 
 
 def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, object]) -> None:
-    """Write OUT/recipe.yaml and OUT/inputs.json, or compare with those a resumed run was started with.
+    """Write OUT/recipe.yaml and OUT/inputs.json; for a resumed run, compare with those it was started with first.
 
-    config: has `out` and `resume`. has_results: whether OUT holds results. inputs: what is read from files, by their names
-    or that of the option. Raises UserError when there are results and --resume is not given, or they were made from
-    something else.
+    config: a config with `out` and `resume`. has_results: whether OUT holds results. inputs: hashes or content, as JSON
+    values, by name of file, adapter or option. Raises UserError when there are results and --resume is not given, or
+    when recipe or inputs differ.
     """
     recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
@@ -90,20 +89,21 @@ def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, o
             listed = "\n  ".join(changed)
             raise UserError(
                 f"--resume goes on with the run in {config.out}, but these differ from what it was started with:\n"
-                f"  {listed}\nGive the same, or start anew in another --out"
+                f"  {listed}\nUse the same, or start a new run in another --out"
             )
     write_file(recipe_file, recipe.dump(replace(config, resume=False)))
     write_json(inputs_file, hashes)
 
 
 def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
-    """By name, what is in these files (Hub ids have nothing here) and adapters. Raises UserError for what is no adapter."""
-    found = {name: file_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
-    for source in adapters:
-        folder = adapter_files.locate(source)
-        adapter_files.read(folder)  # which complains where something is wrong with it
-        found[source] = adapter_files.weights_hash(folder)
-    return found
+    """sha256 of these files (Hub ids are skipped) and of these adapters' weights, by name. Raises UserError for an adapter
+    that cannot be read."""
+    hashes = {name: file_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
+    for adapter in adapters:
+        folder = adapter_files.locate(adapter)
+        adapter_files.read(folder)  # to report errors in it now
+        hashes[adapter] = adapter_files.weights_hash(folder)
+    return hashes
 
 
 def save_adapter(
@@ -115,25 +115,25 @@ def save_adapter(
     method: str,
     more: dict[str, Any],
 ) -> None:
-    """OUT/adapter: what the run was for."""
-    told = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
+    """Write the trained adapter to OUT/adapter. more: more entries of its lowalign.json."""
+    metrics = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
     host.save(
         policy[-1],
         config.out / "adapter",
         parents=policy[:-1],
         files={"chat_template.jinja": chat.template},
-        head=method == "reward",  # a value function's head has done its work
+        head=method == "reward",  # the head of a value function is only needed in training
         **more,
         method=method,
         step=result.step,
-        metrics=told,
+        metrics=metrics,
         recipe=recipe.dump(_without_paths(replace(config, model=host.base.identity.name))),
     )
     log(f"the adapter is in {config.out / 'adapter'}")
 
 
 def _without_paths(config: Any) -> Any:
-    """The recipe as it may be published with the adapter: names of files, but not where they lie on this machine."""
+    """The config with names instead of paths, so that the adapter can be published."""
     changed = {}
     for name, value in vars(config).items():
         if is_dataclass(value):
@@ -146,12 +146,12 @@ def _without_paths(config: Any) -> Any:
 
 
 def _name(value: Any) -> Any:
-    """The last part of a path of this machine, in a WEIGHT*FILE:NAME too; a Hub id stays as it is."""
+    """The last part of a path that exists here, also inside WEIGHT*FILE.py:NAME; a Hub id stays as it is."""
     if isinstance(value, Path):
         return Path(value.name)
     if not isinstance(value, str):
         return value
-    weight, star, source = value.rpartition("*")
-    path, colon, function = source.partition(".py:")
-    here = Path(path + (".py" if colon else "")).expanduser()
-    return weight + star + here.name + (f":{function}" if colon else "") if here.exists() else value
+    weight, star, name = value.rpartition("*")
+    file, colon, function = name.partition(".py:")
+    path = Path(file + (".py" if colon else "")).expanduser()
+    return weight + star + path.name + (f":{function}" if colon else "") if path.exists() else value

@@ -1,13 +1,15 @@
-"""The first SIGINT or SIGTERM asks the loop to save and leave; the second leaves at once."""
+"""What SIGINT and SIGTERM do: `StopSignals` notes them for the loop, which saves and leaves; `stop_at_once` raises."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; raised between micro-batches."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM asked to stop. Like KeyboardInterrupt no Exception, so that no handler of failures takes it."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
@@ -15,23 +17,18 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Within it, SIGINT and SIGTERM are noted in `received` and `check` raises Interrupted.
-
-    Python lets only the main thread take signals; in another thread nothing is installed.
-    """
+    """Within it, the first SIGINT or SIGTERM is noted in `received` and `check` raises Interrupted; a second one ends the
+    process."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._restore = _install(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
@@ -44,3 +41,31 @@ class StopSignals:
         """Raise Interrupted when a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM raise Interrupted wherever they arrive."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number))
+
+    restore = _install(leave)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _install(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
+    """Handle SIGINT and SIGTERM -> a function that restores the handlers before. Only the main thread may do this: in
+    another one nothing is installed."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore

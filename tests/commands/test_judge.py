@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lowalign.commands.judge
+import lowalign.rewards.pairwise
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.commands.judge import judge
@@ -18,7 +19,8 @@ from lowalign.config.commands import JudgeConfig
 from lowalign.config.sections import BaseConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
-from lowalign.rewards.pairwise import choice, verdict
+from lowalign.rewards.judge_prompt import letter_question
+from lowalign.rewards.pairwise import verdict
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 FP32 = BaseConfig(quantization="none", dtype="float32", device="cpu")
@@ -108,7 +110,7 @@ def test_letters_stand_where_the_template_puts_them():
         "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %} {{ m.content }}"
         "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    example = choice(Chat(tokenizer, template), "Which?")
+    example = letter_question(Chat(tokenizer, template), "Which?")
     assert tokenizer.decode(example.prompt).removeprefix("<s>") == "user: Which?assistant:<think></think> "
     assert [tokenizer.decode(c) for c in example.completions] == ["A", "B"]
 
@@ -150,7 +152,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
         texts = [tokenizer.decode(question.prompt).partition("<<")[2].partition(">>")[0] for question in questions]
         return [TABLE[tuple(text.split("|"))] for text in texts]
 
-    monkeypatch.setattr(lowalign.commands.judge, "log_odds", look_up)
+    monkeypatch.setattr(lowalign.rewards.pairwise, "log_odds", look_up)
     config.template.write_text("<<{{ a }}|{{ b }}>>")
     messages = [{"role": "user", "content": "q"}]
     rows = [
@@ -197,9 +199,9 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
     raw = whole["verdicts.jsonl"]
     ends = [i + 1 for i, byte in enumerate(raw) if byte == ord("\n")]
     asked = []
-    count = lowalign.commands.judge.log_odds
+    count = lowalign.rewards.pairwise.log_odds
     monkeypatch.setattr(
-        lowalign.commands.judge, "log_odds", lambda *given: asked.append(len(given[1])) or count(*given)
+        lowalign.rewards.pairwise, "log_odds", lambda *given: asked.append(len(given[1])) or count(*given)
     )
     cuts = {0: [6, 6, 4], 1: [6, 6, 4], ends[1]: [6, 6, 4], ends[2] - 1: [6, 6, 4], ends[2]: [6, 4]}
     cuts |= {ends[4] + 7: [6, 4], ends[6]: [4], len(raw) - 1: [4], len(raw): []}
@@ -219,7 +221,7 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
 
 def test_a_failure_keeps_the_blocks_before_it(config, monkeypatch):
     monkeypatch.setattr(lowalign.commands.judge, "BLOCK", 3)
-    work, calls = lowalign.commands.judge.log_odds, []
+    work, calls = lowalign.rewards.pairwise.log_odds, []
 
     def fail(*given):
         calls.append(1)
@@ -227,7 +229,7 @@ def test_a_failure_keeps_the_blocks_before_it(config, monkeypatch):
             raise MemoryError
         return work(*given)
 
-    monkeypatch.setattr(lowalign.commands.judge, "log_odds", fail)
+    monkeypatch.setattr(lowalign.rewards.pairwise, "log_odds", fail)
     with pytest.raises(MemoryError):
         judge(config)
     kept = (config.out / "verdicts.jsonl").read_bytes()
@@ -258,7 +260,7 @@ def test_resuming_something_else_is_refused(config):
     ("text", "says"),
     [
         ("{{ a }}\n{{ b }}\n{% if %}", r"ask.jinja:3: "),
-        ("{{ a }}\n{{ b }} {{ answer }}", r"ask.jinja:2: 'answer' is undefined .*given prompt, a and b"),
+        ("{{ a }}\n{{ b }} {{ answer }}", r"ask.jinja:2: 'answer' is undefined .*has the variables prompt, a and b"),
         ("{{ prompt }} {{ a }}", r"ask.jinja: the judge never sees answer b; write \{\{ b \}\}"),
         ("{{ a }}{{ b }}\n\n{{ a.__class__.__mro__ }}", r"ask.jinja:3: access to attribute '__class__' .* is unsafe"),
     ],

@@ -271,7 +271,7 @@ def refused(arguments, capfd) -> str:
     [
         ("1 / 0", None, "{file}:12: ZeroDivisionError: division by zero"),
         ("completions.pop()", None, "{file}:vowels returned 7 numbers for 8 completions"),
-        ("", "float('nan')", "{file}:vowels returned nan, which is no finite number, for the completion "),
+        ("", "float('nan')", "{file}:vowels returned nan, which is not a finite number, for the completion "),
     ],
 )
 def test_a_reward_function_that_fails_in_a_later_round(world, straight, tmp_path, own_reward, capfd, line, wrong, says):
@@ -328,7 +328,7 @@ WRONG = {
     ("--ppo.dual-clip", "0.9"): "--ppo.dual-clip must be 0, or above 1",
     ("--ppo.advantage", "group", "--value.share"): "--value.share must be off: only gae has a value function",
     ("--ppo.kl", "0"): "--ppo.kl-target with --ppo.kl must be a coefficient to begin with, above 0",
-    ("--data.eval-rows", "2"): "ppo holds no rows out: its rewards are measured on what it samples; leave --data.eval "
+    ("--data.eval-rows", "2"): "ppo holds no rows out, its rewards are measured on its samples: remove --data.eval "
     "and --data.eval-rows",
     ("--data.max-length", "3"): "no prompt of {world}/prompts.jsonl is left; see --data.max-length and --data.limit",
 }

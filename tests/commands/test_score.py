@@ -60,7 +60,7 @@ def test_preferences(world, alone, tmp_path, capsys, budget):
     assert [(line["source"], ended(line["completion"]), line["rank"]) for line in lines] == want
     assert [line["score"] for line in lines] == pytest.approx(list(alone.values()), abs=1e-5)
     right = sum(alone[p, a] > alone[p, b] for p, a, b in PAIRS)
-    assert f"{right / 3:.1%} of 3 pairs the right way round" in capsys.readouterr().err
+    assert f"{right / 3:.1%} of 3 pairs have the higher score on the better completion" in capsys.readouterr().err
 
 
 def test_rows_of_sft(world, alone, capsys):
@@ -73,7 +73,7 @@ def test_rows_of_sft(world, alone, capsys):
 
 def test_wrong_use(world, tmp_path, capsys):
     for flags, says in {
-        ("--data", f"{world}/pairs.jsonl", "--adapter", f"{world}/policy"): "is no reward model",
+        ("--data", f"{world}/pairs.jsonl", "--adapter", f"{world}/policy"): "is not a reward model",
         ("--data", f"{world}/none.jsonl"): "none.jsonl: no such file",
         (): "--data",
     }.items():

@@ -13,7 +13,7 @@ from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.model.policy import peft_config
-from lowalign.rewards.rewards import score_examples
+from lowalign.rewards.reward_run import score_examples
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
 from lowalign.train.signals import StopSignals

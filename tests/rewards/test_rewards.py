@@ -9,7 +9,9 @@ import torch
 from lowalign import Example, Host
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
-from lowalign.rewards.rewards import load_reward_run, load_rewards, score_examples, split_spec
+from lowalign.rewards.reward_run import load_reward_run, score_examples
+from lowalign.rewards.rewards import load_rewards
+from lowalign.rewards.spec import files_and_runs, parse_spec
 from tests.commands.made import load, make
 
 PROMPTS = [[{"role": "user", "content": "one"}], "two"]
@@ -126,10 +128,10 @@ def test_a_function_is_given_a_prompt_for_each_completion_and_can_do_no_harm(hos
     [
         ("return [1, 2, 3]", "f.py:f returned 3 numbers for 4 completions"),
         ("return 7", "'int' object is not iterable"),
-        ("return [1, 2, 'x', 4]", "f.py:f returned 'x', which is no finite number, for the completion 'ccc'"),
-        ("return [1, 2, '3', 4]", "returned '3', which is no finite number"),
+        ("return [1, 2, 'x', 4]", "f.py:f returned 'x', which is not a finite number, for the completion 'ccc'"),
+        ("return [1, 2, '3', 4]", "returned '3', which is not a finite number"),
         ("return [1, None, 3, 4]", "returned None"),
-        ("return [1, float('nan'), 3, 4]", "returned nan, which is no finite number, for the completion 'bb'"),
+        ("return [1, float('nan'), 3, 4]", "returned nan, which is not a finite number, for the completion 'bb'"),
         ("return [1, 2, 3, -float('inf')]", "returned -inf"),
         (
             "pass\n    return [1 / len(completions[9]) for _ in completions]",
@@ -161,14 +163,14 @@ def test_what_cannot_be_loaded(world, host, tmp_path):
         (f"{tmp_path}/no.py:f",): f"there is no file {tmp_path}/no.py",
         (f"{file}",): "name the function after the file",
         (f"{file}:brevty",): "there is no function brevty; did you mean brevity?",
-        (f"{file}:LIMIT",): "LIMIT is no function",
+        (f"{file}:LIMIT",): "LIMIT is not a function",
         (f"{tmp_path}/broken.py:f",): f"{tmp_path}/broken.py:2: SyntaxError",
         (f"{tmp_path}/raises.py:f",): f"{tmp_path}/raises.py:2: ModuleNotFoundError",
         (f"{file}:brevity", f"2*{file}:brevity"): "more than once",
         (f"half*{file}:brevity",): "expected [WEIGHT*]RUN",
         (f"nan*{file}:brevity",): "expected [WEIGHT*]RUN",
-        (f"{world}/policy",): "is no reward model",
-        (str(bare), f"{file}:brevity"): "does not tell the mean and spread",
+        (f"{world}/policy",): "is not a reward model",
+        (str(bare), f"{file}:brevity"): "has no mean and spread of its scores",
         (str(other),): "another chat template",
     }.items():
         with pytest.raises(UserError) as error:
@@ -193,7 +195,12 @@ def test_a_relative_path_and_what_a_function_finds_around_it(host, tmp_path, mon
     assert not (file.parent / "__pycache__").exists()
 
 
-def test_specs():
-    assert split_spec("runs/reward") == (1.0, "runs/reward")
-    assert split_spec("-0.5*f.py:g") == (-0.5, "f.py:g")
-    assert split_spec("1e-2*me/reward") == (0.01, "me/reward")
+def test_specs(tmp_path):
+    assert parse_spec("runs/reward") == (1.0, "runs/reward")
+    assert parse_spec("-0.5*f.py:g") == (-0.5, "f.py:g")
+    assert parse_spec("1e-2*me/reward") == (0.01, "me/reward")
+    (tmp_path / "f.py").write_text("")
+    assert files_and_runs([f"2*{tmp_path}/f.py:g", "0.5*runs/reward", "me/reward"]) == (
+        [f"{tmp_path}/f.py"],
+        ["runs/reward", "me/reward"],
+    )

@@ -97,7 +97,7 @@ def read(folder: Path) -> tuple[Adapter, dict]:
     config = _KINDS[kind](**{k: v for k, v in raw.items() if k in known and k not in ("peft_type", "auto_mapping")})
     try:
         tensors = load_file(file)
-        meta = json.loads((folder / "lowalign.json").read_text()) if (folder / "lowalign.json").exists() else {}
+        meta = read_meta(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged: {error}") from error
     if meta.get("weights") not in (None, weights_hash(folder)):
@@ -105,6 +105,12 @@ def read(folder: Path) -> tuple[Adapter, dict]:
             f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
         )
     return Adapter(config, tensors), meta
+
+
+def read_meta(folder: Path) -> dict:
+    """An adapter folder's lowalign.json; {} when it has none. Raises OSError and ValueError."""
+    file = folder / "lowalign.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def adapter_template(adapters: Sequence[str]) -> str | None:

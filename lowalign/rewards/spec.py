@@ -1,0 +1,54 @@
+"""--reward taken apart: [WEIGHT*]RUN (a reward run, an adapter folder or a Hub id) or [WEIGHT*]FILE.py:NAME (a function)."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lowalign.errors import UserError
+
+
+class RewardSpec(NamedTuple):
+    """One reward. name: RUN or FILE.py:NAME, without the weight."""
+
+    weight: float
+    name: str
+
+    def function(self) -> tuple[Path, str] | None:
+        """(FILE, NAME) of a function; None for a run. Raises UserError when there is no such file."""
+        match = re.fullmatch(r"(?P<file>.+\.py):(?P<name>\w+)", self.name)
+        if match:
+            file = Path(match["file"]).expanduser()
+            if not file.is_file():
+                raise UserError(f"--reward {self.name}: there is no file {file}")
+            return file, match["name"]
+        if re.search(r"\.py(:|$)", self.name):
+            raise UserError(
+                f"--reward {self.name}: name the function after the file: {self.name.partition(':')[0]}:NAME"
+            )
+        return None
+
+
+def parse_spec(text: str) -> RewardSpec:
+    """ "0.5*runs/reward" -> (0.5, "runs/reward"); the weight is 1 when left out. Raises UserError."""
+    weight, star, name = text.rpartition("*")
+    try:
+        number = float(weight) if star else 1.0
+    except ValueError:
+        number = math.nan
+    if not name or not math.isfinite(number):
+        raise UserError(f"--reward {text}: expected [WEIGHT*]RUN or [WEIGHT*]FILE.py:NAME, as in 0.5*runs/reward")
+    return RewardSpec(number, name)
+
+
+def files_and_runs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The Python files, and the reward runs, that the specs name. Raises UserError like RewardSpec.function."""
+    files, runs = [], []
+    for spec in map(parse_spec, specs):
+        function = spec.function()
+        if function:
+            files.append(str(function[0]))
+        else:
+            runs.append(spec.name)
+    return files, runs
