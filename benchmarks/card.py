@@ -1,4 +1,4 @@
-"""Memory of the card."""
+"""GPU memory: release it, and read its peaks."""
 
 import gc
 
@@ -6,6 +6,7 @@ import torch
 
 
 def release() -> None:
+    """Free unused memory, and count peaks from here."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -13,8 +14,8 @@ def release() -> None:
 
 
 def peaks() -> dict[str, float]:
-    """The most memory that tensors took since `release`, and that PyTorch held for them; nothing on the CPU."""
+    """GiB since `release`: peak of the tensors, and peak of what PyTorch reserved for them; {} on the CPU."""
     if not torch.cuda.is_available():
         return {}
-    held = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
-    return {name: round(size / 2**30, 2) for name, size in held.items()}
+    sizes = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    return {name: round(size / 2**30, 2) for name, size in sizes.items()}

@@ -1,8 +1,8 @@
-"""What the contestants of peers.py are given: one random model, the rows of each case, the same LoRA and batches.
+"""Inputs of the contestants of peers.py: one random model, the rows of each case, the same LoRA and batches.
 
 Rows are random tokens of the lengths of research on preference data: prompts of 200 to 400 tokens, completions of 50 to
 150; for SFT lognormal lengths of 40 to 465 tokens in all, a third of them supervised. A completion ends with the eos.
-PPO has prompts of one length, and what it samples has one too: no completion ends before its last token.
+In PPO all prompts have one length, and all completions too: none ends before its last token.
 """
 
 import math
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What a round of PPO is.
+    """A round of PPO.
 
     batch: prompts of a round. samples: of each prompt. minibatch: prompts of an optimizer step. epochs: passes over the
     round. prompt, new: tokens of a prompt, and of a completion.
@@ -58,7 +58,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Settings:
-    """checkpointing: whether all recompute activations ("on", "off"). attention: transformers' for the peers."""
+    """checkpointing: "on" when all contestants recompute activations, or "off". attention: the peers' attn_implementation."""
 
     checkpointing: str
     attention: str
@@ -74,7 +74,7 @@ def lora(task_type: str) -> LoraConfig:
 
 
 def set_start(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Give a LoRA's A (in the model's order) and the reward model's head the numbers that all start from."""
+    """Set a LoRA's A matrices (in the model's order) and the reward model's head to the values that all start from."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in weights:
@@ -82,11 +82,11 @@ def set_start(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
                 weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) / weight.shape[1] ** 0.5)
             elif "score" in name:
                 head = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-                weight.copy_((head * 0.02).bfloat16())  # numbers that are the same in bf16 and fp32
+                weight.copy_((head * 0.02).bfloat16())  # values that are exact in bf16 and fp32
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """A random model with a tokenizer whose words are the ids, so that trl, which wants text, gets the same ids."""
+    """A random model, and a tokenizer whose words are the ids: trl takes text, and gets the same ids from it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False,

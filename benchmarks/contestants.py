@@ -1,9 +1,8 @@
-"""One contestant of peers.py in a process of its own: it trains step by step, each when it is told to.
+"""One contestant of peers.py in a process of its own. It trains one step at a time, on request.
 
     python benchmarks/contestants.py NAME CASE SHAPE MODEL_FOLDER STEPS CHECKPOINTING ATTENTION
 
-It writes a line of JSON when it is ready and one after each step (CPU seconds, loss, memory), and waits for a line
-after each. All train the same LoRA on the same rows with AdamW, a constant learning rate and clipping at 1.
+It writes a line of JSON when it is ready and after each step (CPU seconds, loss, memory), and then waits for a line. All train the same LoRA on the same rows with AdamW, a constant learning rate and clipping at 1.
 
 lowalign      the engine and methods of `lowalign`; DPO with the reference's log-probs computed beforehand.
 trl           SFTTrainer (padding_free: faster than padded, same loss), DPOTrainer (precompute_ref_log_probs; its
@@ -41,7 +40,7 @@ from lowalign.train.engine import train
 
 
 class Paced:
-    """A method that waits for the meter before every so many steps."""
+    """A method that waits for the meter before every `every` steps."""
 
     def __init__(self, method, meter: Meter, every: int = 1) -> None:
         self.method, self.meter, self.every = method, meter, every
@@ -63,7 +62,7 @@ class Paced:
 
 
 class PacedInOrder(Paced):
-    """And whose batches come in order."""
+    """Its batches are the rows in order."""
 
     def examples(self, step: int) -> list[Example]:
         size = self.method.batch_size
@@ -89,7 +88,7 @@ def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, setti
 
 
 def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:
-    """`lowalign ppo`, from the loaded base on; what is not set is as in trl."""
+    """`lowalign ppo`, from the loaded base on; the settings equal those of trl."""
     host, r = Host(Base.load(folder, quiet=True)), ROUNDS[shape]
     for role in ("policy", "value", "reward"):
         host.add(role, lora("CAUSAL_LM"))
@@ -114,7 +113,7 @@ def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], setting
 
 
 def loop(steps: int, batch: int, clip: float, settings: Settings) -> TrainConfig:
-    """All of a run's steps, and one: a step is told of when the next begins."""
+    """One step more than measured: a step is reported when the next one begins."""
     return TrainConfig(
         steps=steps + 1, batch_size=batch, learning_rate=LEARNING_RATE, schedule="constant", warmup=0.0, clip=clip,
         optimizer="adamw", checkpointing=settings.checkpointing, save_every=0,

@@ -9,8 +9,8 @@ tokens per second of sampling and of training.
 
 Weights are random: nothing is downloaded, and speed and memory do not depend on them. A model is made layer by layer
 straight into NF4, so never more than one layer exists in 16 bit. Memory is capped at 24 GB by PyTorch's allocator.
-Model FLOPs are 6 N a token with checkpointing (2 forward, 2 recomputed, 2 backward; no gradient of frozen weights), 4 N
-without, N = weights of the linear layers; the head and the attention's own products are not counted.
+Model FLOPs are 6 N a token with checkpointing (2 forward, 2 recomputed, 2 backward; frozen weights have no gradient) and
+4 N without; N = weights of the linear layers, without the LM head. The products inside attention are not counted.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measured(base: Base, options: argparse.Namespace, lengths: tuple[int, int]) -> Iterator[dict]:
-    """Each case, as it is done."""
+    """Run the cases; yield the result of each."""
     for kind, adapter in ADAPTERS.items() if "sft" in options.cases else ():
         for length in lengths:
             for checkpointing in ("on", "off") if length == lengths[0] and kind == "lora" else ("on",):
@@ -86,7 +86,7 @@ def measured(base: Base, options: argparse.Namespace, lengths: tuple[int, int]) 
 
 
 def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, steps: int) -> dict:
-    """Train, stop, resume, and look at time, memory and where the optimizer state lies."""
+    """Train, stop and resume; measure speed, memory, and whether the optimizer state is paged."""
     host = Host(base)
     host.add("policy", adapter)
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, st
             before, after = (optim.paged_state_is_managed(o)["policy"] for o in optimizers)
             result |= {"trained_weights": host.flat("policy").master.numel()}
             result |= {"state_is_paged": before, "state_is_paged_after_resume": after}
-    except (torch.OutOfMemoryError, UserError) as error:  # the engine says so when one example does not fit
+    except (torch.OutOfMemoryError, UserError) as error:  # UserError: one example does not fit in memory
         result["failed"] = str(error).splitlines()[0]
     host.delete("policy")
     return result
@@ -120,23 +120,23 @@ def speed(base: Base, out: Path, length: int, checkpointing: str) -> dict:
     rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]
     rate = statistics.median(rates)
     linear = sum(m.in_features * m.out_features for m in base.model.modules() if isinstance(m, bnb.nn.Linear4bit))
-    found = {"tokens_per_second": round(rate, 1), "loss": lines[-1]["loss"]} | peaks()
+    figures = {"tokens_per_second": round(rate, 1), "loss": lines[-1]["loss"]} | peaks()
     if torch.cuda.is_available():
         peak = next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)
         if peak:
-            found["mfu"] = round(rate * linear * (4 if checkpointing == "off" else 6) / peak, 3)
-    return found
+            figures["mfu"] = round(rate * linear * (4 if checkpointing == "off" else 6) / peak, 3)
+    return figures
 
 
 class watched_optimizer:
-    """Within it the engine's optimizers are also kept in a list, to look at where their state lies."""
+    """Within it the optimizers that the engine makes are also added to a list, to inspect their state."""
 
     def __enter__(self) -> list:
         from lowalign.train import engine
 
-        self.engine, self.make, made = engine, engine.make_optimizer, []
-        engine.make_optimizer = lambda *args: made.append(self.make(*args)) or made[-1]
-        return made
+        self.engine, self.make, optimizers = engine, engine.make_optimizer, []
+        engine.make_optimizer = lambda *args: optimizers.append(self.make(*args)) or optimizers[-1]
+        return optimizers
 
     def __exit__(self, *error) -> None:
         self.engine.make_optimizer = self.make

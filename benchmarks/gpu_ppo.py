@@ -1,4 +1,4 @@
-"""PPO of gpu.py: policy, reference, value and reward on one base, each with a LoRA but the reference."""
+"""PPO for gpu.py: policy, reference, value and reward on one base; all but the reference have a LoRA."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ ROUNDS, EPOCHS = 3, 2
 
 
 def measure_ppo(base: Base, tiny: bool) -> dict:
-    """Some rounds of 8 completions, none of which ends early; the first is not counted in the speed."""
+    """Measure some rounds of 8 completions of full length; the first does not count for the speed."""
     prompt, new = (32, 16) if tiny else (512, 512)
     host = Host(base)
     for role in ("policy", "value", "reward"):
@@ -52,7 +52,7 @@ def measure_ppo(base: Base, tiny: bool) -> dict:
             train(host, method, config.train, Path(folder))
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         result |= speeds([json.loads(line) for line in lines]) | peaks()
-    except (torch.OutOfMemoryError, UserError) as error:  # the engine says so when one example does not fit
+    except (torch.OutOfMemoryError, UserError) as error:  # UserError: one example does not fit in memory
         result["failed"] = str(error).splitlines()[0]
     for role in ("policy", "value", "reward"):
         host.delete(role)
@@ -60,9 +60,9 @@ def measure_ppo(base: Base, tiny: bool) -> dict:
 
 
 def speeds(steps: list[dict]) -> dict[str, float]:
-    """Medians after the first round, and what shows that all roles took part."""
+    """Median speeds after the first round, and metrics that show that all roles took part."""
     later = steps[len(steps) // ROUNDS :]
-    found = {}
+    figures = {}
     for name in ("sampling_tokens_per_second", "training_tokens_per_second"):
-        found[name] = round(statistics.median(step[name] for step in later if name in step), 1)
-    return found | {name: steps[-1][name] for name in ("length", "entropy", "kl", "value_loss")}
+        figures[name] = round(statistics.median(step[name] for step in later if name in step), 1)
+    return figures | {name: steps[-1][name] for name in ("length", "entropy", "kl", "value_loss")}

@@ -5,21 +5,21 @@
     python benchmarks/peers.py --tiny --pairs 2 --out tiny.json                # lowalign and plain only, in a minute
 
 One case at a time, each contestant in a process of its own (contestants.py says what each does), one thread. They
-take turns: in each round everyone trains one step on the same rows, and the ratio is taken within the round, so that
-what else the machine does falls on all alike. Time is the process's CPU seconds, with everything between two steps. The
-first rounds are warm-up. Model: a random Llama with hidden size 512, 8 layers and a vocabulary of 32000 in NF4 with double
+take turns: in each round each trains one step on the same rows, and the ratio is taken within the round, so that other
+load of the machine affects all alike. Time is CPU seconds of the process, from one step's end to the next. The first
+rounds are warm-up. Model: a random Llama with hidden size 512, 8 layers and a vocabulary of 32000 in NF4 with double
 quantization; LoRA of rank 16 on all linear layers but the head.
 
-allocator glibc: as the system has it. tuned: memory is never given back to the system (MALLOC_ settings below), without
-which page faults take a large part of every contestant's time on the CPU.
-The peers' attention is transformers' eager one, on the CPU faster than its default sdpa (10 to 20 % of a step measured, the
-backward of the flash kernel being slow there); --attention sdpa has the default.
-The ratio to quote is the one to the fastest peer: "to_fastest_peer".
+allocator glibc: the default. tuned: memory is never returned to the system (MALLOC_ settings below); with the default, page
+faults take a large part of every contestant's CPU time.
+The peers use transformers' eager attention, on the CPU faster than the default sdpa (by 10 to 20 % of a step, as the
+backward of the flash kernel is slow there); --attention sdpa uses the default.
+Quote the ratio to the fastest peer: "to_fastest_peer".
 
 In the case ppo a step is a whole round: 8 prompts of 300 tokens, 4 samples of 64 tokens each, 2 epochs of 4 minibatches.
 trl dropped PPO after 1.12.0, so trl runs in an environment of its own: --trl-python is the interpreter of one in which
 `pip install --no-deps trl==1.12.0` was added to what lowalign[bench] has. The case is not among "all".
-What is sampled differs, so here losses are alike only in size.
+The samples differ, so the losses agree only in size.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ALLOCATORS = {
 
 
 class Contestant:
-    """A process that trains one step whenever it is told to."""
+    """A process that trains one step on request."""
 
     def __init__(
         self, name: str, case: str, shape: str, folder: Path, rounds: int, settings: Settings, allocator: str, python: Path
@@ -134,7 +134,7 @@ def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, al
         for contestant in running:
             contestant.ready()
         for r in range(rounds):
-            first = r % len(running)  # nobody always comes first
+            first = r % len(running)  # another one is first in each round
             for contestant in running[first:] + running[:first]:
                 contestant.step()
     finally:
@@ -144,12 +144,12 @@ def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, al
 
 
 def summary(contestants: list[Contestant], warmup: int) -> dict:
-    """What each took, and the ratios to lowalign within the rounds."""
-    ours, found = contestants[0], {}
+    """Time, memory and loss of each contestant, and the ratios to lowalign within the rounds."""
+    ours, figures = contestants[0], {}
     for c in contestants:
         counted = c.steps[warmup:]
         cpu = [s["cpu"] for s in counted]
-        found[c.name] = {
+        figures[c.name] = {
             "cpu_seconds": round(statistics.median(cpu), 3),
             "fastest": round(min(cpu), 3),
             "imports_mb": c.start["imports"],
@@ -165,13 +165,13 @@ def summary(contestants: list[Contestant], warmup: int) -> dict:
         if c is not ours:
             ratios = [a["cpu"] / b["cpu"] for a, b in zip(counted, ours.steps[warmup:], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            found[c.name] |= {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
-    fastest = min((n for n in found if n != ours.name), key=lambda n: found[n]["ratio"])
-    return {"fastest_peer": fastest, "to_fastest_peer": found[fastest]["ratio"], "contestants": found}
+            figures[c.name] |= {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
+    fastest = min((n for n in figures if n != ours.name), key=lambda n: figures[n]["ratio"])
+    return {"fastest_peer": fastest, "to_fastest_peer": figures[fastest]["ratio"], "contestants": figures}
 
 
 def describe(result: dict) -> list[str]:
-    """A table for people."""
+    """The result as a table of text."""
     lines = [f"{result['case']}, allocator {result['allocator']}: {result['to_fastest_peer']:.2f} times the fastest peer ({result['fastest_peer']})"]  # fmt: skip
     for name, c in result["contestants"].items():
         ratio = (
@@ -190,9 +190,9 @@ def machine() -> dict:
 
 
 def versions(trl_python: Path) -> dict:
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    ask = [trl_python, "-c", "import importlib.metadata; print(importlib.metadata.version('trl'))"]
-    return found | {"trl": subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None}
+    installed = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    command = [trl_python, "-c", "import importlib.metadata; print(importlib.metadata.version('trl'))"]
+    return installed | {"trl": subprocess.run(command, capture_output=True, text=True).stdout.strip() or None}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""PPO in the tiny world: what the exact reward, the KL and the pretraining loss do, over seeds and variants.
+"""PPO in the tiny world: exact reward, KL and pretraining loss over seeds and variants.
 
     python benchmarks/ppo_world.py --out ppo_world --seeds 3 [--variants gae no-kl ptx …]
 
 Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
-and OUT/ppo_world.svg. A run takes one to two minutes; what is in runs.json already is not run again.
+and OUT/ppo_world.svg. A run takes one to two minutes; those that are in runs.json already are skipped.
 
 Variants: gae, the demo's own run, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
-base-prompt, base-prefix: a fresh adapter of that kind on the bare base, paid by the rules of the world themselves.
+base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the exact score of the world as reward.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def by_the_rules(prompts: list, completions: list[str]) -> list[float]:
 
 @torch.no_grad()
 def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
-    """Loss per token on pages of the world that nothing was trained on."""
+    """Loss per token on held-out pages of the world."""
     host = Host(base)
     stack = load_stack(host, "policy", str(adapter))
     pages = [chat.document(page) for page in world.pretraining_text(48, seed=99)]
@@ -73,14 +73,14 @@ def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
     return -logps.sum().item() / sum(page.supervised for page in pages)
 
 
-def one(name: str, seed: int, base: Base, chat: Chat, made: Path, out: Path) -> dict:
-    """One PPO run: its rounds, and what it is worth by the rules of the world."""
+def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path) -> dict:
+    """One PPO run: reward and KL of its rounds, and the exact score of its policy."""
     folder = out / f"{name}-{seed}"
-    config = variant(replace(demo.ppo_config(made), out=folder), name, seed, made / "pages.jsonl")
+    config = variant(replace(demo.ppo_config(prepared), out=folder), name, seed, prepared / "pages.jsonl")
     if code := ppo(replace(config, resume=folder.exists()), base):
         raise SystemExit(code)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    sft_run = None if name in FROM_BASE else str(made / "sft")
+    sft_run = None if name in FROM_BASE else str(prepared / "sft")
     start = measure("sft" if sft_run else "base", base, chat, sft_run)
     end = measure(name, base, chat, str(folder), reference=sft_run)
     rate, half = end.against(start)
@@ -100,7 +100,7 @@ def one(name: str, seed: int, base: Base, chat: Chat, made: Path, out: Path) -> 
 
 
 def plot(runs: list[dict], file: Path) -> None:
-    """Reward and KL over the rounds, a line a seed, as SVG."""
+    """Write reward and KL over the rounds as SVG, one line for each seed."""
     width, height, left = 340, 220, 50
     parts = []
     for k, (key, title) in enumerate((("reward", "reward (as the reward model sees it)"), ("kl", "KL to SFT, nats an answer"))):  # fmt: skip
@@ -126,7 +126,7 @@ def plot(runs: list[dict], file: Path) -> None:
 
 
 def table(runs: list[dict], start: float) -> str:
-    """Means over the seeds, with 95 % intervals of the score where there are several."""
+    """Means over the seeds, with 95 % intervals of the gain in score for several seeds."""
     lines = [f"page loss of the SFT policy: {start:.3f}"]
     for name in dict.fromkeys(r["variant"] for r in runs):
         mine = [r for r in runs if r["variant"] == name]
@@ -144,30 +144,30 @@ def table(runs: list[dict], start: float) -> str:
 
 
 def main() -> None:
-    """Run what is missing, and show all."""
+    """Run what is missing, and print the table of all runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    made = options.out / "made"
-    made.mkdir(parents=True, exist_ok=True)
+    prepared = options.out / "made"
+    prepared.mkdir(parents=True, exist_ok=True)
     base = Base.load(demo.BASE)
     chat = Chat(base.tokenizer)
-    for train, config in ((sft, demo.sft_config(made)), (reward, demo.reward_config(made))):
+    for train, config in ((sft, demo.sft_config(prepared)), (reward, demo.reward_config(prepared))):
         if not (config.out / "adapter").exists():
             train(replace(config, resume=config.out.exists()), base)
-    demo.write(made / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
+    demo.write(prepared / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
     file = options.out / "runs.json"
     runs = json.loads(file.read_text()) if file.exists() else []
     for seed in range(options.seeds):
         for name in options.variants:
             if not any((r["variant"], r["seed"]) == (name, seed) for r in runs):
-                runs.append(one(name, seed, base, chat, made, options.out))
+                runs.append(one(name, seed, base, chat, prepared, options.out))
                 file.write_text(json.dumps(runs, indent=1) + "\n")
     plot(runs, options.out / "ppo_world.svg")
-    print(table(runs, page_loss(base, chat, made / "sft")))
+    print(table(runs, page_loss(base, chat, prepared / "sft")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bases of real shapes with random weights: speed and memory do not depend on them, and nothing is downloaded."""
+"""Bases of real shapes with random weights: nothing is downloaded, and speed and memory are those of real weights."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ TINY = {"tiny": LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=12
 
 
 def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
-    """A Base of random weights, each linear layer made in 16 bit, quantized, and let go before the next."""
+    """A Base of random weights. Each linear layer is made in 16 bit and quantized before the next one is made."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -49,10 +49,10 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
     for module in model.modules():
         for key, p in list(module._parameters.items()):
             if p is not None and p.is_meta:
-                made = torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=device) * 0.02
-                setattr(module, key, torch.nn.Parameter(made.to(device, torch.bfloat16), requires_grad=False))
+                weight = torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=device) * 0.02
+                setattr(module, key, torch.nn.Parameter(weight.to(device, torch.bfloat16), requires_grad=False))
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were made without values
+    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were on the meta device
     freeze(model)
     packed, why_not = probe(config)
     model.set_attn_implementation(attention.NAME)

@@ -34,8 +34,8 @@ def load(folder: Path, reward: bool, attention: str) -> nn.Module:
     options |= {"dtype": torch.bfloat16, "attn_implementation": attention}
     model = kind.from_pretrained(folder, quantization_config=quantization, **options)
     for module in model.modules():
-        # On CPUs with AVX512-BF16 a forward in eval mode, such as trl's precomputed reference, would repack the
-        # weights in place and lose the gradients of all training after it.
+        # On CPUs with AVX512-BF16 a forward in eval mode (trl's precomputed reference) would repack the weights in
+        # place, and training after it would have no gradients.
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = PAD
@@ -93,7 +93,7 @@ def run_trl(case: str, folder: Path, rows: list[Example], steps: int, settings: 
 def run_plain(
     case: str, folder: Path, rows: list[Example], steps: int, settings: Settings, meter: Meter, cached: bool = False
 ) -> None:
-    """The loop that a careful user of transformers and peft writes."""
+    """A training loop as a careful user of transformers and peft writes it."""
     reward = case.startswith("reward")
     config = lora("SEQ_CLS" if reward else "CAUSAL_LM")
     model = get_peft_model(load(folder, reward, settings.attention), config)
@@ -129,7 +129,7 @@ def run_plain(
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Rows of prompt and completion, all best ones first, padded on the right."""
+    """Rows of prompt and completion, padded on the right: first the best completion of each example, then the second, …"""
     k = len(examples[0].completions)
     pairs = [(e.prompt, e.completions[i]) for i in range(k) for e in examples]
     width = max(len(p) + len(c) for p, c in pairs)
@@ -146,7 +146,7 @@ def sft_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
 
 
 def plain_logps(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Log-prob of each completion, all best ones first, from full logits."""
+    """Log-prob of each completion, in the order of `padded`, from full logits."""
     inputs = padded(examples)
     labels = inputs.pop("labels")[:, 1:]
     logits = model(**inputs).logits[:, :-1].float()
@@ -168,6 +168,6 @@ def dpo_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
 def reward_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     inputs = padded(examples)
     del inputs["labels"]
-    scores = model(**inputs).logits.float().view(-1, len(examples))  # (K, examples), the best first
+    scores = model(**inputs).logits.float().view(-1, len(examples))  # (K, examples), best first
     better, worse = zip(*combinations(range(len(scores)), 2), strict=True)
     return -F.logsigmoid(scores[list(better)] - scores[list(worse)]).mean()

@@ -1,4 +1,4 @@
-"""trl's PPO, which was last in trl 1.12.0: the peer of the case ppo."""
+"""trl's PPO, which trl 1.12.0 was the last to have: the peer of the case ppo."""
 
 import os
 import tempfile
@@ -19,12 +19,12 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 def run_trl_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:
-    """PPOTrainer, run by its own train(), which on 4-bit weights needs autocast around the whole of it.
+    """PPOTrainer, run by its own train(), all under autocast, which it needs on 4-bit weights.
 
-    The policy is a LoRA and the reference is without it. Reward and value are 4-bit models of their own, each with a LoRA
-    and a head: trl has no roles on one base, and left to itself it would train the value model's embeddings.
-    bf16 is off because autocast is around it all: with it trl casts the norms and all logits to fp32, which is slower (94
-    against 85 CPU seconds a round) and takes more memory.
+    The policy is a LoRA, and the reference is the base without it. Reward and value are 4-bit models of their own, each
+    with a LoRA and a head: trl has no roles on one base, and by default it would train the value model's embeddings.
+    bf16 is off because of the autocast: with bf16 trl casts the norms and all logits to fp32, which is slower (94 against
+    85 CPU seconds a round) and takes more memory.
     """
     r = ROUNDS[shape]
     rows = [{"input_ids": prompt} for prompt in prompts for _ in range(r.samples)]
@@ -49,8 +49,8 @@ def run_trl_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Se
                 meter.ready()
 
             def on_step_end(self, args, state, control, **kwargs) -> None:
-                told = state.log_history[-1]
-                meter.step(told["loss/policy_avg"] + config.vf_coef * told["loss/value_avg"])
+                metrics = state.log_history[-1]
+                meter.step(metrics["loss/policy_avg"] + config.vf_coef * metrics["loss/value_avg"])
 
         trainer = PPOTrainer(
             config, AutoTokenizer.from_pretrained(folder), policy, ref_model=None, reward_model=reward, value_model=value,
@@ -59,13 +59,13 @@ def run_trl_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Se
         set_start(trainer.policy_model.named_parameters())
         in_16_bit(trainer.policy_model)
         trainer.dataloader = DataLoader(trainer.train_dataset, r.batch * r.samples, collate_fn=trainer.data_collator)
-        # Without its cache: one autocast around all rounds would go on with the casts of fp32 weights as they were at first.
+        # Without its cache, which would keep the first casts of the fp32 weights for all rounds.
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             trainer.train()
 
 
 def add_lora(model: nn.Module, trained: bool) -> None:
-    """A LoRA; it and the head are all that is trained."""
+    """Add a LoRA; with `trained`, it and the head are trained."""
     inject_adapter_in_model(lora("SEQ_CLS"), model)
     set_start(model.named_parameters())
     for name, p in model.named_parameters():
@@ -74,7 +74,7 @@ def add_lora(model: nn.Module, trained: bool) -> None:
 
 
 def in_16_bit(model: nn.Module) -> None:
-    """The LoRA, as trl's other trainers have it, and faster than in fp32."""
+    """Cast the LoRA to bf16, as trl's other trainers do; faster than fp32."""
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.data = p.data.bfloat16()

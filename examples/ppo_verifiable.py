@@ -1,4 +1,4 @@
-"""A reward that can be checked: is the last number of an answer the sum that was asked for?
+"""A verifiable reward: is the last number of an answer the sum in the question?
 
 python examples/ppo_verifiable.py prompts.jsonl                                  # writes the questions
 lowalign ppo … --reward examples/ppo_verifiable.py:correct --ppo.advantage group
@@ -21,20 +21,20 @@ def correct(prompts: list, completions: list[str]) -> list[float]:
 
 
 def question(prompt: str | list[dict]) -> str:
-    """What is asked: a prompt is text, or a list of messages of which the last one asks."""
+    """The text of the question: a prompt is text, or messages of which the last is the question."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def numbers(text: str) -> list[float]:
     """The numbers of a text: "1,204 + 3.5" -> [1204.0, 3.5]."""
-    return [float(found.replace(",", "")) for found in NUMBER.findall(text)]
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
 def questions(count: int) -> list[str]:
     """Sums of four numbers from 10 to 99,999; the same ones every time."""
     draw = random.Random(0)
     sums = [" + ".join(str(draw.randint(10, 99_999)) for _ in range(4)) for _ in range(count)]
-    return [f"What is {asked}? End with the result alone on the last line." for asked in sums]
+    return [f"What is {terms}? End with the result alone on the last line." for terms in sums]
 
 
 if __name__ == "__main__":

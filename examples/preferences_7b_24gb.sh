@@ -3,7 +3,7 @@
 #
 #   examples/preferences_7b_24gb.sh PREFS.jsonl SFT_RUN [OUT]
 #
-# SFT_RUN is what examples/sft_7b_24gb.sh leaves. Run it again after an interruption: every step goes on where it stopped.
+# SFT_RUN is the output of examples/sft_7b_24gb.sh. Run it again after an interruption: every step resumes.
 set -euo pipefail
 
 prefs=${1:?usage: preferences_7b_24gb.sh PREFS.jsonl SFT_RUN [OUT]}
@@ -11,10 +11,10 @@ sft=${2:?usage: preferences_7b_24gb.sh PREFS.jsonl SFT_RUN [OUT]}
 out=${3:-runs/preferences-7b}
 base=${BASE:-Qwen/Qwen2.5-7B}
 
-# 1. What is recognised in the rows: pairs, rankings, scores, votes; what is dropped, and why.
+# 1. Check the rows: pairs, rankings, scores or votes; what is dropped, and why.
 lowalign data check "$prefs" --model "$base"
 
-# 2. DPO: the SFT run stays underneath, frozen, and is the reference. Chosen and rejected share their prompt.
+# 2. DPO on top of the SFT run, which is frozen and is the reference.
 resume=$([ -d "$out/dpo/checkpoints" ] && echo --resume || true)
 lowalign dpo lora/dpo --model "$base" --data "$prefs" --init "$sft" --out "$out/dpo" \
     --data.eval-rows 100 --train.token-budget 8192 $resume
@@ -29,6 +29,6 @@ resume=$([ -e "$out/best-of-8/candidates.jsonl" ] && echo --resume || true)
 lowalign best-of-n lora/best_of_n --model "$base" --adapter "$out/dpo" --reward "$out/reward" --data "$prefs" \
     --out "$out/best-of-8" --n 8 $resume
 
-# 5. Ask the policy something.
+# 5. Try the policy.
 lowalign generate --model "$base" --adapter "$out/dpo" --prompt "In one sentence: what is a good way to start the day?"
 echo "The adapter is in $out/dpo/adapter, best-of-8 answers are in $out/best-of-8/best.jsonl."

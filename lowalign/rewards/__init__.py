@@ -1,1 +1,1 @@
-"""How good a completion is: rewards, pairwise verdicts, and the choice among scored completions."""
+"""How good a completion is: rewards, pairwise verdicts, and the selection of the best."""

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do: `StopSignals` notes them for the loop, which saves and leaves; `stop_at_once` raises."""
+"""Handling of SIGINT and SIGTERM: `StopSignals` lets a loop save and stop; `stop_at_once` raises immediately."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked to stop. Like KeyboardInterrupt no Exception, so that no handler of failures takes it."""
+    """SIGINT or SIGTERM asked to stop. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must not catch it."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
@@ -58,8 +58,8 @@ def stop_at_once() -> Iterator[None]:
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Handle SIGINT and SIGTERM -> a function that restores the handlers before. Only the main thread may do this: in
-    another one nothing is installed."""
+    """Install a handler of both signals -> a function that restores the earlier ones. Python allows this only in the main
+    thread; in another one it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
