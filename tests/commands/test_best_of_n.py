@@ -20,7 +20,7 @@ from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.preferences import load_preferences
 from lowalign.model.adapters.flat import FlatWeights
-from tests.commands.made import FP32, load, make
+from tests.commands.tiny_runs import FP32, load, make
 
 ASKED = ["Where is Paris?", "Who jumps?", "What is lazy?", "The dog.", "Is it quick?", "A fox?", "Why?", "How?", "No.", "Yes."]  # fmt: skip
 FILES = ("candidates.jsonl", "best.jsonl", "pairs.jsonl", "rankings.jsonl", "report.json")
@@ -91,20 +91,20 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
     host.base.eos_ids = (*host.base.eos_ids, chat.end_of_turn)
     host.load("prefix", world / "policy")
     host.load("lora", world / "reward")
-    found = lines(out / "candidates.jsonl")
-    asked = [ASKED[0], *([{"role": "user", "content": q}] for q in ASKED[1:])]
-    assert [line["prompt"] for line in found] == asked  # each once, without the answers
-    for i, line in enumerate(found):
+    candidates = lines(out / "candidates.jsonl")
+    prompts = [ASKED[0], *([{"role": "user", "content": q}] for q in ASKED[1:])]
+    assert [line["prompt"] for line in candidates] == prompts  # each once, without the answers
+    for i, line in enumerate(candidates):
         ids = chat.prompt_ids([{"role": "user", "content": ASKED[i]}])
         with host.use("prefix"):
             (drawn,) = host.generate([ids], 4, Sampling(max_new_tokens=9), seeds=[i])
         with host.use("lora"), torch.no_grad():
             scores = [host.scores([Example(ids, [c.ids])], "lora")[0].item() for c in drawn]
-        told = line["completions"]
+        completions = line["completions"]
         decode = lambda c: host.base.tokenizer.decode(c.ids, skip_special_tokens=True)  # noqa: E731
-        assert [c["completion"] for c in told] == [decode(c) for c in drawn]
-        assert [c["score"] for c in told] == pytest.approx(scores, abs=1e-5)
-        assert [(c["stopped"], c["tokens"]) for c in told] == [(c.stopped, len(c.ids)) for c in drawn]
+        assert [c["completion"] for c in completions] == [decode(c) for c in drawn]
+        assert [c["score"] for c in completions] == pytest.approx(scores, abs=1e-5)
+        assert [(c["stopped"], c["tokens"]) for c in completions] == [(c.stopped, len(c.ids)) for c in drawn]
 
 
 def test_what_is_picked(straight):
@@ -115,15 +115,15 @@ def test_what_is_picked(straight):
     assert len(best) == len(ASKED) and len(pairs) > 5
     scores = {q: {c["completion"]: c["score"] for c in row["completions"]} for q, row in zip(ASKED, rows, strict=True)}
     for row in best:
-        asked, said = row["messages"]
-        assert scores[asked["content"]][said["content"]] == max(scores[asked["content"]].values())
+        user, assistant = row["messages"]
+        assert scores[user["content"]][assistant["content"]] == max(scores[user["content"]].values())
     for row in pairs:
-        found = scores[row["prompt"][0]["content"]]
-        assert found[row["chosen"][0]["content"]] == max(found.values()) > found[row["rejected"][0]["content"]]
-        assert found[row["rejected"][0]["content"]] == min(found.values())
+        by_text = scores[row["prompt"][0]["content"]]
+        assert by_text[row["chosen"][0]["content"]] == max(by_text.values()) > by_text[row["rejected"][0]["content"]]
+        assert by_text[row["rejected"][0]["content"]] == min(by_text.values())
     for row in rankings:
-        found = scores[row["prompt"][0]["content"]]
-        by_rank = sorted(zip(row["ranks"], (found[c[0]["content"]] for c in row["completions"]), strict=True))
+        by_text = scores[row["prompt"][0]["content"]]
+        by_rank = sorted(zip(row["ranks"], (by_text[c[0]["content"]] for c in row["completions"]), strict=True))
         assert len(by_rank) == 4
         assert all((a == b) == (x == y) and x >= y for (a, x), (b, y) in pairwise(by_rank))
     groups = [[c["score"] for c in row["completions"]] for row in rows]
@@ -144,10 +144,10 @@ def test_the_files_are_read_by_the_next_stage(world, straight):
         read = load_preferences([str(straight / f"{name}.jsonl")], chat, PreferenceConfig(cache=False), tokenizer=tokenizer)  # fmt: skip
         assert len(read.examples) == len(rows)
         for example, row in zip(read.examples, rows, strict=True):
-            said = row["completions"] if name == "rankings" else [row["chosen"], row["rejected"]]
+            answers = row["completions"] if name == "rankings" else [row["chosen"], row["rejected"]]
             ranks = row.get("ranks", [1, 2])
-            told = {c[0]["content"].strip(): r for c, r in zip(said, ranks, strict=True)}
-            got = [told[decode(c).removesuffix("<|im_end|>").strip()] for c in example.completions]
+            rank_by_text = {c[0]["content"].strip(): r for c, r in zip(answers, ranks, strict=True)}
+            got = [rank_by_text[decode(c).removesuffix("<|im_end|>").strip()] for c in example.completions]
             order = lambda values: [[a < b for b in values] for a in values]  # noqa: E731
             assert order(got) == order(example.rank)
 
@@ -155,17 +155,20 @@ def test_the_files_are_read_by_the_next_stage(world, straight):
 def test_blank_repeated_and_unfinished_completions(tmp_path):
     from lowalign.rewards.selection import write_datasets
 
-    said = lambda text, score, stopped=True: {"completion": text, "score": score, "stopped": stopped}  # noqa: E731
-    found = [
-        {"prompt": "p", "completions": [said(" ", 9), said("cut", 5, False), said("a", 2), said("b", 3), said("b", 3)]},
-        {"prompt": "q", "completions": [said("cut", 5, False), said("", 1)]},
-        {"prompt": "r", "completions": [said("same", 1), said("as", 1)]},
+    sample = lambda text, score, stopped=True: {"completion": text, "score": score, "stopped": stopped}  # noqa: E731
+    candidates = [
+        {
+            "prompt": "p",
+            "completions": [sample(" ", 9), sample("cut", 5, False), sample("a", 2), sample("b", 3), sample("b", 3)],
+        },
+        {"prompt": "q", "completions": [sample("cut", 5, False), sample("", 1)]},
+        {"prompt": "r", "completions": [sample("same", 1), sample("as", 1)]},
     ]
-    assert write_datasets(tmp_path, found, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    assert write_datasets(tmp_path, candidates, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
     assert lines(tmp_path / "best.jsonl") == [{"prompt": "p", "completion": "b"}, {"prompt": "r", "completion": "same"}]
     assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
     assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
-    assert write_datasets(tmp_path, found, unfinished=True, raw=True)["best"] == 3
+    assert write_datasets(tmp_path, candidates, unfinished=True, raw=True)["best"] == 3
     assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
 
 
@@ -173,8 +176,8 @@ def test_a_history_is_not_learnt_again(tmp_path):
     from lowalign.rewards.selection import write_datasets
 
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    found = [{"prompt": turns, "completions": [{"completion": "d", "score": 1, "stopped": True}]}]
-    write_datasets(tmp_path, found, unfinished=False, raw=False)
+    candidates = [{"prompt": turns, "completions": [{"completion": "d", "score": 1, "stopped": True}]}]
+    write_datasets(tmp_path, candidates, unfinished=False, raw=False)
     assert [t.get("weight", 1) for t in lines(tmp_path / "best.jsonl")[0]["messages"]] == [1, 0, 1, 1]
 
 
@@ -241,10 +244,10 @@ def test_a_round_samples_from_what_the_last_one_trained(world, rounds):
         with host.use(f"policy{k}"):
             ids = [chat.prompt_ids([{"role": "user", "content": q}]) for q in ASKED[:6]]
             drawn = host.generate(ids, 4, Sampling(max_new_tokens=9, seed=k - 1))
-        told = [
+        texts = [
             [c["completion"] for c in line["completions"]] for line in lines(rounds / f"round-{k}/candidates.jsonl")
         ]
-        assert told == [[host.base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in cs] for cs in drawn]
+        assert texts == [[host.base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in cs] for cs in drawn]
 
 
 def test_a_round_goes_on_training_the_last_ones_weights(world, rounds, tmp_path):

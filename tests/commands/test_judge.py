@@ -164,13 +164,13 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
     write(Path(config.data[0]), rows)
     config = replace(config, margin=0.3, max_length=200)
     assert judge(config) == 0
-    asked = [{"role": "user", "content": "p"}]  # what was judged as a turn of a chat is to be learnt as one
+    question = [{"role": "user", "content": "p"}]  # what was judged as a turn of a chat is to be learnt as one
     good, bad, vain = ([{"role": "assistant", "content": text}] for text in ("good", "bad", "vain"))
     assert read(config.out / "pairs.jsonl") == [
-        {"prompt": asked, "chosen": good, "rejected": bad},
-        {"prompt": asked, "chosen": vain, "rejected": good},
-        {"prompt": asked, "chosen": good, "rejected": bad},  # bad against the other good
-        {"prompt": asked, "chosen": vain, "rejected": good},
+        {"prompt": question, "chosen": good, "rejected": bad},
+        {"prompt": question, "chosen": vain, "rejected": good},
+        {"prompt": question, "chosen": good, "rejected": bad},  # bad against the other good
+        {"prompt": question, "chosen": vain, "rejected": good},
         {"prompt": messages, "chosen": good, "rejected": bad},
     ]
     where = config.data[0]
@@ -198,10 +198,10 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
     verdicts = config.out / "verdicts.jsonl"
     raw = whole["verdicts.jsonl"]
     ends = [i + 1 for i, byte in enumerate(raw) if byte == ord("\n")]
-    asked = []
+    counts = []
     count = lowalign.rewards.pairwise.log_odds
     monkeypatch.setattr(
-        lowalign.rewards.pairwise, "log_odds", lambda *given: asked.append(len(given[1])) or count(*given)
+        lowalign.rewards.pairwise, "log_odds", lambda *args: counts.append(len(args[1])) or count(*args)
     )
     cuts = {0: [6, 6, 4], 1: [6, 6, 4], ends[1]: [6, 6, 4], ends[2] - 1: [6, 6, 4], ends[2]: [6, 4]}
     cuts |= {ends[4] + 7: [6, 4], ends[6]: [4], len(raw) - 1: [4], len(raw): []}
@@ -209,10 +209,10 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
         verdicts.write_bytes(raw[:at])
         for name in ("pairs.jsonl", "disagreements.jsonl", "report.json"):
             (config.out / name).unlink()
-        asked.clear()
+        counts.clear()
         assert judge(replace(config, resume=True)) == 0
         assert files(config.out) == whole, at
-        assert asked == questions, at  # two for each pair that was cut off, or shares its block with one that was
+        assert counts == questions, at  # two for each pair that was cut off, or shares its block with one that was
     for tail in (b"\0" * 64, b'{"source"', b"[1]\n"):
         verdicts.write_bytes(raw[: ends[2]] + tail)
         assert judge(replace(config, resume=True)) == 0
@@ -223,11 +223,11 @@ def test_a_failure_keeps_the_blocks_before_it(config, monkeypatch):
     monkeypatch.setattr(lowalign.commands.judge, "BLOCK", 3)
     work, calls = lowalign.rewards.pairwise.log_odds, []
 
-    def fail(*given):
+    def fail(*args):
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError
-        return work(*given)
+        return work(*args)
 
     monkeypatch.setattr(lowalign.rewards.pairwise, "log_odds", fail)
     with pytest.raises(MemoryError):
@@ -311,13 +311,13 @@ def test_a_function_judges(config, tmp_path, capsys):
     lines = read(out / "verdicts.jsonl")
     assert [(x["verdict"], x.get("scores")) for x in lines[:2]] == [("b", [-4.0, -2.0]), ("tie", [-4.0, -4.0])]
     turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    asked = [{"role": "user", "content": "p"}]
+    question = [{"role": "user", "content": "p"}]
     assert read(out / "pairs.jsonl") == [
-        {"prompt": asked, "chosen": turn("b"), "rejected": turn("aa")},
-        {"prompt": asked, "chosen": turn("b"), "rejected": turn("cc")},
+        {"prompt": question, "chosen": turn("b"), "rejected": turn("aa")},
+        {"prompt": question, "chosen": turn("b"), "rejected": turn("cc")},
     ]
-    said = capsys.readouterr().err
-    assert "3 of 6 pairs judged: 2 with a winner, 1 ties\n3 pairs skipped: an answer is empty" in said
+    stderr = capsys.readouterr().err
+    assert "3 of 6 pairs judged: 2 with a winner, 1 ties\n3 pairs skipped: an answer is empty" in stderr
     (tmp_path / "worth.py").write_text("def shorter(prompts, completions):\n    return [len(c) for c in completions]\n")
     again = ["judge", "--reward", f"2*{tmp_path / 'worth.py'}:shorter", "--data", where, "--out", str(out), "--resume"]
     assert main(again) == 1
@@ -356,6 +356,6 @@ def test_flags_that_do_not_go_together(capsys):
     assert main(ask) == 1
     assert main([*ask, "--reward", "f.py:f", "--template", "t"]) == 1
     assert main([*ask, "--model", "m", "--margin", "-1"]) == 1
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for words in ("who is to judge?", "belong to a model that is asked", "--margin is -1.0; it must be 0 or more"):
-        assert words in said
+        assert words in stderr

@@ -20,7 +20,7 @@ from lowalign.config.sections import AdapterConfig
 from lowalign.config.training import PPOConfig, RolloutConfig, ValueConfig
 from lowalign.model.policy import load_stack
 from lowalign.train import checkpoint
-from tests.commands import made
+from tests.commands import tiny_runs
 from tests.tiny import tiny_folder
 from tests.train import toy
 
@@ -96,14 +96,14 @@ def assert_same(out, straight) -> None:
     assert digest(out) == digest(straight)
 
 
-def run(arguments: list[str], said: Path) -> None:
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+def run(arguments: list[str], stderr: Path) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.exit(main(arguments))
 
 
-def in_child(arguments: list[str], said: Path = Path(os.devnull), **environment: str) -> int:
-    """The command line in a process of its own -> its exit code, -9 after a SIGKILL. said: takes its stderr."""
-    return toy.in_child(run, arguments, said, environment=environment)
+def in_child(arguments: list[str], stderr: Path = Path(os.devnull), **environment: str) -> int:
+    """The command line in a process of its own -> its exit code, -9 after a SIGKILL. stderr: takes its stderr."""
+    return toy.in_child(run, arguments, stderr, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +261,9 @@ def refused(arguments, capfd) -> str:
     """What it says before it leaves with exit code 1: its last words."""
     capfd.readouterr()
     assert main(arguments) == 1
-    said = capfd.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("lowalign: ") :].strip()
+    stderr = capfd.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr[stderr.index("lowalign: ") :].strip()
 
 
 @pytest.mark.parametrize(
@@ -342,8 +342,8 @@ def test_options_that_do_not_go_together(world, tmp_path, capfd, more):
 def test_nothing_to_score_with_or_to_ask(world, tmp_path, capfd):
     bare = ["ppo", "--model", f"{world}/model", "--out", str(tmp_path / "a")]
     assert refused(bare, capfd) == "lowalign: no prompts: give --data FILE…"
-    asked = [*bare, "--data", f"{world}/prompts.jsonl"]
-    assert refused(asked, capfd) == "lowalign: no reward: give --reward RUN or --reward FILE.py:NAME"
+    with_data = [*bare, "--data", f"{world}/prompts.jsonl"]
+    assert refused(with_data, capfd) == "lowalign: no reward: give --reward RUN or --reward FILE.py:NAME"
 
 
 # -- what it starts from ----------------------------------------------------------------------------------------------
@@ -390,8 +390,8 @@ def test_pretraining_mix_and_a_shared_value(world, sft, tmp_path):
 
 
 def test_where_the_value_function_comes_from(tmp_path):
-    world = made.make(tmp_path)
-    base = made.load(world / "model")
+    world = tiny_runs.make(tmp_path)
+    base = tiny_runs.load(world / "model")
     host = Host(base)
     host.add("init", LoraConfig(r=2, target_modules=["q_proj"]))
     host.add("policy", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -408,11 +408,11 @@ def test_where_the_value_function_comes_from(tmp_path):
         return stack, weights
 
     stack, weights = added(f"0.5*{world}/reward")  # the reward model, head and all
-    wanted = load_file(world / "reward" / "adapter_model.safetensors")
+    expected = load_file(world / "reward" / "adapter_model.safetensors")
     assert stack == (VALUE,)
     rest = {f"base_model.model.{k}": v.tolist() for k, v in weights.items() if k != "score.weight"}
-    assert rest == {k: v.tolist() for k, v in wanted.items() if "score" not in k}
-    head = wanted["base_model.model.score.weight"]
+    assert rest == {k: v.tolist() for k, v in expected.items() if "score" not in k}
+    head = expected["base_model.model.score.weight"]
     assert torch.equal(weights["score.weight"], 0.5 * head)  # it is to predict half its scores
     _, weights = added(f"0.5*{world}/reward", normalise="running")  # … or them over their spread, which is 2
     assert torch.equal(weights["score.weight"], head / 2.0)

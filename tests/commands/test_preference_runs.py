@@ -44,16 +44,16 @@ def world(tmp_path_factory):
     tiny_folder(folder / "model", "llama")
     rng = random.Random(0)
     text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))  # noqa: E731
-    asked = lambda: [{"role": "user", "content": text()}]  # noqa: E731
-    said = lambda: [{"role": "assistant", "content": text()}]  # noqa: E731
+    user = lambda: [{"role": "user", "content": text()}]  # noqa: E731
+    assistant = lambda: [{"role": "assistant", "content": text()}]  # noqa: E731
     rows = {
-        "pairs": [{"prompt": asked(), "chosen": said(), "rejected": said()} for _ in range(24)],
-        "rankings": [{"prompt": asked(), "completions": [said() for _ in range(4)]} for _ in range(16)],
-        "thumbs": [{"prompt": asked(), "completion": said(), "label": i % 3 == 0} for i in range(24)],
-        "sft": [{"messages": asked() + said()} for _ in range(16)],
+        "pairs": [{"prompt": user(), "chosen": assistant(), "rejected": assistant()} for _ in range(24)],
+        "rankings": [{"prompt": user(), "completions": [assistant() for _ in range(4)]} for _ in range(16)],
+        "thumbs": [{"prompt": user(), "completion": assistant(), "label": i % 3 == 0} for i in range(24)],
+        "sft": [{"messages": user() + assistant()} for _ in range(16)],
     }
-    for name, made in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    for name, examples in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     return folder
 
 
@@ -108,16 +108,16 @@ def test_a_reward_on_an_sft_run_carries_it_along(world, tmp_path):
 
 def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, capsys):
     assert main(flags(world, "dpo", tmp_path / "a")) == 0
-    said = capsys.readouterr().err
-    assert "the LORA starts as its reference: log-probs equal on 4 examples" in said
-    assert "the reference's log-probs of 20 examples are computed once" in said
+    stderr = capsys.readouterr().err
+    assert "the LORA starts as its reference: log-probs equal on 4 examples" in stderr
+    assert "the reference's log-probs of 20 examples are computed once" in stderr
     first = lines(tmp_path / "a")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["eval/rewards/margins"] == 0
     # Another run on the same rows finds them, and they are the same run.
     assert main(flags(world, "dpo", tmp_path / "b")) == 0
-    said = capsys.readouterr().err
-    assert "the reference's log-probs of 20 examples are known" in said
-    assert "kept and computed anew differ by at most 0.0e+00" in said  # the packs of the first pass are the same
+    stderr = capsys.readouterr().err
+    assert "the reference's log-probs of 20 examples are known" in stderr
+    assert "kept and computed anew differ by at most 0.0e+00" in stderr  # the packs of the first pass are the same
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     # Without the cache they come from the same packs, as long as this is the first pass.
     assert main(flags(world, "dpo", tmp_path / "c", "--reference-cache", "off")) == 0
@@ -179,18 +179,19 @@ def test_killed_and_resumed_is_the_same_run(world, tmp_path, verb, data, more):
 
 
 def test_held_wrong(world, tmp_path, capsys):
-    said = refused(capsys, flags(world, "dpo", tmp_path / "a", "--adapter.dropout", "0.1"))
-    assert "--adapter.dropout is 0.1: with dropout the policy is not its reference at the start" in said
-    said = refused(capsys, flags(world, "dpo", tmp_path / "b", data="thumbs"))
+    stderr = refused(capsys, flags(world, "dpo", tmp_path / "a", "--adapter.dropout", "0.1"))
+    assert "--adapter.dropout is 0.1: with dropout the policy is not its reference at the start" in stderr
+    stderr = refused(capsys, flags(world, "dpo", tmp_path / "b", data="thumbs"))
     assert (
-        "24 rows, the first" in said and "thumbs.jsonl:1, have a label and no rival: they need --dpo.loss kto" in said
+        "24 rows, the first" in stderr
+        and "thumbs.jsonl:1, have a label and no rival: they need --dpo.loss kto" in stderr
     )
-    said = refused(capsys, flags(world, "reward", tmp_path / "c", data="thumbs"))
-    assert "a reward model learns from comparisons" in said
-    said = refused(capsys, flags(world, "dpo", tmp_path / "d", "--dpo.loss", "kto", "--train.batch-size", "1"))
-    assert "--train.batch-size 2 or more" in said
-    said = refused(capsys, flags(world, "reward", tmp_path / "e", data="sft"))
-    assert "sft.jsonl:1" in said and "lowalign sft" in said
+    stderr = refused(capsys, flags(world, "reward", tmp_path / "c", data="thumbs"))
+    assert "a reward model learns from comparisons" in stderr
+    stderr = refused(capsys, flags(world, "dpo", tmp_path / "d", "--dpo.loss", "kto", "--train.batch-size", "1"))
+    assert "--train.batch-size 2 or more" in stderr
+    stderr = refused(capsys, flags(world, "reward", tmp_path / "e", data="sft"))
+    assert "sft.jsonl:1" in stderr and "lowalign sft" in stderr
 
 
 FILES = {"dpo_en_demo.json": 16, "v1_dpo_demo.jsonl": 10}

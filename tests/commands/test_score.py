@@ -8,7 +8,7 @@ import torch
 from lowalign import Example, Host
 from lowalign.cli import main
 from lowalign.data.chat import Chat
-from tests.commands.made import FP32, load, make
+from tests.commands.tiny_runs import FP32, load, make
 
 PAIRS = [
     ("Where is Paris?", "France.", "The lazy dog jumps."),
@@ -34,14 +34,14 @@ def alone(world) -> dict[tuple[str, str], float]:
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
     host.load("r", world / "reward")
-    found = {}
-    for asked, *answers in PAIRS:
-        prompt = chat.prompt_ids([{"role": "user", "content": asked}])
-        for said in answers:
-            ids = [*chat.text_ids(said)[len(chat.front) :], chat.end_of_turn]
+    scores = {}
+    for question, *answers in PAIRS:
+        prompt = chat.prompt_ids([{"role": "user", "content": question}])
+        for answer in answers:
+            ids = [*chat.text_ids(answer)[len(chat.front) :], chat.end_of_turn]
             with host.use("r"), torch.no_grad():
-                found[asked, said] = host.scores([Example(prompt, [ids])], "r")[0].item()
-    return found
+                scores[question, answer] = host.scores([Example(prompt, [ids])], "r")[0].item()
+    return scores
 
 
 def ask(world, *more: str) -> list[str]:
@@ -54,7 +54,9 @@ def test_preferences(world, alone, tmp_path, capsys, budget):
     assert main(ask(world, "--data", f"{world}/pairs.jsonl", "--out", str(out), "--token-budget", budget)) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     want = [
-        (f"{world}/pairs.jsonl:{n}", said, rank) for n, row in enumerate(PAIRS, 1) for rank, said in enumerate(row[1:])
+        (f"{world}/pairs.jsonl:{n}", answer, rank)
+        for n, row in enumerate(PAIRS, 1)
+        for rank, answer in enumerate(row[1:])
     ]
     ended = lambda text: text.removesuffix("<|im_end|>").strip()  # noqa: E731
     assert [(line["source"], ended(line["completion"]), line["rank"]) for line in lines] == want

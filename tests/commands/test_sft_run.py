@@ -48,8 +48,8 @@ def world(tmp_path_factory):
     rng = random.Random(0)
     rows = []
     for _ in range(40):
-        asked, said = (" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(2))
-        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+        question, answer = (" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(2))
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 

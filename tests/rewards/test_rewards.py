@@ -12,7 +12,7 @@ from lowalign.errors import UserError
 from lowalign.rewards.reward_run import load_reward_run, score_examples
 from lowalign.rewards.rewards import load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
-from tests.commands.made import load, make
+from tests.commands.tiny_runs import load, make
 
 PROMPTS = [[{"role": "user", "content": "one"}], "two"]
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12]]
@@ -49,24 +49,24 @@ def alone(host, stack) -> list[list[float]]:
 
 
 def test_a_single_run_gives_its_raw_scores(world, host):
-    found = rewards(host, f"{world}/reward")(PROMPTS, IDS, TEXTS, COMPLETIONS)
-    want = alone(host, ("reward0",))
-    assert [[s.total for s in group] for group in found] == [pytest.approx(group, abs=1e-5) for group in want]
-    assert len({round(s.total, 3) for group in found for s in group}) == 4
-    assert all(s.parts == {f"{world}/reward": s.total} for group in found for s in group)
+    actual = rewards(host, f"{world}/reward")(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    expected = alone(host, ("reward0",))
+    assert [[s.total for s in group] for group in actual] == [pytest.approx(group, abs=1e-5) for group in expected]
+    assert len({round(s.total, 3) for group in actual for s in group}) == 4
+    assert all(s.parts == {f"{world}/reward": s.total} for group in actual for s in group)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 9, 10, 14, 1000])
 def test_any_token_budget_gives_the_same_scores_in_order(world, host, budget, monkeypatch):
     """And no forward has more tokens than the budget, unless it is a single completion."""
     stack = load_reward_run(host, "r", f"{world}/reward")
-    want = alone(host, stack)
+    expected = alone(host, stack)
     seen, scores = [], host.scores
     monkeypatch.setattr(host, "scores", lambda batch, name: seen.append(batch) or scores(batch, name))
     examples = [Example(p, cs) for p, cs in zip(IDS, COMPLETIONS, strict=True)]
-    found = score_examples(host, stack, examples, budget)
+    actual = score_examples(host, stack, examples, budget)
     assert all(sum(e.length for e in b) <= budget or (len(b) == 1 and len(b[0].completions) == 1) for b in seen)
-    assert found == [pytest.approx(group, abs=1e-5) for group in want]
+    assert actual == [pytest.approx(group, abs=1e-5) for group in expected]
     assert budget < 1000 or len(seen) == 1
 
 
@@ -74,7 +74,7 @@ def test_any_token_budget_gives_the_same_scores_in_order(world, host, budget, mo
 def test_out_of_memory_changes_no_score(world, host, monkeypatch, capsys, room, fits):
     """Packs become smaller, then the completions of a prompt are divided; the longest takes 10 tokens with its prompt."""
     stack = load_reward_run(host, "r", f"{world}/reward")
-    want = alone(host, stack)
+    expected = alone(host, stack)
     scores = host.scores
 
     def small(batch, name):
@@ -88,7 +88,7 @@ def test_out_of_memory_changes_no_score(world, host, monkeypatch, capsys, room, 
         with pytest.raises(UserError, match="a single example of 10 tokens, rows"):
             score_examples(host, stack, examples)
         return
-    assert score_examples(host, stack, examples) == [pytest.approx(group, abs=1e-5) for group in want]
+    assert score_examples(host, stack, examples) == [pytest.approx(group, abs=1e-5) for group in expected]
     assert "out of memory with 18 tokens: the token budget is now 9" in capsys.readouterr().err
 
 
@@ -97,9 +97,9 @@ def test_a_weighted_sum(world, host, tmp_path):
     file = tmp_path / "length.py"
     file.write_text("def letters(prompts, completions):\n    return [len(c) for c in completions]\n")
     specs = (f"2*{world}/reward", f"{world}/other", f"-0.5*{file}:letters")
-    found = rewards(host, *specs)(PROMPTS, IDS, TEXTS, COMPLETIONS)
+    actual = rewards(host, *specs)(PROMPTS, IDS, TEXTS, COMPLETIONS)
     first, second = alone(host, ("reward0",)), alone(host, ("reward1",))
-    for i, group in enumerate(found):
+    for i, group in enumerate(actual):
         for j, score in enumerate(group):
             a, b, c = (first[i][j] - 0.25) / 2.0, (second[i][j] + 1.0) / 0.5, len(TEXTS[i][j])
             assert list(score.parts.values()) == pytest.approx([a, b, c], abs=1e-4)
@@ -116,11 +116,11 @@ def test_a_function_is_given_a_prompt_for_each_completion_and_can_do_no_harm(hos
         "    return torch.arange(4) / 2\n"
     )
     prompts = [[{"role": "user", "content": "one"}], "two"]
-    found = rewards(host, f"{file}:f")(prompts, IDS, TEXTS, COMPLETIONS)
-    assert [[s.total for s in group] for group in found] == [[0, 0.5, 1], [1.5]]
+    actual = rewards(host, f"{file}:f")(prompts, IDS, TEXTS, COMPLETIONS)
+    assert [[s.total for s in group] for group in actual] == [[0, 0.5, 1], [1.5]]
     assert prompts == PROMPTS
-    given = [*[PROMPTS[0]] * 3, "two"], ["a", "bb", "ccc", "dddd"]
-    assert json.loads((tmp_path / "given").read_text()) == list(given)
+    inputs = [*[PROMPTS[0]] * 3, "two"], ["a", "bb", "ccc", "dddd"]
+    assert json.loads((tmp_path / "given").read_text()) == list(inputs)
 
 
 @pytest.mark.parametrize(
