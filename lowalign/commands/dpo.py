@@ -18,7 +18,7 @@ from lowalign.train.signals import StopSignals
 
 def dpo(config: DPOConfig, base: Base | None = None) -> int:
     """Run `lowalign dpo`; `base` is one that is loaded already. Returns the exit code."""
-    kto, settings = config.dpo.loss == "kto", config.train
+    kto, loop = config.dpo.loss == "kto", config.train
 
     def load(*args: Any, **options: Any) -> Dataset:
         data = load_preferences(*args, **options)
@@ -26,17 +26,15 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
             refuse_labels(data.examples, "they need --dpo.loss kto")
         return data
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> DPO | KTO:
-        check_and_log_start(host, stack, reference, rows, config)
-        reference = reference_stack(host, config.reference, reference, config.allow_base_mismatch)
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> DPO | KTO:
+        check_and_log_start(host, policy, initial, rows, config)
+        reference = reference_stack(host, config.reference, initial, config.allow_base_mismatch)
         if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
             with StopSignals() as stop:
                 for part in (rows, heldout):
-                    fill_reference_logps(host, reference, part, settings, stop)
+                    fill_reference_logps(host, reference, part, loop, stop)
         if kto:
-            return KTO(
-                host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed, settings.token_budget
-            )
-        return DPO(host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed)
+            return KTO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed, loop.token_budget)
+        return DPO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed)
 
     return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))

@@ -30,11 +30,11 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         )
         return replace(data, examples=[scored(e) for e in data.examples])
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> Reward:
-        if not host.has_head(stack[-1]):
-            host.add_head(stack[-1])
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Reward:
+        if not host.has_head(policy[-1]):
+            host.add_head(policy[-1])
         ties = config.data.ties == "keep"
-        return Reward(host, rows, stack, config.reward, config.train.batch_size, config.train.seed, ties)
+        return Reward(host, rows, policy, config.reward, config.train.batch_size, config.train.seed, ties)
 
     return run(config, "reward", partial(read_rows, config, load), start, base, finish=_evaluate)
 

@@ -14,8 +14,8 @@ from lowalign.train.run import Stack, check_and_log_start, read_rows, run
 def sft(config: SFTConfig, base: Base | None = None) -> int:
     """Run `lowalign sft`; `base` is one that is loaded already. Returns the exit code."""
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> SFT:
-        check_and_log_start(host, stack, reference, rows, config)
-        return SFT(host, rows, stack, config.train.batch_size, config.train.seed)
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> SFT:
+        check_and_log_start(host, policy, initial, rows, config)
+        return SFT(host, rows, policy, config.train.batch_size, config.train.seed)
 
     return run(config, "sft", partial(read_rows, config, load_examples), start, base)
