@@ -175,7 +175,7 @@ def test_tokens_never_reach_the_screen(monkeypatch, capsys, kind):
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
 PROBE = f"""
@@ -201,11 +201,11 @@ print("probe", code, round(time.process_time(), 2), *loaded, file=sys.stderr)
     ],
 )
 def test_help_and_complaints_come_at_once(line, code):
-    """Nothing heavy is imported, and it costs less than a second of processor time (0.1 to 0.3 measured)."""
+    """Nothing heavy is imported, and it costs little processor time: at most ten times the 0.3 s measured."""
     answer = run(sys.executable, "-c", PROBE, *line.split())
     probe, got, seconds, *loaded = answer.stderr.splitlines()[-1].split()
     assert (probe, got, loaded) == ("probe", str(code), [])
-    assert float(seconds) < 1
+    assert float(seconds) < 3
     assert code or answer.stdout.strip()
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from lowalign.data.dataset import load_examples
 from lowalign.data.preferences import load_preferences
 from lowalign.model.adapters.flat import FlatWeights
 from tests.commands.tiny_runs import FP32, load, make
+from tests.train import toy
 
 ASKED = ["Where is Paris?", "Who jumps?", "What is lazy?", "The dog.", "Is it quick?", "A fox?", "Why?", "How?", "No.", "Yes."]  # fmt: skip
 FILES = ("candidates.jsonl", "best.jsonl", "pairs.jsonl", "rankings.jsonl", "report.json")
@@ -192,14 +191,16 @@ def test_cut_off_at_any_byte_and_resumed(world, straight, tmp_path, share):
     assert contents(out) == contents(straight)
 
 
+def small_blocks_main(arguments: list[str]) -> None:
+    best_of_n.BLOCK = 4
+    main(arguments)
+
+
 def test_killed_and_resumed(world, straight, tmp_path):
     """SIGKILL while the second block is scored."""
     out = tmp_path / "run"
     (world / "signal").write_text("SIGKILL 2")
-    code = "import sys, lowalign.commands.best_of_n as b; b.BLOCK = 4; from lowalign.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(best_of_n.__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", code, *flags(world, out)], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert toy.in_child(small_blocks_main, flags(world, out)) == -signal.SIGKILL
     assert len(lines(out / "candidates.jsonl")) == 4
     assert main(flags(world, out, "--resume")) == 0
     assert contents(out) == contents(straight)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,8 @@ from lowalign.config.sections import AdapterConfig
 from lowalign.config.training import PPOConfig, RolloutConfig, ValueConfig
 from lowalign.model.policy import load_stack
 from lowalign.train import checkpoint
-from tests.commands import tiny_runs
+from tests.commands import child, tiny_runs
 from tests.tiny import tiny_folder
-from tests.train import toy
 
 REWARD = """
 import os, pathlib
@@ -94,16 +92,6 @@ def assert_same(out, straight) -> None:
     assert strip(lines(out)) == strip(lines(straight))
     assert (out / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
     assert digest(out) == digest(straight)
-
-
-def run(arguments: list[str], stderr: Path) -> None:
-    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(main(arguments))
-
-
-def in_child(arguments: list[str], stderr: Path = Path(os.devnull), **environment: str) -> int:
-    """The command line in a process of its own -> its exit code, -9 after a SIGKILL. stderr: takes its stderr."""
-    return toy.in_child(run, arguments, stderr, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +178,7 @@ def test_stock_peft_gives_the_same_log_probs(world, straight, mode):
 def test_killed_while_it_scores(world, straight, tmp_path, own_reward):
     out = tmp_path / "run"
     own_reward.with_name("trouble").write_text("os.kill(os.getpid(), 9)")
-    assert in_child(flags(world, out, reward=own_reward)) == -signal.SIGKILL
+    assert child.run(flags(world, out, reward=own_reward)) == -signal.SIGKILL
     assert main(flags(world, out, "--resume", reward=own_reward)) == 0
     assert_same(out, straight["gae"])
 
@@ -205,7 +193,7 @@ def test_killed_while_it_scores(world, straight, tmp_path, own_reward):
 )
 def test_killed_in_the_update_and_in_a_save(world, straight, tmp_path, mode, point, left):
     out = tmp_path / "run"
-    assert in_child(flags(world, out, mode=mode), LOWALIGN_KILL_AT=point) == -signal.SIGKILL
+    assert child.run(flags(world, out, mode=mode), LOWALIGN_KILL_AT=point) == -signal.SIGKILL
     assert checkpoint.steps(out) == left
     assert main(flags(world, out, "--resume", mode=mode)) == 0
     assert_same(out, straight[mode])
@@ -215,7 +203,7 @@ def test_sigterm_saves_the_round_and_leaves(world, straight, tmp_path, own_rewar
     """It comes while the second round is sampled and scored, which is not done again."""
     out = tmp_path / "run"
     own_reward.with_name("trouble").write_text("os.kill(os.getpid(), 15)")
-    assert in_child(flags(world, out, reward=own_reward), tmp_path / "said") == 128 + signal.SIGTERM
+    assert child.run(flags(world, out, reward=own_reward), tmp_path / "said") == 128 + signal.SIGTERM
     kept = checkpoint.newest_valid(out)
     assert kept.state["method"]["round"] == 1 and kept.state["method"]["began"] == kept.step
     words = f"stopped by SIGTERM after step {kept.step}; go on with the same command and --resume"
@@ -229,7 +217,7 @@ def test_sigterm_saves_the_round_and_leaves(world, straight, tmp_path, own_rewar
 @pytest.mark.parametrize("point", ["save-begin", "save-method:2", "save-state:2", "metrics-line:2", "metrics-line:7"])
 def test_killed_at_other_points(world, straight, tmp_path, mode, point):
     out = tmp_path / "run"
-    assert in_child(flags(world, out, mode=mode), LOWALIGN_KILL_AT=point) == -signal.SIGKILL
+    assert child.run(flags(world, out, mode=mode), LOWALIGN_KILL_AT=point) == -signal.SIGKILL
     assert main(flags(world, out, "--resume", mode=mode)) == 0
     assert_same(out, straight[mode])
 
@@ -242,8 +230,7 @@ def test_killed_at_random_times(world, straight, tmp_path, mode):
     chance = torch.Generator().manual_seed(0)
     for attempt in range(40):
         command = flags(world, out, *(["--resume"] if attempt else []), mode=mode)
-        process = toy.fork.Process(target=toy._child, args=(run, (command, Path(os.devnull)), {}))
-        process.start()
+        process = child.start(command)
         process.join(0.5 + 1.2 * float(torch.rand((), generator=chance)) if kills < 12 else None)
         if process.exitcode is not None:
             break

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import random
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from lowalign import Base, Example, Host
 from lowalign.cli import main
 from lowalign.data.cache import cache_folder
 from lowalign.model.policy import load_stack
+from tests.commands import child
 from tests.tiny import tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]
@@ -171,9 +170,8 @@ KILLED = [("dpo", "pairs", []), ("reward", "rankings", []), ("dpo", "thumbs", ["
 @pytest.mark.parametrize(("verb", "data", "more"), KILLED)
 def test_killed_and_resumed_is_the_same_run(world, tmp_path, verb, data, more):
     assert main(flags(world, verb, tmp_path / "straight", *more, data=data)) == 0
-    command = [sys.executable, "-m", "lowalign", *flags(world, verb, tmp_path / "killed", *more, data=data)]
-    killed = os.environ | {"OMP_NUM_THREADS": "1", "LOWALIGN_KILL_AT": "metrics-line:3"}
-    assert subprocess.run(command, env=killed, capture_output=True).returncode < 0
+    command = flags(world, verb, tmp_path / "killed", *more, data=data)
+    assert child.run(command, LOWALIGN_KILL_AT="metrics-line:3") == -signal.SIGKILL
     assert main(flags(world, verb, tmp_path / "killed", *more, "--resume", data=data)) == 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
 

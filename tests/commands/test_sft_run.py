@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.model.policy import load_stack
+from tests.commands import child
 from tests.tiny import tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]
@@ -60,12 +58,6 @@ def flags(world, out, *more, kind="lora", steps=6) -> list[str]:
         "--train.steps", str(steps), "--train.save-every", "2", "--train.batch-size", "4", "--data.eval-rows", "4",
         "--data.no-cache", *more,
     ]  # fmt: skip
-
-
-def start(arguments, **env) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    command = [sys.executable, "-m", "lowalign", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def digest(out) -> str:
@@ -135,9 +127,7 @@ def test_the_recipe_of_a_run_is_the_same_run(world, straight, tmp_path):
 def test_killed_and_resumed_is_the_same_run(world, straight, tmp_path, kind):
     """SIGKILL in the middle of writing the checkpoint of step 4; the run goes on from step 2 and ends on the same bits."""
     out = tmp_path / "run"
-    process = start(flags(world, out, kind=kind), LOWALIGN_KILL_AT="save-optimizer:2")
-    process.communicate(timeout=200)
-    assert process.returncode == -signal.SIGKILL
+    assert child.run(flags(world, out, kind=kind), LOWALIGN_KILL_AT="save-optimizer:2") == -signal.SIGKILL
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-000002"]
     assert main(flags(world, out, "--resume", kind=kind)) == 0
     assert digest(out) == digest(straight[kind])
@@ -147,13 +137,14 @@ def test_killed_and_resumed_is_the_same_run(world, straight, tmp_path, kind):
 
 def test_signal_saves_and_leaves(world, straight, tmp_path):
     out = tmp_path / "run"
-    process = start(flags(world, out, steps=6))
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
+    process = child.start(flags(world, out, steps=6), tmp_path / "stderr")
+    while process.is_alive() and not (out / "metrics.jsonl").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=200)
-    if process.returncode != 0:  # it may have been through before the signal came
-        assert process.returncode == 143 and "--resume" in errors and "Traceback" not in errors
+    process.terminate()
+    process.join()
+    if process.exitcode != 0:  # it may have been through before the signal came
+        errors = (tmp_path / "stderr").read_text()
+        assert process.exitcode == 143 and "--resume" in errors and "Traceback" not in errors
         assert main(flags(world, out, "--resume")) == 0
     assert digest(out) == digest(straight["lora"])
 
@@ -162,17 +153,16 @@ def test_signal_saves_and_leaves(world, straight, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_times(world, straight, tmp_path, kind):
     """Again and again, at any moment, until it is through."""
-    out, rng = tmp_path / "run", random.Random(kind)
-    for attempt in range(30):
-        process = start(flags(world, out, "--resume", kind=kind))
-        try:
-            process.communicate(timeout=rng.uniform(6, 14) + attempt)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        if process.returncode == 0:
+    out, rng, kills = tmp_path / "run", random.Random(kind), 0
+    while True:
+        process = child.start(flags(world, out, "--resume", kind=kind))
+        process.join(rng.uniform(0.5, 3) if kills < 12 else None)
+        if process.exitcode is not None:
             break
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills
     assert digest(out) == digest(straight[kind])
 
 

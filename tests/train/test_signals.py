@@ -84,9 +84,9 @@ def _twice(out: Path, first: signal.Signals, second: signal.Signals) -> None:
 
     def state() -> dict:
         if method.step == 5:  # while the checkpoint of the stop is being put together
-            (out / "asked").write_text(str(time.time()))
             os.kill(os.getpid(), second)
             time.sleep(30)
+            (out / "slept").touch()
         return toy.ToyMethod.state(method)
 
     method.state = state
@@ -97,7 +97,7 @@ def _twice(out: Path, first: signal.Signals, second: signal.Signals) -> None:
 def test_the_second_leaves_at_once_and_harms_nothing(tmp_path, first, second):
     out = tmp_path / "run"
     assert toy.in_child(_twice, out, first, second) == 128 + second
-    assert time.time() - float((out / "asked").read_text()) < 5  # it slept for 30; a process takes a while to end
+    assert not (out / "slept").exists()
     assert checkpoint.steps(out) == [2, 4] and checkpoint.newest_valid(out).step == 4
     host, _, _ = toy.run(out, resume=True)
     straight, _, _ = toy.run(tmp_path / "straight")
@@ -105,7 +105,7 @@ def test_the_second_leaves_at_once_and_harms_nothing(tmp_path, first, second):
 
 
 def _stopped_from_outside(out: Path) -> None:
-    _, _, result = toy.run(out, hook=lambda *_: time.sleep(0.02), steps=200, save_every=1000)
+    _, _, result = toy.run(out, hook=lambda *_: time.sleep(0.02), steps=5000, save_every=5000)
     os._exit(128 + result.stopped_by if result.stopped_by else 0)
 
 
@@ -113,12 +113,11 @@ def _stopped_from_outside(out: Path) -> None:
 def test_from_outside(tmp_path, number):
     process = toy.fork.Process(target=toy._child, args=(_stopped_from_outside, (tmp_path,), {}))
     process.start()
-    deadline = time.time() + 60
     metrics = tmp_path / "metrics.jsonl"
-    while time.time() < deadline and not (metrics.exists() and '"step": 3, "loss"' in metrics.read_text()):
+    while process.is_alive() and not (metrics.exists() and '"step": 3, "loss"' in metrics.read_text()):
         time.sleep(0.02)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join()
     assert process.exitcode == 128 + number
     found = checkpoint.newest_valid(tmp_path)
     steps = metrics.read_text().count('"loss"')

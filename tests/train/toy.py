@@ -29,9 +29,9 @@ CONFIG = TrainConfig(
     eval_every=2,
     checkpointing="off",
 )
-# Child processes come from a server that has imported torch and bitsandbytes and done nothing else.
+# Child processes come from a server that has imported what runs import and done nothing else.
 fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["tests.train.toy", "lowalign.train.engine"])
+fork.set_forkserver_preload(["tests.train.toy", "tests.commands.child"])
 
 
 class ToyHost:
@@ -162,7 +162,7 @@ def in_child(function: Callable, *args: object, environment: dict[str, str] | No
     """Run it in a process of its own. Returns the exit code, -N when signal N ended it."""
     process = fork.Process(target=_child, args=(function, args, environment or {}))
     process.start()
-    process.join(60)
+    process.join()
     return process.exitcode
 
 

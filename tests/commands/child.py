@@ -1,0 +1,34 @@
+"""The command line in a process of its own that can be killed; it is forked from one that has imported torch already."""
+
+import os
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# Here, so that the fork server has them.
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import lowalign.commands.best_of_n
+import lowalign.commands.dpo
+import lowalign.commands.ppo
+import lowalign.commands.reward
+import lowalign.commands.sft  # noqa: F401
+from lowalign.cli import main
+from tests.train import toy
+
+
+def start(arguments: list[str], stderr: Path = Path(os.devnull), **environment: str) -> BaseProcess:
+    process = toy.fork.Process(target=toy._child, args=(_main, (arguments, stderr), environment))
+    process.start()
+    return process
+
+
+def run(arguments: list[str], stderr: Path = Path(os.devnull), **environment: str) -> int:
+    """Its exit code, -N when signal N ended it."""
+    return toy.in_child(_main, arguments, stderr, environment=environment)
+
+
+def _main(arguments: list[str], stderr: Path) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main(arguments))
