@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lowalign import cli
-from lowalign.config.commands import AnyDataConfig
+from lowalign.config.commands import AnyDataConfig, DataCheckConfig
 from lowalign.config.sections import DataConfig, TrainConfig
 from lowalign.config.training import SFTConfig
+from lowalign.config.verbs import VERBS, Verb, verbs
 from lowalign.errors import UserError
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "numpy")
@@ -21,24 +22,18 @@ MINIMAL = ["sft", "--model", "m", "--out", "o"]
 
 @pytest.fixture
 def called(monkeypatch):
-    """Stands in for all that does the work; collects the arguments it is called with, and returns 0."""
+    """Stands in for the functions of all verbs but recipes; collects their arguments, and returns 0."""
     calls = []
 
     def note(*arguments):
         calls.append(arguments[0] if len(arguments) == 1 else arguments)
         return 0
 
-    for module, name in [
-        ("commands.sft", "sft"),
-        ("commands.generate", "generate"),
-        ("demo.run", "main"),
-        ("commands.data_check", "check"),
-    ]:
-        stand_in = sys.modules.get(f"lowalign.{module}")
-        if not isinstance(stand_in, types.SimpleNamespace):
-            stand_in = types.SimpleNamespace()
+    for verb in verbs():
+        module, _, function = verb.function.partition(":")
+        if module != "commands.recipes":
+            stand_in = types.SimpleNamespace(**{function: note})
             monkeypatch.setitem(sys.modules, f"lowalign.{module}", stand_in)
-        setattr(stand_in, name, note)
     return calls
 
 
@@ -57,7 +52,7 @@ def test_sft_gets_the_config(called):
 def test_sft_takes_a_recipe_by_name_or_path(called, tmp_path):
     assert cli.main(["recipes", "copy", "prefix/sft", str(tmp_path / "mine.yaml")]) == 0
     for recipe in ("prefix/sft", "prefix/sft.yaml", str(tmp_path / "mine.yaml")):
-        assert cli.main(["sft", recipe, "--model", "m", "--train.steps", "2"]) == 0
+        assert cli.main(["sft", recipe, "--model", "m", "--out", "o", "--train.steps", "2"]) == 0
     assert called[0].adapter.kind == "prefix"
     assert (called[0].model, called[0].train.steps) == ("m", 2)
     assert called[0] == called[1] == called[2]
@@ -76,14 +71,55 @@ def test_generate_repeats_adapters_and_takes_one_kind_of_prompt(called, capsys):
 
 def test_data_check_takes_files_before_the_flags(called, capsys):
     assert cli.main(["data", "check", "a", "b", "--model", "m", "--data.shape", "text", "--rows", "9"]) == 0
-    assert called == [(AnyDataConfig(files=("a", "b"), shape="text"), "m", None, 9)]
+    assert called == [DataCheckConfig("m", rows=9, files=("a", "b"), data=AnyDataConfig(shape="text"))]
     assert cli.main(["data", "check", "--model", "m"]) == 1
-    assert capsys.readouterr().err.startswith("lowalign: no FILE to check\n")
+    assert capsys.readouterr().err == "lowalign: no FILE to check: lowalign data check FILE… --model M\n"
 
 
 def test_data_check_exits_with_1_when_rows_are_bad(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lowalign.commands.data_check", types.SimpleNamespace(check=lambda *_: 7))
-    assert cli.main(["data", "check", "a", "--model", "m"]) == 1
+    from lowalign.commands import data_check
+
+    calls = []
+    monkeypatch.setattr(data_check, "check", lambda *arguments: calls.append(arguments) or len(calls) - 1)
+    command = ["data", "check", "a", "--model", "m", "--data", "b", "--data.shape", "text"]
+    assert [cli.main(command), cli.main(command)] == [0, 1]
+    assert calls == [(AnyDataConfig(files=("a", "b"), shape="text"), "m", None, 3)] * 2
+
+
+def test_a_verb_is_one_entry_of_the_table(called, monkeypatch, capsys):
+    merge = Verb("fuse adapters", "commands.fuse:fuse", SFTConfig, "[RECIPE] --model M --out DIR", "many into one")
+    monkeypatch.setitem(VERBS, "export", (merge,))
+    configs = []
+    stand_in = types.SimpleNamespace(fuse=lambda config: configs.append(config))
+    monkeypatch.setitem(sys.modules, "lowalign.commands.fuse", stand_in)
+    assert cli.main(["fuse", "adapters", "--model", "m", "--out", "o"]) == 0
+    assert configs == [SFTConfig("m", Path("o"))]
+    assert cli.main(["fuse", "--help"]) == cli.main(["--help"]) == 0
+    usage, _, text = capsys.readouterr().out.partition("\n")
+    assert usage == "usage: lowalign fuse adapters [RECIPE] --model M --out DIR"
+    assert re.search(r"^export\n  fuse adapters \[RECIPE\] --model M --out DIR +many into one$", text, re.MULTILINE)
+
+
+def test_every_verb_names_a_function():
+    for verb in verbs():
+        module, _, function = verb.function.partition(":")
+        path = Path(cli.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+        assert f"def {function}(" in path.read_text(), verb
+
+
+def test_old_names_of_options_work_with_a_notice(called, capsys):
+    command = ["ppo", "--model", "m", "--out", "o", "--ppo.lam", "0.5", "--rollout.show=7", "--ppo.stop_at_kl", "0.3"]
+    assert cli.main(command) == 0
+    ppo = called[0].ppo
+    assert (ppo.gae_lambda, called[0].rollout.log_samples, ppo.target_kl) == (0.5, 7, 0.3)
+    assert capsys.readouterr().err.splitlines() == [
+        f"--{old} is now --{new}; the old name will stop working in the next release"
+        for old, new in [
+            ("ppo.lam", "ppo.gae-lambda"),
+            ("rollout.show", "rollout.log-samples"),
+            ("ppo.stop-at-kl", "ppo.target-kl"),
+        ]
+    ]
 
 
 @pytest.mark.parametrize("code", [0, 1, 130, 143])
@@ -136,7 +172,16 @@ def test_an_interrupt_is_quiet(monkeypatch, capsys):
     [
         ("stf", "there is no verb stf; did you mean sft?"),
         ("sft --model m --out o --train.learing-rate 3", "--train.learning-rate"),
-        ("sft --model m", "--out PATH"),
+        ("sft --model m", "give --out DIR: folder of the run"),
+        ("sft lora/sft --data x --out o", "give --model M: base model, a folder or a Hub id"),
+        ("judge --model m", "give --data FILE: rows with prompt and completions"),
+        ("score --data x", "give --model M: base model, a folder or a Hub id give --adapter RUN: reward run"),
+        ("sft --modle m", "--modle"),
+        ("generate --model m", "generate takes either --prompt TEXT or --prompts FILE"),
+        ("dpo lora/sft --model m --out o", "lora/sft is a recipe for sft, not for dpo; did you mean lora/dpo?"),
+        ("best-of-n prefix/ppo", "prefix/ppo is a recipe for ppo, not for best-of-n; did you mean prefix/best_of_n?"),
+        ("recipes show", "NAME Name of a packaged recipe"),
+        ("data chekc a --model m", "usage: lowalign data check"),
         ("sft --model m --out o --adapter.kind loar", "('lora', 'prompt', 'prefix')"),
         ("sft lora/sfd --model m", "there is no recipe lora/sfd; did you mean lora/sft?"),
         ("sft lora/sft more.jsonl", "sft takes one RECIPE, found lora/sft more.jsonl"),
@@ -191,6 +236,8 @@ print("probe", code, round(time.process_time(), 2), *loaded, file=sys.stderr)
     ("line", "code"),
     [
         ("--help", 0),
+        ("data --help", 0),
+        ("recipes show lora/ppo --full", 0),
         ("--version", 0),
         ("sft --help", 0),
         ("generate --help", 0),

@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.config.commands import AnyDataConfig
+from lowalign.config.commands import AnyDataConfig, DataCheckConfig
 from lowalign.config.sections import PreferenceShapeName
 from lowalign.data.chat import load_chat
 from lowalign.data.dataset import SFT_ENCODER, RowEncoder, list_bad, read_examples
@@ -20,6 +20,12 @@ from lowalign.model.base.hub import load_tokenizer
 
 HEAD, TAIL = 800, 300  # characters shown of a long stretch
 PEEKED = 100  # rows of each file that decide whether they are preferences
+
+
+def data_check(config: DataCheckConfig) -> int:
+    """Run the command. Returns the exit code: 1 when there are bad rows."""
+    data = replace(config.data, files=(*config.files, *config.data.files))
+    return 1 if check(data, config.model, config.revision, config.rows) else 0
 
 
 def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3) -> int:

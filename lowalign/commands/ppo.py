@@ -89,7 +89,7 @@ class PPOSetup:
         def on_round(number: int, numbers: list[int], rollouts: list[Rollout]) -> None:
             lines = [
                 {"round": number, "prompt": prompts[i], "completion": decode(r.completions[0]), "reward": r.rewards[0]}
-                for i, r in list(zip(numbers, rollouts, strict=True))[: c.rollout.show]
+                for i, r in list(zip(numbers, rollouts, strict=True))[: c.rollout.log_samples]
             ]
             journal = Journal(c.out / "samples.jsonl")
             journal.keep(sum(line["round"] < number for line in journal.lines))  # a resumed run repeats rounds

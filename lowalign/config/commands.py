@@ -1,7 +1,6 @@
-"""What each command that does not train takes: its options, as one dataclass.
+"""The options of each other command, as one dataclass.
 
-A field is a flag, a YAML key and a line of the docs; its docstring is the help text. Nothing here imports torch, so
-`lowalign --help` answers at once.
+A field is a flag and a YAML key. Its docstring is the help text and the comment in a complete recipe.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import tyro
 from lowalign.config.sections import (
     AdapterConfig,
     BaseConfig,
+    Model,
+    OutDir,
     PreferenceConfig,
     PreferenceShapeName,
     Sampling,
@@ -24,115 +25,116 @@ from lowalign.errors import UserError
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Prompts in, completions out: a line of JSON (prompt, completion) for each completion."""
+    """Sample completions of prompts: one line of JSON (prompt, completion) per completion."""
 
-    model: str
-    """The base: a folder or a Hub id."""
+    model: Model
+    """Base model, a folder or a Hub id."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A run, an adapter folder or a Hub id. Given several times, they act together."""
+    """A run, an adapter folder or a Hub id. Repeat the flag to apply several together."""
     prompt: str | None = None
-    """One prompt, written out."""
+    """One prompt, as text."""
     prompts: Path | None = None
     """A file of prompts: JSON or JSONL rows with prompt or messages."""
     raw: bool = False
-    """Give the prompt to the model as it stands, without the chat template."""
+    """Do not apply the chat template."""
     n: int = 1
-    """Completions of each prompt."""
+    """Completions per prompt."""
     out: Path | None = None
-    """File to write to, instead of the terminal."""
+    """Output file. Default: standard output."""
     allow_base_mismatch: bool = False
-    """Use the adapters even if they were trained on another base."""
+    """Accept adapters that were trained on another base."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     base: BaseConfig = field(default_factory=BaseConfig)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise UserError("generate takes either --prompt TEXT or --prompts FILE")
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Which of two answers is better, asked in both orders: what stays the same becomes a preference."""
+    """Compare answers in pairs with a judge model, in both orders. Verdicts that agree become preferences."""
 
-    data: tuple[str, ...]
-    """Rows with prompt and completions, with prompt, completion_a and completion_b, or with prompt and completion, one
-    answer a row."""
-    out: Path
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+    """Rows with prompt and completions; or prompt, completion_a and completion_b; or prompt and completion, one answer
+    per row."""
+    out: OutDir
     """Folder of the run. The preferences are written to OUT/pairs.jsonl."""
     model: str | None = None
-    """The judge, or the base of the reward model: a folder or a Hub id. A Python function needs none."""
+    """The judge, or the base of the reward run: a folder or a Hub id. Not needed for a Python function."""
     adapter: str | None = None
     """The judge's adapter: a run, an adapter folder or a Hub id."""
     reward: tuple[str, ...] = ()
-    """Score the answers instead of asking: [WEIGHT*]RUN for a reward run, [WEIGHT*]FILE.py:NAME for a Python function
-    that is given prompts and completions and returns numbers; of several the weighted sum."""
+    """Compare the answers by their scores instead: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python
+    function of prompts and completions that returns numbers. Several: their weighted sum."""
     template: Path | None = None
-    """What the judge is asked: a Jinja file that is given prompt, a and b. Its answer is to be the letter A or B."""
+    """The judge's prompt: a Jinja file with the variables prompt, a and b. The judge must answer with the letter A or B."""
     margin: float = 0.0
-    """A mean log-odds (or a difference of scores) smaller than this is a tie."""
+    """A mean log-odds (or difference of scores) below this is a tie."""
     max_length: int = 4096
-    """Most tokens of one question; answers that make a longer one are skipped."""
+    """Maximum tokens of one judge prompt. Pairs that need more are skipped."""
     token_budget: int = 8192
-    """Most tokens on the card at a time."""
+    """Maximum tokens of a forward: memory and speed."""
     allow_base_mismatch: bool = False
-    """Use the adapters even if they were trained on another base."""
+    """Accept adapters that were trained on another base."""
     resume: bool = False
-    """Go on from the verdicts in OUT."""
+    """Resume from the verdicts in OUT."""
     base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
         if self.margin < 0:
             raise UserError(f"--margin is {self.margin}; it must be 0 or more")
         if not self.reward and self.model is None:
-            raise UserError("who is to judge? Give --model M, or --reward SPEC")
+            raise UserError("no judge: give --model M, or --reward SPEC")
         if self.reward and (self.adapter or self.template):
-            raise UserError(
-                "--adapter and --template belong to a model that is asked; --reward scores the answers instead"
-            )
+            raise UserError("--adapter and --template are options of a judge model; with --reward there is none")
 
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What each round of --train makes of its best completions: supervised fine-tuning."""
+    """With train: supervised fine-tuning on the best completions of each round."""
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     max_length: int = 2048
-    """Most tokens of one example. Too long: the completion is kept and the prompt is cut from the left."""
+    """Maximum tokens of one example. A longer one keeps its completion; its prompt is cut from the left."""
 
 
 @dataclass(frozen=True)
 class BestOfNConfig:
-    """Best-of-n: n completions of each prompt are sampled and scored; the best become data for sft, dpo and reward."""
+    """Best-of-n: sample n completions per prompt, score them, write the best as data for sft, dpo and reward."""
 
-    model: str
-    """The base: a folder or a Hub id."""
-    out: Path
+    model: Model
+    """Base model, a folder or a Hub id."""
+    out: OutDir
     """Folder of the run."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
-    """Prompts: JSON or JSONL files, or Hub dataset ids, with a prompt or messages. Answers and preferences in them are
-    left out."""
+    """JSON or JSONL files, or Hub dataset ids, of rows with a prompt or messages. Answers in the rows are ignored."""
     adapter: tuple[str, ...] = ()
-    """The policy: runs, adapter folders or Hub ids that act together; the bare base when left out."""
+    """The policy: runs, adapter folders or Hub ids, applied together. Default: the base without adapters."""
     reward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC")] = ()
-    """What scores the completions: [WEIGHT*]RUN for a reward run, [WEIGHT*]FILE.py:NAME for a Python function that is
-    given prompts and completions and returns numbers; of several the weighted sum, reward runs standardised."""
+    """What scores the completions: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python function of prompts
+    and completions that returns numbers. Several: their weighted sum, with scores of reward runs standardised."""
     n: int = 8
-    """Completions of each prompt."""
+    """Completions per prompt."""
     limit: int | None = None
-    """Use only the first N prompts."""
+    """Use only the first N prompts, for a trial."""
     max_prompt: int = 1024
-    """Prompts of more tokens are left out."""
+    """Maximum tokens of a prompt. Longer prompts are left out."""
     token_budget: int = 8192
-    """Most tokens scored at a time, unless a single completion is longer. Memory and speed."""
+    """Maximum tokens of a forward that scores: memory and speed. A single longer completion still fits."""
     raw: bool = False
-    """Give prompts to the model as they stand, without the chat template."""
+    """Do not apply the chat template."""
     unfinished: Literal["skip", "keep"] = "skip"
-    """Completions cut off at the length limit: skip never takes one as the best (sft would learn to end there)."""
+    """Completions cut off at the length limit. skip: never choose one as the best (sft would learn to stop there)."""
     rounds: int = 1
-    """With --train: how often to sample, pick and train."""
+    """With train: number of rounds of sampling, choosing and training."""
     train: bool = False
-    """Train on the best completions, and sample the next round from what was trained (rejection sampling)."""
+    """Train on the best completions, then sample the next round from the trained policy (rejection sampling)."""
     allow_base_mismatch: bool = False
-    """Use the adapters even if they were trained on another base."""
+    """Accept adapters that were trained on another base."""
     resume: bool = False
-    """Go on from what is in OUT."""
+    """Resume from the results in OUT."""
     sampling: Sampling = field(default_factory=Sampling)
     sft: RoundConfig = field(default_factory=RoundConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -143,50 +145,74 @@ class BestOfNConfig:
         if self.rounds > 1 and not self.train:
             raise UserError("--rounds goes with --train: without training every round is the same")
         if self.train and len(self.adapter) > 1:
-            raise UserError("--train goes on from one --adapter; a run brings along those it was trained on top of")
+            raise UserError("--train continues from one --adapter; a run includes those it was trained on top of")
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Score completions with a reward run: a line of JSON for each completion; for preferences the accuracy too."""
+    """Score completions with a reward run: one line of JSON per completion; for preferences, also the accuracy."""
 
-    model: str
-    """The base: a folder or a Hub id."""
-    adapter: str
-    """The reward run, an adapter folder or a Hub id."""
+    model: Model
+    """Base model, a folder or a Hub id."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="RUN")]
+    """Reward run, an adapter folder or a Hub id."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
     """Rows of sft or of preferences."""
     out: Path | None = None
-    """File to write to, instead of the terminal."""
+    """Output file. Default: standard output."""
     max_length: int = 2048
-    """Most tokens of a prompt and its completion; too long prompts are cut from the left."""
+    """Maximum tokens of a prompt with its completion. Longer prompts are cut from the left."""
     limit: int | None = None
-    """Use only the first N rows of each file."""
+    """Use only the first N rows of each file, for a trial."""
     on_error: Literal["refuse", "skip"] = "refuse"
-    """What to do with bad rows: refuse to start, or leave them out."""
+    """Bad rows: refuse to start, or skip them."""
     token_budget: int = 8192
-    """Most tokens on the card at a time."""
+    """Maximum tokens of a forward: memory and speed."""
     allow_base_mismatch: bool = False
-    """Use the adapter even if it was trained on another base."""
+    """Accept an adapter that was trained on another base."""
     base: BaseConfig = field(default_factory=BaseConfig)
 
 
 @dataclass(frozen=True)
 class AnyDataConfig(PreferenceConfig):
-    """The rows to look at, of sft or of preferences."""
+    """The rows, of sft or of preferences."""
 
     shape: ShapeName | PreferenceShapeName = "auto"
-    """The shape of the rows; auto tells it from their columns."""
+    """Row format. auto: recognised from the columns."""
 
 
 @dataclass(frozen=True)
 class DataCheckConfig:
-    """Show what is recognised in files of rows: their shape, lengths, drops, and a few rows with what is supervised."""
+    """Report the format, lengths and dropped rows of data files, and show examples with their supervised tokens marked."""
 
-    model: str
-    """The base whose tokenizer and chat template are used: a folder or a Hub id."""
+    model: Model
+    """Base model whose tokenizer and chat template are used, a folder or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     rows: int = 3
-    """Examples shown with their supervised tokens marked."""
+    """Number of examples to show with their supervised tokens marked."""
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE…")] = ()
+    """Files to check, before the flags: JSON or JSONL, or Hub dataset ids (NAME or NAME:SPLIT)."""
     data: AnyDataConfig = field(default_factory=AnyDataConfig)
+
+    def __post_init__(self) -> None:
+        if not (self.files or self.data.files):
+            raise UserError("no FILE to check: lowalign data check FILE… --model M")
+
+
+@dataclass(frozen=True)
+class ShowRecipeConfig:
+    """Print a recipe."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """Name of a packaged recipe (lora/sft), or a YAML file."""
+    full: bool = False
+    """Every key with its explanation, not only those that differ from the defaults."""
+
+
+@dataclass(frozen=True)
+class CopyRecipeConfig(ShowRecipeConfig):
+    """Copy a recipe, to edit it. An existing file is never overwritten."""
+
+    dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")] = Path()
+    """File or folder to copy to. In a folder, lora/sft becomes lora-sft.yaml."""

@@ -1,43 +1,32 @@
-"""A recipe is flags written down: its YAML becomes flags, the user's own flags follow, one parser checks them all.
+"""Recipes: find one, parse it together with the user's flags, complete it, compare two configurations.
 
-The YAML is only composed into nodes (by yaml.SafeLoader), never built into objects: a value reaches the parser as the
-text it was written as, so `2e-4` is a number, and every complaint names its line. Aliases and tags are refused.
+A recipe is flags written in YAML: its keys become flags, the user's own flags follow, one parser checks them all.
 """
 
-import ast
 import contextlib
-import difflib
-import inspect
 import io
 import re
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
-import yaml
 
+from lowalign.config.dump import docs, dump, scalar
+from lowalign.config.renamed import RENAMED, warn
+from lowalign.config.verbs import verb_of, verbs
+from lowalign.config.yaml_flags import Flag, flag_of, options, read, suggest, verb_in
 from lowalign.errors import UserError
 
 T = TypeVar("T")
 
-SIZE_LIMIT = 100_000  # bytes; a recipe has about 5,000
-FLAG_OF = {"data.files": "data"}  # every other key is the flag of the same name
 # What may differ when a run is resumed. `out` may: a run folder can be moved, and named in several ways.
 MAY_CHANGE = {
     *("out", "resume", "train.steps", "train.save_every", "train.log_every", "train.eval_every", "train.keep"),
     *("train.track", "train.token_budget", "rounds"),
 }
-
-
-class Flag(NamedTuple):
-    """One key of a recipe as the tokens of a command line, and its line in the file."""
-
-    line: int
-    tokens: list[str]
 
 
 def packaged() -> dict[str, Path]:
@@ -55,196 +44,135 @@ def find(name: str) -> Path:
     known = packaged()
     short = name.removesuffix(".yaml")
     if short not in known:
-        raise UserError(f"there is no recipe {name}{_suggest(short, known)} (`lowalign recipes list` names them)")
+        raise UserError(f"there is no recipe {name}{suggest(short, known)} (`lowalign recipes list` names them)")
     return known[short]
 
 
 def parse(config: type[T], flags: Sequence[str], recipe: Path | None = None, prog: str = "lowalign") -> T:
-    """A `config` from the flags of `recipe` followed by `flags`; where both say something, `flags` holds.
+    """A `config` from the flags of `recipe` followed by `flags`; where both set an option, `flags` holds.
 
     Raises UserError for whatever is wrong in either, and SystemExit(0) once it has answered --help.
     """
-    if flags and not flags[0].startswith("-"):  # it would join the last list of the recipe
+    if recipe and flags and not flags[0].startswith("-"):  # it would join the last list of the recipe
         raise UserError(f"{prog}: options begin with --, found {flags[0]}")
-    written = read(recipe, config) if recipe else []
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=[*(t for flag in written for t in flag.tokens), *flags], prog=prog)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    text = complaint.getvalue().rstrip()
-    named = re.search(r"--[\w.-]+", text)  # tyro names the offending flag first
-    overridden = {_name(flag) for flag in flags}
-    lines = {_name(flag.tokens[0]): flag.line for flag in written if _name(flag.tokens[0]) not in overridden}
-    line = lines.get(named[0]) if named else None
-    raise UserError(f"{f'{recipe}:{line}: ' if line else ''}the options cannot be used\n{text}")
-
-
-def read(recipe: Path, config: type) -> list[Flag]:
-    """The flags that a recipe stands for. Raises UserError, with file and line, for what is no key of `config`."""
-    keys = dict(_leaves(config))
-    flags = []
-    for name, key, value in _entries(_compose(recipe), recipe):
-        name = f"{name}.files" if f"{name}.files" in keys else name  # `data: rows.jsonl`
-        section = any(known.startswith(f"{name}.") for known in keys)
-        if _is_null(value) and (section or name in keys):
-            continue  # a key without a value keeps its default, a section without keys all of them
-        if section:
-            raise UserError(f"{_at(recipe, key)}: {name} is a section; its keys stand below it, one a line")
-        if name not in keys:
-            raise UserError(f"{_at(recipe, key)}: there is no key {name}{_suggest(name, keys)}")
-        flags.append(Flag(key.start_mark.line + 1, _tokens(name, keys[name], value, recipe)))
-    return flags
-
-
-def dump(config: Any) -> str:
-    """The YAML of a whole configuration, each key under its explanation. Reading it gives an equal configuration."""
-    return "\n".join([_comment(type(config)) + "\n", *_written(config)]) + "\n"
+    if recipe:
+        _check_verb(recipe, config)
+    return _parse(config, _with_new_names(flags, config), recipe, read(recipe, config) if recipe else [], prog)
 
 
 def diff(old: Any, new: Any) -> list[str]:
     """The keys in which two configurations differ, less those that may change when a run is resumed."""
     changed = []
-    for name, _ in _leaves(type(new)):
+    for name, _ in options(type(new)):
         before, after = (attrgetter(name)(config) for config in (old, new))
         if before != after and name not in MAY_CHANGE:
-            changed.append(f"{name}: {_scalar(before)} -> {_scalar(after)}")
+            changed.append(f"{name}: {scalar(before)} -> {scalar(after)}")
     return changed
 
 
-class _Loader(yaml.SafeLoader):
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.tag:
-            what = "an alias (*name)" if isinstance(event, yaml.AliasEvent) else "a tag (!name)"
-            raise yaml.MarkedYAMLError(problem=f"{what} is not allowed in a recipe", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+def complete(recipe: Path) -> str:
+    """A recipe with every key under its explanation, below its own first comment."""
+    named = verb_in(recipe)
+    config = next((verb.config for verb in verbs() if named and verb.name == named[0]), None)
+    if config is None:
+        raise UserError(f"{recipe}: add the command that it is for, as a line `verb: sft`")
+    entries = read(recipe, config)
+    absent = [name for name in _required(config) if name not in {flag.key for flag in entries}]
+    parsed = _parse(config, [f"{flag_of(name)}=" for name in absent], recipe, entries, "lowalign")
+    title = re.match(r"(#.*\n)*", recipe.read_text())[0]
+    return f"{title}\n{dump(replace(parsed, **dict.fromkeys(absent)))}"
 
 
-def _compose(recipe: Path) -> yaml.Node | None:
+def _parse(config: type[T], flags: Sequence[str], recipe: Path | None, entries: list[Flag], prog: str) -> T:
+    overridden = {re.sub(r"(^--|\.)no-", r"\1", _name(flag)) for flag in flags}
+    entries = [flag for flag in entries if flag_of(flag.key) not in overridden]
+    for key, line, _, problem in entries:
+        if problem:
+            raise UserError(f"{recipe}:{line}: {key}: {problem}")
+    complaint = io.StringIO()
     try:
-        with recipe.open("rb") as file:
-            raw = file.read(SIZE_LIMIT + 1)
-        if len(raw) > SIZE_LIMIT:
-            raise UserError(f"{recipe}: larger than {SIZE_LIMIT:,} bytes, so not a recipe")
-        return yaml.compose(raw.decode(), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"{recipe}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{recipe}: not UTF-8 text, so not a recipe") from error
-    except RecursionError as error:
-        raise UserError(f"{recipe}: nested too deeply for a recipe") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{recipe}:{mark.line + 1}" if mark else recipe
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, args=[*(t for flag in entries for t in flag.tokens), *flags], prog=prog)
+    except UserError as error:  # from a __post_init__
+        raise UserError(_located(str(error), recipe, {flag.key: flag.line for flag in entries})) from None
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    text = complaint.getvalue().rstrip()
+    raise UserError(_missing(config, text) or f"the options cannot be used\n{text}")
 
 
-def _entries(node: yaml.Node | None, recipe: Path, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """(dotted name, key, value) of every key that has no keys below it."""
-    if node is None or (_is_null(node) and not prefix):
+def _check_verb(recipe: Path, config: type) -> None:
+    """Raise UserError when the recipe is for another verb than that of `config`."""
+    named, verb = verb_in(recipe), verb_of(config)
+    if not named or not verb or named[0] == verb:
         return
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{_at(recipe, node)}: a recipe is made of lines `key: value`")
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{_at(recipe, key)}: a key is one word")
-        name = prefix + key.value.replace("-", "_")
-        if name in seen:
-            raise UserError(f"{_at(recipe, key)}: {name} stands here again (it stands in line {seen[name]} already)")
-        seen[name] = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _entries(value, recipe, f"{name}.")
-        else:
-            yield name, key, value
+    known = packaged()
+    name = next((name for name, path in known.items() if path == recipe), None)
+    if name is None:
+        raise UserError(
+            f"{recipe}:{named[1]}: this is a recipe for {named[0]}, not for {verb}: lowalign {named[0]} {recipe}"
+        )
+    other = f"{name.partition('/')[0]}/{verb.replace('-', '_')}"
+    question = f"; did you mean {other}?" if other in known else ""
+    raise UserError(f"{name} is a recipe for {named[0]}, not for {verb}{question}")
 
 
-def _tokens(name: str, hint: Any, value: yaml.Node, recipe: Path) -> list[str]:
-    flag = f"--{FLAG_OF.get(name, name)}".replace("_", "-")
-    if get_origin(hint) is tuple:
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        for item in items:
-            if not isinstance(item, yaml.ScalarNode) or _is_null(item):
-                raise UserError(f"{_at(recipe, item)}: {name} is a list of plain values")
-            if item.value.startswith("-"):  # the parser would take it for a flag
-                raise UserError(f"{_at(recipe, item)}: {name}: an item may not begin with '-': {item.value}")
-        return [flag, *(item.value for item in items)]
-    if not isinstance(value, yaml.ScalarNode):
-        raise UserError(f"{_at(recipe, value)}: {name} takes one value, not a list")
-    if hint is not bool:
-        return [f"{flag}={value.value}"]
-    if not value.tag.endswith(":bool"):
-        raise UserError(f"{_at(recipe, value)}: {name} is true or false, not {value.value}")
-    if yaml.SafeLoader.bool_values[value.value.lower()]:
-        return [flag]
-    section, dot, last = flag.removeprefix("--").rpartition(".")
-    return [f"--{section}{dot}no-{last}"]
+def _with_new_names(flags: Sequence[str], config: type) -> list[str]:
+    """The flags, with a notice for each that has an old name."""
+    keys = dict(options(config))
+    new_names = {flag_of(old): flag_of(new) for old, new in RENAMED.items() if new in keys}
+    renamed = []
+    for flag in flags:
+        name = _name(flag)
+        if new := new_names.get(name):
+            warn(name, new)
+            flag = new + flag[len(name) :]
+        renamed.append(flag)
+    return renamed
 
 
-def _leaves(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every option of a configuration class."""
-    for name, hint in get_type_hints(config).items():
-        if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{name}.")
-        else:
-            yield prefix + name, hint
+def _located(message: str, recipe: Path | None, lines: Mapping[str, int]) -> str:
+    """The message with FILE:LINE before it, and keys instead of flags, where it names options set in the recipe.
+
+    lines: the line of each key. A message of Sampling begins with the bare name of its option.
+    """
+    keys = {flag_of(key): key for key in lines}
+    bare = {key.removeprefix("sampling."): key for key in lines if key.startswith("sampling.")}
+    named = []
+
+    def replaced(match: re.Match) -> str:
+        key = keys.get(match[0]) or (bare.get(match[0]) if match.start() == 0 else None)
+        named.append(key)
+        return key or match[0]
+
+    message = re.sub(r"--\w+(?:[-.]\w+)*|^\w+", replaced, message)
+    line = next((lines[key] for key in named if key), None)
+    return f"{recipe}:{line}: {message}" if line else message
 
 
-def _written(config: Any) -> Iterator[str]:
-    docs = _docs(type(config))
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    for name, value in sorted(values.items(), key=lambda item: is_dataclass(item[1])):  # plain keys, then sections
-        if is_dataclass(value):
-            yield f"\n{_comment(type(value))}\n{name}:\n" + textwrap.indent("\n".join(_written(value)), "  ")
-        else:
-            yield textwrap.indent(docs[name], "# ") + f"\n{name}: {_scalar(value)}"
+def _missing(config: type, text: str) -> str:
+    """A line for each required option that the parser's message says is missing; "" where that is not its message."""
+    if "Missing from" not in text or "Unrecognized" in text:
+        return ""
+    explained, hints = docs(config), get_type_hints(config, include_extras=True)
+    lines = []
+    for name in _required(config):
+        if re.search(rf"{flag_of(name)}\b", text):
+            metavar = _metavar(hints[name])
+            what = explained[name].partition(".")[0]
+            lines.append(f"give {flag_of(name)} {metavar}: {what[0].lower()}{what[1:]}")
+    return "\n".join(lines)
 
 
-def _scalar(value: Any) -> str:
-    """A value, or a list of them, as YAML on one line."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_scalar, value))}]"
-    plain = str(value) if isinstance(value, Path) else value
-    style = '"' if isinstance(plain, str) and not plain.isprintable() else None
-    text = yaml.safe_dump(plain, default_flow_style=True, default_style=style, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("...\n").rstrip("\n")
+def _required(config: type) -> list[str]:
+    return [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
 
 
-def _comment(config: type) -> str:
-    return textwrap.indent(inspect.getdoc(config) or "", "# ")
-
-
-def _docs(config: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass and of those it is made from."""
-    inherited = {
-        name: doc for parent in config.__bases__ if is_dataclass(parent) for name, doc in _docs(parent).items()
-    }
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    pairs = zip(body.body, body.body[1:], strict=False)
-    return inherited | {
-        field.target.id: inspect.cleandoc(doc.value.value) if isinstance(doc, ast.Expr) else ""
-        for field, doc in pairs
-        if isinstance(field, ast.AnnAssign)
-    }
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return node.tag.endswith(":null")
-
-
-def _at(recipe: Path, node: yaml.Node) -> str:
-    return f"{recipe}:{node.start_mark.line + 1}"
+def _metavar(hint: Any) -> str:
+    marks = (getattr(mark, "metavar", None) for mark in getattr(hint, "__metadata__", ()))
+    return next(filter(None, marks), "VALUE")
 
 
 def _name(flag: str) -> str:
     return flag.partition("=")[0].replace("_", "-")
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    """A question to append to a message, where something known looks like `name` or ends in the same word."""
-    last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rpartition(".")[2] == last]
-    return f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,6 @@
-"""The options that commands share, by section (what each command takes as a whole is in lowalign.commands).
+"""The options that several commands share, by section.
 
-A field is a flag, a YAML key and a line of the docs; its docstring is the help text. Nothing here imports torch, so `lowalign --help` answers at once.
+A field is a flag and a YAML key. Its docstring is the help text and the comment in a complete recipe.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import tyro
 
 from lowalign.errors import UserError
 
+Model = Annotated[str, tyro.conf.arg(metavar="M")]
+OutDir = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 ShapeName = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
 PreferenceShapeName = Literal["auto", "pairs", "ranking", "scores", "labels", "verdicts"]
 
@@ -20,147 +22,152 @@ class BaseConfig:
     """The frozen base model."""
 
     quantization: Literal["nf4", "none"] = "nf4"
-    """nf4: 4-bit NormalFloat with double quantization (QLoRA). none: as stored."""
+    """nf4: 4-bit NormalFloat with double quantization (QLoRA). none: the weights as stored."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute precision, and the precision of embeddings, norms and head."""
+    """Precision of the computation, and of embeddings, norms and LM head. GPUs before Ampere (RTX 30) have no bfloat16."""
     device: str = "auto"
-    """auto: the GPU where there is one, else the CPU."""
+    """auto: the GPU if there is one, else the CPU."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub model. The resolved commit is written into the run."""
+    """Branch, tag or commit of a Hub model. The commit in use is recorded with the adapter."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The rows to train on."""
+    """The training rows."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(name="data", prefix_name=False, metavar="FILE")] = ()
-    """JSON or JSONL files, or Hub dataset ids (optionally NAME:SPLIT). Written as --data FILE …"""
+    """JSON or JSONL files, or Hub dataset ids (NAME or NAME:SPLIT). The flag is --data FILE …"""
     eval: tuple[str, ...] = ()
-    """Held-out files. Without them --data.eval-rows are taken from the end of a seeded shuffle of the data."""
+    """Held-out files, for evaluation. With these or eval_rows, the best checkpoint is kept as well."""
     eval_rows: int = 0
-    """Rows held out from the data for evaluation, when no held-out files are given."""
+    """Number of rows to hold out, if `eval` names no files. They are chosen at random, by train.seed."""
     shape: ShapeName = "auto"
-    """The shape of the rows; auto tells it from their columns."""
+    """Row format. auto: recognised from the columns."""
     max_length: int = 2048
-    """Most tokens of one example. Too long: the completion is kept and the prompt is cut from the left."""
+    """Maximum tokens of one example. A longer one keeps its completion; its prompt is cut from the left. ppo: maximum
+    tokens of a prompt; longer prompts are left out."""
     on_error: Literal["refuse", "skip"] = "refuse"
-    """What to do with bad rows: refuse to start, or skip them and write them to OUT/rejected.jsonl."""
+    """Bad rows: refuse to start, or skip them and list them in OUT/rejected.jsonl."""
     template: Path | None = None
-    """A chat template (Jinja file) to use instead of the tokenizer's own."""
+    """Jinja file with a chat template, used instead of the tokenizer's own."""
     limit: int | None = None
-    """Use only the first N rows of each file."""
+    """Use only the first N rows of each file, for a trial."""
     cache: bool = True
-    """Keep the tokenized rows on disk and use them again when neither rows, tokenizer nor template changed."""
+    """Keep tokenized rows on disk, and reuse them if rows, tokenizer and template are unchanged."""
 
 
 @dataclass(frozen=True)
 class PreferenceConfig(DataConfig):
-    """The preferences to learn from."""
+    """The preferences."""
 
     shape: PreferenceShapeName = "auto"
-    """The shape of the rows; auto tells it from their columns."""
+    """Row format. auto: recognised from the columns."""
     gap: float = 0.0
-    """scores: from the highest down, a score ties with the highest of its rank unless that is higher by more than this."""
+    """Rows with scores: scores within `gap` of a rank's best share its rank."""
     verdicts: Literal["majority", "weight"] = "majority"
-    """Annotators of a pair. majority: what most chose, counting 1. weight: who leads, counting its lead / all votes."""
+    """Pairs with several annotators. majority: the answer with more votes is chosen, weight 1. weight: the same choice,
+    weighted by (difference of votes) / (all votes)."""
     ties: Literal["drop", "keep"] = "drop"
-    """Pairs without a winner: leave them out, or keep them (the reward model can learn from them)."""
+    """Pairs without a winner: drop them, or keep them. A reward model can learn from ties."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.gap < float("inf"):
-            raise UserError(f"gap is {self.gap}; it must be 0 or more")
+            raise UserError(f"--data.gap is {self.gap}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained."""
+    """The adapter that is trained."""
 
     kind: Literal["lora", "prompt", "prefix"] = "lora"
-    """lora: low-rank updates. prompt: learned embeddings before the prompt. prefix: learned keys and values per layer."""
+    """lora: low-rank updates of linear layers. prompt: trained embeddings before each prompt. prefix: trained keys and
+    values before each prompt, in every layer."""
     r: int = 16
-    """lora: rank."""
+    """lora: rank, usually 8 to 64. A higher rank has more capacity and takes more memory."""
     alpha: int = 32
-    """lora: the update is scaled by alpha/r (alpha/sqrt(r) with rslora)."""
+    """lora: the update is scaled by alpha/r (by alpha/sqrt(r) with rslora)."""
     dropout: float = 0.0
-    """lora: dropout on the adapter's input, while training."""
+    """lora: dropout on the adapter's input during training; 0.05 helps on a few hundred rows. dpo and ppo need 0."""
     targets: tuple[str, ...] = ("all-linear",)
-    """lora: names of the layers it is put on; all-linear is every linear layer but the head."""
+    """lora: names of the layers to adapt. all-linear: every linear layer except the LM head."""
     rslora: bool = False
-    """lora: rank-stabilised scaling (arXiv 2312.03732)."""
+    """lora: rank-stabilised scaling (arXiv 2312.03732), for ranks of 64 and more."""
     dora: bool = False
-    """lora: weight-decomposed adaptation (arXiv 2402.09353)."""
+    """lora: weight-decomposed adaptation (arXiv 2402.09353). Slower; sometimes better at a low rank."""
     virtual_tokens: int = 20
-    """prompt, prefix: number of virtual tokens."""
+    """prompt, prefix: number of virtual tokens. Each makes every prompt one token longer."""
     init_text: str | None = None
-    """prompt, prefix: start from this text (its embeddings, or its keys and values) instead of at random."""
+    """prompt, prefix: start from the embeddings (or keys and values) of this text, repeated or cut to fit, instead of at
+    random. Not with projection."""
     projection: bool = False
-    """prefix: reparametrise through an MLP while training (arXiv 2101.00190)."""
+    """prefix: train it through an MLP that is dropped at the end (arXiv 2101.00190). Steadier; many more weights to train."""
     projection_size: int | None = None
-    """prefix: hidden size of that MLP; the width of one layer's keys when left out."""
+    """prefix: hidden size of that MLP. Default: the width of one layer's keys."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int | None = None
-    """Optimizer steps. Left out: --train.epochs times the data."""
+    """Number of optimizer steps. Default: from epochs."""
     epochs: float = 1.0
-    """Passes over the data, when steps is left out."""
+    """Passes over the data, if steps is not set: 1 for many thousand rows, 3 for a few hundred."""
     batch_size: int = 16
-    """Examples of one optimizer step, whatever fits on the card at a time."""
+    """Examples (for ppo: prompts) per optimizer step. Does not affect memory: see token_budget."""
     token_budget: int = 4096
-    """Most tokens on the card at a time (a micro-batch). Halved by itself when memory runs out; never changes gradients."""
+    """Maximum tokens of a micro-batch: memory and speed. Halved automatically when memory runs out. Does not change gradients."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup: float = 0.03
-    """Share of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises to its peak."""
     clip: float = 1.0
-    """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    """AdamW with its state in 8 bit and in pageable memory, in 8 bit, or in 32 bit."""
+    """AdamW with 8-bit state in pageable memory, with 8-bit state, or with 32-bit state."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging coefficients."""
+    """AdamW's beta1 and beta2."""
     seed: int = 0
-    """Decides data order, initial weights and dropout."""
+    """Seed of data order, initial weights and dropout."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between evaluations on the held-out rows; 0: before the first step and after the last."""
+    """Steps between evaluations on the held-out rows. 0: only before the first step and after the last."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept besides the best."""
+    """Number of checkpoints kept, besides the best one."""
     checkpointing: Literal["on", "off", "offload"] = "on"
-    """Recompute activations in the backward pass (on), keep them (off), or keep the layer inputs in CPU memory (offload)."""
+    """Activation checkpointing. on: recompute activations in the backward pass. off: keep them (faster, more memory).
+    offload: recompute, with layer inputs kept in CPU memory (least GPU memory)."""
     track: Literal["none", "tensorboard"] = "none"
-    """Also send the metrics to a tracker (pip install lowalign[track])."""
+    """Also write metrics for tensorboard (pip install lowalign[track]). metrics.jsonl is always written."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
+    """How completions are sampled."""
 
     max_new_tokens: int = 256
-    """Most tokens of one completion."""
+    """Maximum tokens of one completion."""
     min_new_tokens: int = 0
-    """No completion ends before it has this many tokens."""
+    """Minimum tokens of one completion."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 always takes the likeliest token."""
+    """Logits are divided by it. 0: always the most likely token (greedy)."""
     top_k: int = 0
-    """Draw from the k likeliest tokens only; 0: from all."""
+    """Sample from the k most likely tokens. 0: from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold this probability (arXiv 1904.09751); 1: from all."""
+    """Nucleus sampling: from the most likely tokens with this total probability (arXiv 1904.09751). 1: from all."""
     seed: int = 0
-    """Decides the draws. A completion depends on it, its prompt and its number, never on what else is sampled beside it."""
+    """Random seed. A completion depends on the seed, its prompt and its index, not on what else is in the batch."""
     max_rows: int = 64
-    """Most completions worked on at a time; more is faster and takes more memory. Never changes what is drawn."""
+    """Maximum completions sampled at a time: memory and speed. Does not change the completions."""
     batch_tokens: int = 16384
-    """Most tokens whose keys and values are kept at a time: prompts once, completions at their longest."""
+    """Maximum tokens in the KV cache: each prompt once, plus max_new_tokens for each completion."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -171,6 +178,6 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "max_rows": (self.max_rows >= 1, "at least 1"),
         }
-        for name, (fine, range_) in checks.items():
-            if not fine:
+        for name, (valid, range_) in checks.items():
+            if not valid:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {range_}")

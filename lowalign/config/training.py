@@ -1,16 +1,23 @@
-"""What each command that trains takes: its options, as one dataclass.
+"""The options of each command that trains, as one dataclass.
 
-A field is a flag, a YAML key and a line of the docs; its docstring is the help text. Nothing here imports torch, so
-`lowalign --help` answers at once.
+A field is a flag and a YAML key. Its docstring is the help text and the comment in a complete recipe.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from lowalign.config.sections import AdapterConfig, BaseConfig, DataConfig, PreferenceConfig, Sampling, TrainConfig
+from lowalign.config.sections import (
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    Model,
+    OutDir,
+    PreferenceConfig,
+    Sampling,
+    TrainConfig,
+)
 from lowalign.errors import UserError
 
 
@@ -18,44 +25,44 @@ from lowalign.errors import UserError
 class RunConfig:
     """A run that trains an adapter."""
 
-    model: str
-    """The base: a folder or a Hub id."""
-    out: Path
-    """Folder of the run. The adapter is written to OUT/adapter."""
+    model: Model
+    """Base model, a folder or a Hub id."""
+    out: OutDir
+    """Folder of the run. The adapter is saved to OUT/adapter."""
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     init: str | None = None
-    """Start from this adapter: a run, an adapter folder or a Hub id."""
+    """Adapter to start from: a run, an adapter folder or a Hub id."""
     init_mode: Literal["stack", "copy"] = "stack"
-    """stack: the new adapter is put on the frozen old one. copy: the old one's weights are trained on.
-    A soft prompt is always copied onto a soft prompt."""
+    """stack: train a new adapter on top of the frozen one. copy: continue training the weights of that one.
+    A soft prompt that starts from a soft prompt is always a copy."""
     allow_base_mismatch: bool = False
-    """Start from --init even if it was trained on another base."""
+    """Accept adapters that were trained on another base."""
     resume: bool = False
-    """Go on from the newest valid checkpoint in OUT."""
+    """Resume from the newest valid checkpoint in OUT."""
 
 
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
-    """Supervised fine-tuning: learn to give the answers in the data."""
+    """Supervised fine-tuning on the answers in the data."""
 
 
 @dataclass(frozen=True)
 class RewardLossConfig:
-    """What the reward model learns."""
+    """The loss of the reward model."""
 
     loss: Literal["bradley-terry", "plackett-luce"] = "bradley-terry"
-    """bradley-terry: every pair of a ranking, each ranking counting as one (arXiv 2203.02155, eq. 1). plackett-luce: the
-    order as a whole."""
+    """bradley-terry: mean over the pairs of each ranking (arXiv 2203.02155, eq. 1). plackett-luce: likelihood of the
+    complete order."""
     centring: float = 0.0
-    """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero (arXiv 2312.09244, eq. 2); 0.01 is usual."""
+    """Weight of (r_chosen + r_rejected)^2, which keeps scores near zero (arXiv 2312.09244, eq. 2). Usual: 0.01."""
 
 
 @dataclass(frozen=True)
 class RewardConfig(RunConfig):
-    """Reward model: a scalar head on an adapter learns to score completions as people rank them."""
+    """Reward model: an adapter with a scalar head, trained on preferences."""
 
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardLossConfig = field(default_factory=RewardLossConfig)
@@ -63,22 +70,22 @@ class RewardConfig(RunConfig):
 
 @dataclass(frozen=True)
 class DPOLossConfig:
-    """What the policy learns from preferences."""
+    """The loss on preferences."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290). ipo (2310.12036). hinge (2305.10425). kto: for thumbs up or down (2402.01306).
     Without a reference: simpo (2405.14734), orpo (2403.07691)."""
     beta: float = 0.1
-    """How strongly the policy is held to its reference; for simpo the scale of the margin, for orpo the weight of the
-    odds-ratio term, for ipo its tau."""
+    """Strength of the pull to the reference: 0.01 (weak) to 0.5. ipo: its tau. simpo: scale of the margin, 2 to 10.
+    orpo: weight of the odds-ratio term."""
     label_smoothing: float = 0.0
-    """sigmoid: the share of preferences that are the wrong way round."""
+    """sigmoid: estimated fraction of preferences with chosen and rejected swapped."""
     robust: bool = False
-    """sigmoid with label smoothing: correct for the noise (robust DPO, arXiv 2403.00409) instead of smoothing (cDPO)."""
+    """sigmoid with label smoothing: robust DPO (arXiv 2403.00409) instead of cDPO."""
     gamma: float = 0.5
-    """simpo: the margin that the chosen completion is to lead by."""
+    """simpo: target margin between chosen and rejected."""
     sft: float = 0.0
-    """Weight of the chosen completion's own loss per token, added to any of them (RPO, arXiv 2404.19733); orpo has it at 1."""
+    """Weight of an added SFT loss: the chosen completion's loss per token (RPO, arXiv 2404.19733). orpo always has it at 1."""
     desirable: float = 1.0
     """kto: weight of completions with thumbs up."""
     undesirable: float = 1.0
@@ -97,14 +104,14 @@ class DPOLossConfig:
 
 @dataclass(frozen=True)
 class DPOConfig(RunConfig):
-    """DPO and its kin: the policy learns straight from preferences, without a reward model."""
+    """DPO and related losses: train the policy on preferences directly, without a reward model."""
 
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
     reference: str = "start"
-    """start: what the policy started from (--init, or the base). base: the bare base. Or a run or adapter folder."""
+    """start: what the policy started from (--init, or the base). base: the base without adapters. Or a run or adapter folder."""
     reference_cache: Literal["on", "off"] = "on"
-    """Keep the reference's log-probs on disk, and use them again for the same rows, base and reference."""
+    """Keep the reference's log-probs on disk, and reuse them for the same rows, base and reference."""
 
     def __post_init__(self) -> None:
         if self.adapter.dropout:
@@ -118,90 +125,92 @@ class DPOConfig(RunConfig):
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What a round samples, and what its completions earn."""
+    """One round: what is sampled, and how rewards are shaped."""
 
     prompts: int = 32
-    """Prompts of a round; a multiple of --train.batch-size."""
+    """Prompts per round, a multiple of train.batch_size."""
     samples: int = 4
-    """Completions of each prompt, which is computed once for them."""
+    """Completions per prompt. group and rloo need at least 2, better 4."""
     missing_eos: Literal["penalise", "mask", "keep"] = "penalise"
-    """Completions cut off at the length limit: take --rollout.eos-penalty off their reward, do not learn from them, or
-    treat them like the others."""
+    """Completions cut off at the length limit. penalise: subtract eos_penalty from their reward. mask: leave them out of
+    the loss. keep: treat them like the others."""
     eos_penalty: float = 1.0
-    """What a completion without an end loses."""
+    """Subtracted from the reward of a completion that was cut off."""
     length_penalty: float = 0.0
-    """What every token costs."""
+    """Subtracted from the reward for every token; 0.001 to 0.01 if completions grow too long."""
     normalise: Literal["none", "running"] = "none"
-    """running: divide rewards by their spread over all rounds so far."""
+    """running: divide rewards by their standard deviation over all rounds so far."""
     reward_clip: float = 0.0
-    """Rewards are held within plus and minus this; 0: they are not."""
-    show: int = 2
-    """Completions of each round written to OUT/samples.jsonl."""
+    """Clip rewards to plus and minus this. 0: no clipping."""
+    log_samples: int = 2
+    """Completions per round that are written to OUT/samples.jsonl."""
 
 
 @dataclass(frozen=True)
 class PPOLossConfig:
-    """How the policy and its value function learn from a round."""
+    """The update: losses of policy and value function."""
 
     advantage: Literal["gae", "group", "rloo"] = "gae"
-    """gae: from a value function (arXiv 1506.02438). group: from the other samples of a prompt (GRPO, 2402.03300). rloo:
-    likewise, leave-one-out (2402.14740)."""
+    """gae: from a value function (arXiv 1506.02438). group: reward relative to the samples of the same prompt (GRPO,
+    2402.03300). rloo: relative to the other samples of the prompt (2402.14740)."""
     epochs: int = 4
-    """Passes over the completions of a round."""
+    """Passes over the completions of a round, 1 to 4."""
     clip: float = 0.2
-    """The ratio to the policy that sampled is held within 1 ± this."""
+    """Clip range of the ratio to the policy that sampled: 1 ± this."""
     dual_clip: float = 0.0
-    """Above 1: the loss of a bad token is held below this many advantages (arXiv 1912.09729); 0 turns it off."""
+    """Dual clip, for negative advantages (arXiv 1912.09729): the loss of a token is at most this times |advantage|. Above
+    1, usually 3; 0: off."""
     gamma: float = 1.0
-    """gae: discount of later rewards."""
-    lam: float = 0.95
-    """gae: 0 trusts the value function, 1 the rewards."""
+    """gae: discount factor."""
+    gae_lambda: float = 0.95
+    """gae: lambda. 0: advantages from the next token's value alone. 1: from the rewards alone, less the value as baseline."""
     whiten: bool = True
-    """gae: bring the advantages of a round to mean 0 and variance 1."""
+    """gae: scale the advantages of a round to mean 0 and variance 1."""
     group_std: bool = True
-    """group: divide by the spread of a prompt's rewards (off: arXiv 2503.20783)."""
+    """group: divide by the standard deviation of a prompt's rewards. Off: Dr. GRPO (arXiv 2503.20783)."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     value_clip: float = 0.2
-    """The value is held within plus and minus this of what it was; 0 turns it off."""
+    """Clip range of the value around its estimate before the update. 0: no clipping."""
     kl: float = 0.05
-    """Coefficient of the divergence from the reference."""
+    """Coefficient of the KL divergence from the reference: 0.01 (weak) to 0.2, relative to the scale of rewards."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """reward: taken off each token's reward (k1). loss: a term of the loss (k3, as in GRPO)."""
+    """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO)."""
     kl_target: float | None = None
-    """Move the coefficient so that a completion's KL nears this many nats (arXiv 1909.08593)."""
+    """Adapt the coefficient towards this KL per completion, in nats (arXiv 1909.08593). Default: it is constant."""
     kl_horizon: int = 10_000
-    """Completions over which the coefficient is moved."""
-    stop_at_kl: float = 0.0
-    """End a round's epochs when a step's approx_kl exceeds this; 0: never."""
+    """kl_target: time scale of the adaptation, in completions."""
+    target_kl: float = 0.0
+    """Early stopping: end a round's epochs when the approx_kl of a step exceeds this, 0.02 to 0.1. 0: never."""
     entropy: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, up to 0.01."""
     ptx_data: tuple[str, ...] = ()
-    """PPO-ptx: rows of sft or pretraining text mixed into every step (arXiv 2203.02155)."""
+    """PPO-ptx: rows of sft or plain text that are mixed into every step (arXiv 2203.02155)."""
     ptx_coef: float = 1.0
     """PPO-ptx: weight of their loss per token."""
 
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """The value function of gae: an adapter of its own with a scalar head."""
+    """The value function of gae: an adapter with a scalar head. It starts as a copy of the reward run if that is one run of
+    the same adapter kind, else with a head of zeros."""
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     share: bool = False
-    """A head on the policy's hidden states instead: half the work, and the policy has to serve both."""
+    """Put the value head on the policy's adapter instead: half the computation, but both losses train one adapter."""
     learning_rate: float = 1.0
-    """Its learning rate as a multiple of --train.learning-rate."""
+    """Learning rate of the value function, as a multiple of train.learning_rate."""
 
 
 @dataclass(frozen=True)
 class PPOConfig(RunConfig):
-    """PPO: sample, score, learn; policy, reference, value and reward are adapters on one base."""
+    """PPO: policy, reference, value function and reward model are adapters on one base."""
 
     reward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC")] = ()
-    """What scores the completions: [WEIGHT*]RUN for a reward run, [WEIGHT*]FILE.py:NAME for a Python function that is
-    given prompts and completions and returns numbers; of several the weighted sum, reward runs standardised."""
+    """What scores the completions: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python function of prompts
+    and completions that returns numbers. Several: their weighted sum, with scores of reward runs standardised."""
     reference: str = "start"
-    """start: what the policy started from (--init, or the base). base: the bare base. Or a run or adapter folder."""
+    """start: what the policy started from (--init, or the base). base: the base without adapters. Or a run or adapter folder."""
     sampling: Sampling = field(default_factory=Sampling)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOLossConfig = field(default_factory=PPOLossConfig)
@@ -226,6 +235,6 @@ class PPOConfig(RunConfig):
             "--value.share": (not self.value.share or c.advantage == "gae", "off: only gae has a value function"),
             "--ppo.kl-target with --ppo.kl": (c.kl_target is None or c.kl > 0, "a coefficient to begin with, above 0"),
         }
-        for flag, (fine, needed) in checks.items():
-            if not fine:
+        for flag, (valid, needed) in checks.items():
+            if not valid:
                 raise UserError(f"{flag} must be {needed}")

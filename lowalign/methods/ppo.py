@@ -85,7 +85,7 @@ class PPO:
         return [*rollouts, *ptx]
 
     def _too_far(self) -> bool:
-        return 0 < self.config.ppo.stop_at_kl < sum(self.moved.values())
+        return 0 < self.config.ppo.target_kl < sum(self.moved.values())
 
     def _cut(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
         """A round's minibatches. They stay what they are, so each keeps its packs; only their order changes."""
@@ -147,7 +147,7 @@ class PPO:
             moved = log_ratio.exp() - 1 - log_ratio
             clipped = mean(((log_ratio.exp() - 1).abs() > c.clip).float())
         metrics = {"policy_loss": surrogate.detach(), "approx_kl": mean(moved), "clipfrac": clipped}
-        if c.stop_at_kl:
+        if c.target_kl:
             parts = torch.stack([part.sum() for part in moved.split([e.supervised for e in examples])])
             self.moved |= zip(map(id, examples), (parts / normalizers["tokens"]).tolist(), strict=True)
         if self.roles.value:

@@ -133,7 +133,7 @@ def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias
     for r in rollouts:
         if c.advantage == "gae":
             r.values = [v + bias for v in r.values]
-            found = [gae(x, v, c.gamma, c.lam) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
+            found = [gae(x, v, c.gamma, c.gae_lambda) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
             r.advantages, r.returns = [a for a, _ in found], [ret for _, ret in found]
         else:
             whole = torch.stack([x.sum() for x in _rewards(r, config, beta)])

@@ -357,5 +357,5 @@ def test_flags_that_do_not_go_together(capsys):
     assert main([*ask, "--reward", "f.py:f", "--template", "t"]) == 1
     assert main([*ask, "--model", "m", "--margin", "-1"]) == 1
     stderr = capsys.readouterr().err
-    for words in ("who is to judge?", "belong to a model that is asked", "--margin is -1.0; it must be 0 or more"):
+    for words in ("no judge: give --model M", "are options of a judge model", "--margin is -1.0; it must be 0 or more"):
         assert words in stderr

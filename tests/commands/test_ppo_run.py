@@ -44,7 +44,7 @@ ROUND = (
 MODES = {
     "gae": (
         "--value.adapter.kind", "prefix", "--ppo.kl-target", "1.5", "--ppo.kl-horizon", "50", "--rollout.normalise",
-        "running", "--ppo.stop-at-kl", "0.02", "--train.save-every", "3",
+        "running", "--ppo.target-kl", "0.02", "--train.save-every", "3",
     ),
     "group": (
         "--adapter.kind", "prefix", "--ppo.advantage", "group", "--ppo.kl-in", "loss", "--train.save-every", "2",
@@ -368,7 +368,7 @@ def test_dropout_of_what_it_starts_from_is_off(world, sft, tmp_path, mode):
 
 def test_pretraining_mix_and_a_shared_value(world, sft, tmp_path):
     out = tmp_path / "run"
-    more = ("--init", str(sft), "--value.share", "--ppo.ptx-data", f"{world}/rows.jsonl", "--rollout.show", "0")
+    more = ("--init", str(sft), "--value.share", "--ppo.ptx-data", f"{world}/rows.jsonl", "--rollout.log-samples", "0")
     assert main(flags(world, out, *more, steps=3)) == 0
     assert all(line["ptx_loss"] > 0 and line["value_loss"] > 0 for line in lines(out))
     assert (out / "samples.jsonl").read_bytes() == b""

@@ -4,16 +4,18 @@ import re
 import shlex
 import sys
 import types
-from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lowalign import cli
 from lowalign.config import recipe
 from lowalign.config.commands import BestOfNConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from lowalign.config.verbs import verbs
+from lowalign.config.yaml_flags import options, read
+from lowalign.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("adapters/**/*.yaml"))
@@ -26,40 +28,52 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT / "adapters").with_suffix("").as_posix()
 
 
-def keys(tree: dict, prefix: str = "") -> set[str]:
-    """Dotted names of the leaves."""
-    return {
-        leaf
-        for key, value in tree.items()
-        for leaf in (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
-    }
-
-
 def test_every_file_is_packaged():
     assert set(map(name, RECIPES)) == {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in CONFIGS}
     assert {n: p.resolve() for n, p in recipe.packaged().items()} == {name(p): p for p in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_recipe_has_every_key_and_parses(path):
-    written = yaml.safe_load(path.read_text())
+def test_a_recipe_has_only_what_differs_from_the_defaults(path):
     kind = CONFIGS[path.stem]
-    assert keys(written) == keys(asdict(kind("m", Path("o"))))
-    config = recipe.parse(kind, [], path)
-    assert config.out == Path("runs") / f"{path.parent.name}-{path.stem}"
+    config, default = recipe.parse(kind, ["--model", "m", "--out", "o"], path), kind("m", Path("o"))
+    keys = [flag.key for flag in read(path, kind)]
+    assert [key for key in keys if attrgetter(key)(config) == attrgetter(key)(default)] == []
+    assert len(path.read_text().splitlines()) <= 15
     training = config.sft if path.stem == "best_of_n" else config
     assert training.adapter.kind == path.parent.name
-    learning = written["sft"] if training is not config else written
-    assert training.train.learning_rate == float(learning["train"]["learning_rate"])
-    if training is config:
-        assert config.data.eval_rows == 0  # so that it runs on a handful of rows too
+    with pytest.raises(UserError, match=r"^give --model M: .*\ngive --out DIR: .*"):
+        recipe.parse(kind, [], path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_recipe_begins_with_its_title_and_its_command(path, monkeypatch):
-    title, _, command = path.read_text().splitlines()[:3]
+def test_a_recipe_begins_with_its_title_and_its_command(path):
+    title, command, verb = path.read_text().splitlines()[:3]
     assert re.fullmatch(r"# \w.{20,}[.]", title)
-    assert command.removeprefix("#   ").startswith(f"lowalign {path.stem.replace('_', '-')} {name(path)} --model ")
+    named = path.stem.replace("_", "-")
+    assert command.removeprefix("#   ").startswith(f"lowalign {named} {name(path)} --model ")
+    assert verb == f"verb: {named}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_in_full_is_the_same_configuration(path, tmp_path, capsys):
+    full, kind = tmp_path / "full.yaml", CONFIGS[path.stem]
+    assert cli.main(["recipes", "copy", name(path), str(full), "--full"]) == 0
+    text = full.read_text()
+    assert text.startswith("\n".join(path.read_text().splitlines()[:2]))
+    flags = ["--model", "m", "--out", "o"]
+    assert recipe.parse(kind, flags, full) == recipe.parse(kind, flags, path)
+    written = {key for key, _ in options(kind)} - {flag.key for flag in read(full, kind)}
+    assert all(f"{key.rpartition('.')[2]}: null" in text for key in written)  # the rest have no value
+    capsys.readouterr()
+    assert cli.main(["recipes", "show", name(path), "--full"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_a_recipe_in_full_needs_a_verb(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: m\n")
+    assert cli.main(["recipes", "show", str(tmp_path / "mine.yaml"), "--full"]) == 1
+    assert "mine.yaml: add the command that it is for, as a line `verb: sft`" in capsys.readouterr().err
 
 
 def test_list_show_and_copy(capsys, tmp_path, monkeypatch):
@@ -114,12 +128,10 @@ def test_every_command_in_the_documentation_is_understood(path, monkeypatch, tmp
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/recipe.yaml").write_text(recipe.dump(SFTConfig("m", Path("o"))))  # as an earlier run leaves it
     work = types.SimpleNamespace()
-    methods = ("sft", "reward", "dpo", "ppo", "best_of_n")
-    for called in (*methods, "score", "judge", "generate", "main", "check", "doctor"):
-        setattr(work, called, lambda *_: 0)
-    modules = (*methods, "score", "judge", "generate", "data_check", "doctor")
-    for module in (*(f"commands.{name}" for name in modules), "demo.run"):
-        monkeypatch.setitem(sys.modules, f"lowalign.{module}", work)
+    for module, _, function in (verb.function.partition(":") for verb in verbs()):
+        if module != "commands.recipes":
+            setattr(work, function, lambda *_: 0)
+            monkeypatch.setitem(sys.modules, f"lowalign.{module}", work)
     for command in commands(path):
         words = shlex.split(command.replace("$resume", "--resume"), comments=True)[1:]
         assert cli.main(words) == 0, f"{command}\n{capsys.readouterr().err}"

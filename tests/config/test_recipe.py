@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from lowalign.config import recipe
+from lowalign.config.renamed import RENAMED
 from lowalign.config.sections import AdapterConfig, BaseConfig, DataConfig, TrainConfig
-from lowalign.config.training import SFTConfig
+from lowalign.config.training import DPOConfig, PPOConfig, SFTConfig
+from lowalign.config.yaml_flags import options
 from lowalign.errors import UserError
 
 LARGE_BUT_VALID = "model: m\nout: o\n" + "# padding\n" * 12_000
@@ -89,7 +91,15 @@ def test_flags_overrule_the_recipe(tmp_path):
         ("data: [a, null]", "r.yaml:1: data.files is a list of plain values"),
         ("data: [a, [b]]", "r.yaml:1: data.files is a list of plain values"),
         ("train:\n  seed: [1, 2]", "r.yaml:2: train.seed takes one value, not a list"),
-        ("adapter:\n  dora: 1", "r.yaml:2: adapter.dora is true or false, not 1"),
+        ("adapter:\n  dora: 1", "r.yaml:2: adapter.dora: expected true or false, not '1'"),
+        ("train:\n  steps: many", "r.yaml:2: train.steps: expected a whole number, not 'many'"),
+        ("train:\n  epochs: two", "r.yaml:2: train.epochs: expected a number, not 'two'"),
+        ("train:\n  betas: [0.9]", "r.yaml:2: train.betas: expected 2 values, not 1"),
+        ("train:\n  betas: [0.9, x]", "r.yaml:2: train.betas: expected a number, not 'x'"),
+        ("adapter:\n  kind: loar", "r.yaml:2: adapter.kind: expected one of lora, prompt, prefix, not 'loar'"),
+        ("vreb: sft", "r.yaml:1: there is no key vreb; did you mean verb?"),
+        ("verb: [sft]", "r.yaml:1: verb takes the name of one command, such as sft"),
+        ("model: m\nverb: dpo", "r.yaml:2: this is a recipe for dpo, not for sft: lowalign dpo r.yaml"),
         ("- model", "r.yaml:1: a recipe is made of lines `key: value`"),
         ("? [a]\n: b", "r.yaml:1: a key is one word"),
         ("model: 'm", "r.yaml:1: not valid YAML: found unexpected end of stream"),
@@ -101,13 +111,60 @@ def test_what_is_refused_and_where(tmp_path, text, message):
     assert refusal(tmp_path, text) == message
 
 
-def test_a_bad_value_names_its_line_and_a_bad_flag_does_not(tmp_path):
+def test_a_bad_flag_is_named_as_a_flag(tmp_path):
     text = "model: m\nout: o\ntrain:\n  steps: many\n"
-    assert refusal(tmp_path, text).startswith("r.yaml:4: the options cannot be used\n")
     assert refusal(tmp_path, text, "--train.steps", "few").startswith("the options cannot be used\n")
     assert refusal(tmp_path, text, "--train.steps=few").startswith("the options cannot be used\n")
-    assert "--adapter.kind" in refusal(tmp_path, "model: m\nout: o\nadapter:\n  kind: loar")
     assert refusal(tmp_path, "model: m\ndata: a", "stray.jsonl") == "lowalign: options begin with --, found stray.jsonl"
+    assert refusal(tmp_path, "model: m") == "give --out DIR: folder of the run"
+
+
+@pytest.mark.parametrize(
+    "text, flags, message",
+    [
+        ("dpo:\n  beta: -1", [], "r.yaml:4: dpo.beta is -1.0; it must be above 0"),
+        ("dpo:\n  beta: 1", ["--dpo.beta", "-1"], "--dpo.beta is -1.0; it must be above 0"),
+        ("dpo: {beta: 1}", ["--adapter.dropout", "0.1"], "--adapter.dropout is 0.1: with dropout the policy is not"),
+        (
+            "dpo:\n  loss: ipo\n  robust: yes",
+            [],
+            "r.yaml:5: --dpo.label-smoothing and dpo.robust belong to dpo.loss sigmoid, not ipo",
+        ),
+        ("data:\n\n  gap: -1", [], "r.yaml:5: data.gap is -1.0; it must be 0 or more"),
+    ],
+)
+def test_a_value_that_a_check_refuses_names_its_line(tmp_path, text, flags, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\nout: o\n{text}")
+    with pytest.raises(UserError) as refused:
+        recipe.parse(DPOConfig, flags, path)
+    assert str(refused.value).replace(f"{tmp_path}/", "").startswith(message)
+
+
+def test_a_message_without_a_flag_names_its_line_too(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nout: o\nsampling:\n  top_k: -1")
+    with pytest.raises(UserError, match=r"r.yaml:4: sampling.top_k is -1; it must be 0 \(off\) or more"):
+        recipe.parse(PPOConfig, [], path)
+
+
+def test_old_keys_work_with_a_notice(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nout: o\nppo:\n  lam: 0.5\n  stop_at_kl: 0.1\nrollout: {show: 7}")
+    config = recipe.parse(PPOConfig, ["--ppo.target-kl", "0.3"], path)
+    assert (config.ppo.gae_lambda, config.ppo.target_kl, config.rollout.log_samples) == (0.5, 0.3, 7)
+    notices = capsys.readouterr().err.splitlines()
+    assert notices[0] == f"{path}:4: ppo.lam is now ppo.gae_lambda; the old name will stop working in the next release"
+    assert len(notices) == 3
+    path.write_text("ppo:\n  lam: 0.5\n  gae_lambda: 0.5")
+    with pytest.raises(UserError, match=r"r.yaml:3: ppo.gae_lambda stands here again \(it stands in line 2 already\)"):
+        recipe.parse(PPOConfig, [], path)
+
+
+def test_renamed_options_lead_to_options():
+    keys = dict(options(PPOConfig))
+    assert set(RENAMED.values()) <= set(keys)
+    assert not set(RENAMED) & set(keys)
 
 
 def test_a_value_cannot_become_a_flag(tmp_path):
@@ -175,13 +232,15 @@ def test_written_and_read_again_is_equal(tmp_path, value):
         resume=True,
     )
     assert parse(tmp_path, recipe.dump(config)) == config
+    with pytest.raises(UserError, match="this is a recipe for sft, not for dpo"):
+        recipe.parse(DPOConfig, [], tmp_path / "r.yaml")
 
 
 def test_a_written_recipe_explains_every_key():
     text = recipe.dump(SFTConfig(model="m", out=Path("o")))
     lines = text.splitlines()
-    assert "  # lora: rank.\n  r: 16\n" in text
-    assert "\n# The loop.\ntrain:\n" in text
+    assert "rank, usually 8 to 64. A higher rank has more capacity and takes more memory.\n  r: 16\n" in text
+    assert "\n# The training loop.\ntrain:\n" in text
     keys = [i for i, line in enumerate(lines) if line.strip() and not line.strip().startswith("#")]
     assert all(lines[i - 1].strip().startswith("# ") for i in keys)
 

@@ -190,11 +190,11 @@ def test_the_divergence_is_a_reward_of_each_token():
     """k1 with β = 0.2: rewards -0.1, 0 + 3 and 0, -0.2, 0.2 - 1; without values and discount, the sums to go."""
     values = [torch.zeros(2), torch.zeros(3)]
     r = rollout(rewards=[3.0, -1.0], values=values, **KL)
-    ppo_round.advantages([r], config(lam=1.0, whiten=False), 0.2)
+    ppo_round.advantages([r], config(gae_lambda=1.0, whiten=False), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([2.9, 3.0])
     assert r.advantages[1].tolist() == pytest.approx([-1.0, -1.0, -0.8])
     assert [x.tolist() for x in r.returns] == [x.tolist() for x in r.advantages]
-    ppo_round.advantages([r], config(lam=1.0, whiten=False, kl_in="loss"), 0.2)
+    ppo_round.advantages([r], config(gae_lambda=1.0, whiten=False, kl_in="loss"), 0.2)
     assert [x.tolist() for x in r.advantages] == [[3.0, 3.0], [-1.0, -1.0, -1.0]]
 
 
@@ -203,7 +203,7 @@ def test_the_level_of_the_value_function_by_hand():
     r = rollout((2, 1), (True, True), rewards=[1.0, 3.0], values=[torch.tensor([0.5, 0.2]), torch.tensor([-1.0])])
     r.old = [torch.tensor([2.0, 1.0]), torch.tensor([1.0])]
     r.reference_logps = [torch.tensor([0.0, 0.0]), torch.tensor([1.0])]
-    c = config(gamma=0.9, lam=0.3)
+    c = config(gamma=0.9, gae_lambda=0.3)
     want = ((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2 + 3 + 1) / 3
     assert ppo_round.value_bias([r], c, 0.1) == pytest.approx(want)
     ppo_round.advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
@@ -228,7 +228,7 @@ def test_a_completion_leads_by_its_reward_less_its_divergence(name, want):
 def test_masked_tokens_have_no_part_in_the_whitening():
     values = [torch.tensor([0.5, 0.5]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 100.0], values=values, masks=[[True] * 2, [False] * 3], **KL)
-    ppo_round.advantages([r], config(lam=1.0), 0.0)
+    ppo_round.advantages([r], config(gae_lambda=1.0), 0.0)
     assert r.advantages[0].tolist() == [0.0, 0.0]  # 0.5 and 0.5 before
     assert torch.isfinite(r.advantages[1]).all()
 

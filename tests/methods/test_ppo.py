@@ -44,7 +44,7 @@ CASES = {
     "gae, everything else": Case(
         policy="prefix",
         temperature=0.7,
-        ppo={"gamma": 0.97, "lam": 0.8, "dual_clip": 1.3, "entropy": 0.01, "value_clip": 0.0, "whiten": False},
+        ppo={"gamma": 0.97, "gae_lambda": 0.8, "dual_clip": 1.3, "entropy": 0.01, "value_clip": 0.0, "whiten": False},
         rollout={"missing_eos": "mask", "length_penalty": 0.05, "normalise": "running", "reward_clip": 0.8},
         budget=50,
     ),
@@ -200,7 +200,7 @@ def plain_round(copies: Copies, c: PPOConfig, rows, stopped: list[bool]) -> Roun
         advantages, after, following = torch.zeros_like(rewards), 0.0, 0.0
         for t in range(rewards.shape[1] - 1, -1, -1):
             delta = rewards[:, t] + c.ppo.gamma * following - values[:, t]
-            after = (delta + c.ppo.gamma * c.ppo.lam * after) * mask[:, t]
+            after = (delta + c.ppo.gamma * c.ppo.gae_lambda * after) * mask[:, t]
             advantages[:, t], following = after, values[:, t]
         returns = advantages + values
         if c.ppo.whiten:

@@ -112,7 +112,7 @@ def timeless(metrics: dict) -> dict:
 
 
 def test_asked_again_it_gives_the_same(host):
-    method = ppo(host, stop_at_kl=1e-9)
+    method = ppo(host, target_kl=1e-9)
     run = engine(host, method)
     for step in range(3):
         first = method.batch(step)
@@ -125,7 +125,7 @@ def test_asked_again_it_gives_the_same(host):
         shift(host, 0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"stop_at_kl": 1e-3, "kl_target": 1.0, "kl_horizon": 100}])
+@pytest.mark.parametrize("options", [{}, {"target_kl": 1e-3, "kl_target": 1.0, "kl_horizon": 100}])
 @pytest.mark.parametrize("cut_short", [False, True])
 def test_state_goes_on_as_if_nothing_had_happened(host, options, cut_short):
     """At every step of three rounds, between steps and in the middle of one: the same examples from there on."""
@@ -149,7 +149,7 @@ def test_state_goes_on_as_if_nothing_had_happened(host, options, cut_short):
 
 
 def test_a_round_ends_early_when_the_policy_went_too_far(host):
-    method = ppo(host, stop_at_kl=1e-3)
+    method = ppo(host, target_kl=1e-3)
     run = engine(host, method)
     for step, round_ in enumerate([0, 0, 1, 1]):
         found = run.gradients(method.batch(step), 0)
@@ -157,7 +157,7 @@ def test_a_round_ends_early_when_the_policy_went_too_far(host):
         shift(host, 0.1 if step == 0 else 0.0)
         assert step != 1 or found["approx_kl"] > 1e-3
         assert step in (1, 3) or found["approx_kl"] == 0
-    never = ppo(host, stop_at_kl=1e6)
+    never = ppo(host, target_kl=1e6)
     for step in range(4):
         engine(host, never).gradients(never.batch(step), 0)
         shift(host, 0.1)
@@ -166,7 +166,7 @@ def test_a_round_ends_early_when_the_policy_went_too_far(host):
 
 def test_what_is_done_again_counts_once(host):
     """Where memory runs out behind the first micro-batch, that one comes again; the step's approx_kl does not grow."""
-    method = ppo(host, stop_at_kl=1.0)
+    method = ppo(host, target_kl=1.0)
     method.batch(0)
     shift(host, 0.1)
     batch = method.batch(1)

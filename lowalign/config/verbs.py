@@ -1,0 +1,80 @@
+"""The verbs of the command line. A new verb is one line of VERBS; `lowalign --help` is printed from it."""
+
+from typing import NamedTuple
+
+from lowalign.config.commands import (
+    BestOfNConfig,
+    CopyRecipeConfig,
+    DataCheckConfig,
+    GenerateConfig,
+    JudgeConfig,
+    ScoreConfig,
+    ShowRecipeConfig,
+)
+from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+
+
+class Verb(NamedTuple):
+    """One command."""
+
+    name: str
+    """One word, or two: "data check"."""
+    function: str
+    """module:function below `lowalign`. Called with the configuration, if there is one; returns the exit code or None."""
+    config: type | None
+    """The dataclass of its options. None: it takes none."""
+    usage: str
+    """The words and flags after the name, for --help. A verb whose usage begins with RECIPE takes a recipe."""
+    help: str
+
+    @property
+    def takes_recipe(self) -> bool:
+        """Whether the first word after the name may be a recipe."""
+        return self.usage.startswith(RECIPE)
+
+
+RECIPE = "[RECIPE]"
+TRAIN = f"{RECIPE} --model M --data FILE… --out DIR"
+REWARDED = f"{RECIPE} --model M --reward SPEC… --data FILE… --out DIR"
+GENERATE = "--model M [--adapter A…] --prompt TEXT"
+CHECK = "FILE… --model M"
+SCORE = "--model M --adapter RUN --data FILE…"
+JUDGE = "--model M --data FILE… --out DIR"
+SHOW = "NAME [--full]"
+COPY = "NAME [DEST] [--full]"
+
+VERBS = {
+    "train": (
+        Verb("sft", "commands.sft:sft", SFTConfig, TRAIN, "supervised fine-tuning"),
+        Verb("reward", "commands.reward:reward", RewardConfig, TRAIN, "reward model: a scalar head, from preferences"),
+        Verb("dpo", "commands.dpo:dpo", DPOConfig, TRAIN, "DPO, IPO, KTO, SimPO, ORPO …: a policy, from preferences"),
+        Verb("ppo", "commands.ppo:ppo", PPOConfig, REWARDED, "PPO, GRPO, RLOO: sample, score, update"),
+        Verb("best-of-n", "commands.best_of_n:best_of_n", BestOfNConfig, REWARDED, "sample, score, keep the best"),
+    ),
+    "inspect": (
+        Verb("data check", "commands.data_check:data_check", DataCheckConfig, CHECK, "format, lengths, loss mask"),
+        Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
+        Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),
+        Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),
+    ),
+    "recipes": (
+        Verb("recipes list", "commands.recipes:list_recipes", None, "", "the recipes that come with lowalign"),
+        Verb("recipes show", "commands.recipes:show", ShowRecipeConfig, SHOW, "print one; --full: every key"),
+        Verb("recipes copy", "commands.recipes:copy", CopyRecipeConfig, COPY, "copy one, to edit it"),
+    ),
+    "this machine": (
+        Verb("doctor", "commands.doctor:doctor", None, "", "versions, device, and what works here"),
+        Verb("demo", "demo.run:main", None, "", "every training stage on a tiny base; no download, no GPU"),
+    ),
+}
+"""By the heading under which --help lists them."""
+
+
+def verbs() -> list[Verb]:
+    """All of them, in order."""
+    return [verb for group in VERBS.values() for verb in group]
+
+
+def verb_of(config: type) -> str | None:
+    """The name of the verb whose options are this dataclass; None for any other class."""
+    return next((verb.name for verb in verbs() if verb.config is config), None)
