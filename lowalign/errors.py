@@ -1,8 +1,8 @@
-"""The one exception for mistakes the user can mend."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done. The text says what was wrong, where, and what to do.
+    """A request of the user cannot be carried out. The text says what was wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with 1.
     """

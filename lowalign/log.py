@@ -1,4 +1,4 @@
-"""What the user is told on the way."""
+"""Messages to the user while a command runs."""
 
 import contextlib
 import sys
@@ -7,6 +7,6 @@ from tqdm import tqdm
 
 
 def log(text: str) -> None:
-    """A line for the user on stderr, above the progress bar where there is one."""
-    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind stderr is no reason to stop
+    """Print a line on stderr, above the progress bar if there is one."""
+    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind stderr must not stop the run
         tqdm.write(text, file=sys.stderr)

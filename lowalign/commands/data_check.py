@@ -1,9 +1,10 @@
-"""`lowalign data check`: what is recognised in files of rows, what is lost, and what of a row is learnt."""
+"""`lowalign data check`: the report on files of rows, and examples with their supervised tokens marked."""
 
 import os
 import re
 import sys
 from dataclasses import replace
+from itertools import groupby
 from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +15,12 @@ from lowalign.data.chat import load_chat
 from lowalign.data.dataset import SFT_ENCODER, RowEncoder, list_bad, read_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_ENCODER
-from lowalign.data.report import report_lines
+from lowalign.data.report import content_of, report_lines
 from lowalign.data.rows.read import Row, read_rows
 from lowalign.model.base.hub import load_tokenizer
 
-HEAD, TAIL = 800, 300  # characters shown of a long stretch
-PEEKED = 100  # rows of each file that decide whether they are preferences
+HEAD, TAIL = 800, 300  # characters shown of a long span
+SAMPLE = 100  # rows of each file that decide whether they are preferences
 
 
 def data_check(config: DataCheckConfig) -> int:
@@ -29,20 +30,16 @@ def data_check(config: DataCheckConfig) -> int:
 
 
 def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3) -> int:
-    """Print what was recognised in config.files, lengths, drops and duplicates, and the first `rows` Examples with their
-    supervised tokens marked. Returns the number of bad rows.
+    """Print the report on config.files (formats, lengths, dropped and repeated rows) and the first `rows` Examples with
+    their supervised tokens marked. Returns the number of bad rows.
 
-    Only the tokenizer of `model` (a folder or a Hub id) is loaded. Raises UserError when it or a file cannot be read.
+    Of `model` (a folder or a Hub id) only the tokenizer is loaded. Raises UserError when it or a file cannot be read.
     """
     tokenizer = load_tokenizer(model, revision)
     chat = load_chat(tokenizer, config.template)
-    encoder = _reading(config)
-    config = replace(config, on_error="skip")
-    dataset = read_examples(config.files, chat, config, tokenizer=tokenizer, encoder=encoder)
+    dataset = read_examples(config.files, chat, replace(config, on_error="skip"), encoder=_encoder(config))
     print("\n".join(report_lines(dataset.report)))
-    repeated = len(dataset.examples) - len(
-        {(tuple(e.prompt), *map(tuple, e.completions), e.label) for e in dataset.examples}
-    )
+    repeated = len(dataset.examples) - len(set(map(content_of, dataset.examples)))
     if len(config.files) > 1 and repeated:
         print(f"in all files together {repeated:,} examples repeat an earlier one")
     if dataset.bad:
@@ -50,26 +47,26 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in dataset.examples[:rows]:
         marked = "in green" if colour else "in «…»"
-        more = [f"{name} {value:g}" for name, value in (("margin", example.margin), ("weight", example.weight))]
-        more = [text for text in more if text not in ("margin 0", "weight 1")]
-        counts = f"supervised {marked}: {example.supervised:,} of {example.length:,} tokens"
-        print(f"\n{example.source} ({', '.join([counts, *more])})")
+        facts = [f"supervised {marked}: {example.supervised:,} of {example.length:,} tokens"]
+        facts += [f"margin {example.margin:g}"] if example.margin else []
+        facts += [f"weight {example.weight:g}"] if example.weight != 1 else []
+        print(f"\n{example.source} ({', '.join(facts)})")
         print(show(example, tokenizer, colour))
     return len(dataset.bad)
 
 
-def _reading(config: AnyDataConfig) -> RowEncoder:
-    """What the first rows of the files look like; rows that could be both are preferences."""
+def _encoder(config: AnyDataConfig) -> RowEncoder:
+    """The encoder whose formats fit the first rows of the files better; the one for preferences if both fit."""
     if config.shape != "auto":
         return PREFERENCE_ENCODER if config.shape in get_args(PreferenceShapeName) else SFT_ENCODER
-    rows = [row for name in config.files for row in read_rows(name, min(PEEKED, config.limit or PEEKED))]
-    likeness = lambda encoder: sum(encoder.shapes.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
+    rows = [row for name in config.files for row in read_rows(name, min(SAMPLE, config.limit or SAMPLE))]
+    likeness = lambda encoder: sum(encoder.formats.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
     return max(PREFERENCE_ENCODER, SFT_ENCODER, key=likeness)
 
 
 def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """The text of an Example, its supervised stretches in green or in «…»; long stretches are shortened. Preferences have
-    prompt and answers under headings, the best answer first."""
+    """The text of an Example, its supervised spans in green or in «…», long spans shortened. Preferences have headings for
+    prompt and answers, the best answer first."""
     answers = [_marked(ids, example.mask(i), tokenizer, colour) for i, ids in enumerate(example.completions)]
     prompt = _marked(example.prompt, [False] * len(example.prompt), tokenizer, colour)
     if example.rank is None and example.label is None:
@@ -78,9 +75,9 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> 
     if example.rank is None:
         headings = [f"labelled {str(example.label).lower()}"]
     elif sorted(rank) == [0, 1]:
-        headings = ["rejected" if place else "chosen" for place in rank]
+        headings = ["rejected" if r else "chosen" for r in rank]
     else:
-        headings = [f"rank {place}" for place in rank]
+        headings = [f"rank {r}" for r in rank]
     best_first = sorted(range(len(rank)), key=lambda i: rank[i])
     parts = [("prompt", prompt), *((headings[i], answers[i]) for i in best_first)]
     return "\n".join(f"{heading}:\n{text}" for heading, text in parts)
@@ -88,17 +85,15 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> 
 
 def _marked(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
-    text, at = "", 0
-    while at < len(ids):
-        until = next((i for i in range(at, len(ids)) if mask[i] != mask[at]), len(ids))
-        stretch = _printable(tokenizer.decode(ids[at:until], clean_up_tokenization_spaces=False))
-        if len(stretch) > HEAD + TAIL:
-            stretch = f"{stretch[:HEAD]} […] {stretch[-TAIL:]}"
-        text += f"{begin}{stretch}{end}" if mask[at] else stretch
-        at = until
+    text = ""
+    for supervised, span in groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
+        decoded = _printable(tokenizer.decode([i for _, i in span], clean_up_tokenization_spaces=False))
+        if len(decoded) > HEAD + TAIL:
+            decoded = f"{decoded[:HEAD]} […] {decoded[-TAIL:]}"
+        text += f"{begin}{decoded}{end}" if supervised else decoded
     return text
 
 
 def _printable(text: str) -> str:
-    """The text without the control characters that a row could steer a terminal with."""
+    """The text with control characters, which could change the terminal, as \\xNN."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
-from lowalign.data.rows.answers import Prompt, read_answers
-from lowalign.data.rows.turns import Message
+from lowalign.data.rows.answers import read_answers
+from lowalign.data.rows.turns import Message, Prompt
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
 from lowalign.log import log

@@ -67,7 +67,7 @@ class PPOSetup:
         if not prompts:
             raise UserError(f"no prompt of {', '.join(data.files)} is left; see --data.max-length and --data.limit")
         if c.ppo.ptx_data:
-            self.ptx = load_examples(c.ppo.ptx_data, chat, data, tokenizer=tokenizer).examples
+            self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
         return prompts, []
 
     def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:

@@ -56,8 +56,8 @@ def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
     options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
     if PREFERENCE_ROWS.common(rows) is not None:
         options |= {"ties": "keep"}
-        return load_preferences([file], chat, PreferenceConfig(**options), tokenizer=chat.tokenizer).examples
-    return load_examples([file], chat, DataConfig(**options), tokenizer=chat.tokenizer).examples
+        return load_preferences([file], chat, PreferenceConfig(**options)).examples
+    return load_examples([file], chat, DataConfig(**options)).examples
 
 
 def _annotation(example: Example, i: int) -> dict:

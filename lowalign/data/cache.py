@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, under $LOWALIGN_CACHE or ~/.cache/lowalign, in data/. The folder may be deleted at any time."""
+"""Tokenized rows on disk, in data/ under $LOWALIGN_CACHE or the user's cache folder. They may be deleted at any time."""
 
 import contextlib
 import datetime
@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import tokenizers
 import torch
 import transformers
@@ -19,39 +20,38 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.data.pack import Example
 from lowalign.durable import write_file
 
-FORMAT = 2  # raised when the meaning of a stored file or of any step before it changes
-OTHERS = ("rank", "margin", "label", "weight", "source")  # what is kept of an Example besides its tokens
+FORMAT = 3  # to be raised when the meaning of a stored file or the result of tokenizing changes
+FIELDS = ("rank", "margin", "label", "weight", "source")  # fields of an Example that are stored besides its tokens
 
 
 def cache_folder() -> Path:
-    """Where tokenized rows are kept."""
-    root = os.environ.get("LOWALIGN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "lowalign") / "data"
+    """The folder of tokenized rows: $LOWALIGN_CACHE/data, or on Linux ~/.cache/lowalign/data."""
+    return Path(os.environ.get("LOWALIGN_CACHE") or platformdirs.user_cache_dir("lowalign")) / "data"
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of everything that decides which ids a text becomes."""
+    """sha256 of everything that decides the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inner = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     added = {i: repr(token) for i, token in tokenizer.added_tokens_decoder.items()}
     ids = tokenizer("a")["input_ids"]
-    known = [type(tokenizer).__name__, inner, added, tokenizer.special_tokens_map, list(ids)]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    content = [type(tokenizer).__name__, inner, added, tokenizer.special_tokens_map, list(ids)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def key(content: str, templates: list[str | None], tokenizer: PreTrainedTokenizerBase, *settings: Any) -> str:
-    """The name of the cache file of these rows (by their hash), templates, tokenizer and settings."""
-    # A template may write the date, and then its rows are another day's tomorrow.
+    """The name of the cache file of these rows (`content`: their hash), templates, tokenizer and settings."""
+    # A template that writes today's date renders other rows tomorrow.
     dated = any("strftime_now" in text for text in templates if text)
     versions = [FORMAT, transformers.__version__, tokenizers.__version__]
-    known = [content, templates, tokenizer_hash(tokenizer), settings, versions]
-    known.append(str(datetime.date.today()) if dated else "")
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    date = str(datetime.date.today()) if dated else ""
+    parts = [content, templates, tokenizer_hash(tokenizer), settings, versions, date]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
-    """Keep the Examples of a file (all but their reference) and its report. A full or read-only disk is no
-    error: the rows are then tokenized again next time."""
+def write(name: str, examples: list[Example], report: dict[str, Any]) -> None:
+    """Store the Examples of a file (without `reference`) and its report. A full or read-only disk is no error: the rows
+    are tokenized again next time."""
     lengths, ids, mask = [], [], []
     for example in examples:
         lengths += [len(example.completions), len(example.prompt), *map(len, example.completions)]
@@ -61,7 +61,7 @@ def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
         "ids": torch.tensor(ids, dtype=torch.int32),
         "lengths": torch.tensor(lengths, dtype=torch.int32),
         "mask": torch.tensor(mask, dtype=torch.bool),
-        "others": _as_tensor([[getattr(example, name) for name in OTHERS] for example in examples]),
+        "fields": _as_tensor([[getattr(example, name) for name in FIELDS] for example in examples]),
         "report": _as_tensor(report),
     }
     tensors["checksum"] = _checksum(tensors)
@@ -69,8 +69,8 @@ def store(name: str, examples: list[Example], report: dict[str, Any]) -> None:
         write_file(cache_folder() / f"{name}.safetensors", save(tensors))
 
 
-def recall(name: str) -> tuple[list[Example], dict[str, Any]] | None:
-    """What was stored under that name; None when nothing was, or it is damaged."""
+def read(name: str) -> tuple[list[Example], dict[str, Any]] | None:
+    """The stored Examples and report; None when there are none, or the file is damaged."""
     try:
         tensors = load((cache_folder() / f"{name}.safetensors").read_bytes())
         if not torch.equal(tensors.pop("checksum"), _checksum(tensors)):
@@ -80,13 +80,13 @@ def recall(name: str) -> tuple[list[Example], dict[str, Any]] | None:
     lengths, ids = iter(tensors["lengths"].tolist()), iter(tensors["ids"].tolist())
     mask = iter(tensors["mask"].tolist())
     examples = []
-    for others in _from_tensor(tensors["others"]):
+    for fields in _from_tensor(tensors["fields"]):
         completions = next(lengths)
         prompt = [next(ids) for _ in range(next(lengths))]
         sizes = [next(lengths) for _ in range(completions)]
         answers = [[next(ids) for _ in range(n)] for n in sizes]
         masks = [[next(mask) for _ in range(n)] for n in sizes]
-        examples.append(Example(prompt, answers, masks, **dict(zip(OTHERS, others, strict=True))))
+        examples.append(Example(prompt, answers, masks, **dict(zip(FIELDS, fields, strict=True))))
     return examples, _from_tensor(tensors["report"])
 
 

@@ -1,12 +1,12 @@
-"""Conversations and texts to Examples, with the mask of what is supervised.
+"""Conversations and texts to Examples, with the mask of supervised tokens.
 
-The mask is made by construction. The template renders the messages before an assistant turn with the generation prompt;
-that must be the beginning of what it renders with the turn, and the difference is the turn. Nothing is found by looking
-for token ids, so a pad that equals eos, or an eos in the user's text, changes nothing. `{% generation %}` marks are not
-used: few templates have them.
+The mask comes from rendering, not from a search for token ids. The template renders the messages before an assistant turn
+with the generation prompt; that must be the beginning of what it renders with the turn, and the difference is the turn.
+So a pad token that equals eos, or eos in the user's text, changes nothing. `{% generation %}` tags are not used: few
+templates have them.
 
-The pieces (generation prompt | assistant turn | what follows | …) are tokenized one by one, in `prompt_ids` too, so the
-tokens a model is trained after are the tokens it is asked to continue.
+The pieces (generation prompt | assistant turn | what follows | …) are tokenized one by one, in `prompt_ids` too, so a
+model is trained after the same prompt ids as it gets in generation.
 """
 
 from collections import Counter
@@ -18,14 +18,18 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.encode import Encoder
-from lowalign.data.markers import strings_of
 from lowalign.data.pack import Example
+from lowalign.data.rows.read import RowError
 from lowalign.data.rows.rewrite import alternating, system_as_user, tools_as_text
-from lowalign.data.rows.turns import Message, RowError, Tools
+from lowalign.data.rows.turns import Message, Tools, is_supervised
+from lowalign.data.special_tokens import strings_of
 from lowalign.data.template import Template, Unrenderable
 from lowalign.errors import UserError
 
 T = TypeVar("T")
+Variant = tuple[
+    list[Message], Tools, list[str]
+]  # a conversation as the template can render it, and the notes on changes
 
 TOOLS_NOTE = "tools written as plain text: the chat template has none"
 SYSTEM_NOTE = "system text put before the first user turn: the chat template has no system role"
@@ -36,7 +40,7 @@ HIDDEN_NOTE = "special tokens in the texts kept as plain text"
 
 @dataclass
 class Piece:
-    """A stretch of rendered text that is tokenized by itself. eos: the end-of-sequence id follows it."""
+    """A part of rendered text that is tokenized by itself. eos: add the end-of-sequence id after it."""
 
     text: str
     supervised: bool = False
@@ -44,7 +48,7 @@ class Piece:
 
 
 def load_chat(tokenizer: PreTrainedTokenizerBase, template: Path | None) -> "Chat":
-    """A Chat with the template in a file, or with the tokenizer's own. Raises UserError when it cannot be used."""
+    """A Chat with the template in a file, or with the tokenizer's own. Raises UserError when the template is unusable."""
     try:
         return Chat(tokenizer, None if template is None else template.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -52,10 +56,10 @@ def load_chat(tokenizer: PreTrainedTokenizerBase, template: Path | None) -> "Cha
 
 
 class Chat:
-    """A tokenizer and the template that its conversations are written in.
+    """A tokenizer and the template for its conversations.
 
-    template: its text. end_of_turn: the id that ends an assistant turn. notes: what had to be done to say the rows so
-    far in this template, and how often.
+    template: its text. end_of_turn: the id that ends an assistant turn. notes: how often conversations so far had to be
+    changed for the template, by kind of change.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None):
@@ -64,73 +68,75 @@ class Chat:
         self.tokenizer = tokenizer
         self._template = Template(tokenizer, template)
         self.template = self._template.text
-        self._encoder = Encoder(tokenizer, self._template.markers)
-        closing = self._template.closing
-        self.end_of_turn: int = self._encoder.eos if closing is None else tokenizer.convert_tokens_to_ids(closing)
+        self._encoder = Encoder(tokenizer, self._template.special_tokens)
+        end = self._template.end_token
+        self.end_of_turn: int = self._encoder.eos if end is None else tokenizer.convert_tokens_to_ids(end)
         self.notes: Counter[str] = Counter()
 
     @property
     def end_ids(self) -> set[int]:
-        """Every id that a finished turn may end in: end-of-turn, eos, and whatever else only the template writes."""
-        return {self.end_of_turn, *self._encoder.marker_ids.values()}
+        """Every id that may end a finished turn: end-of-turn, eos, and all other special tokens of the template."""
+        return {self.end_of_turn, *self._encoder.special_ids.values()}
 
     @property
     def templates(self) -> list[str | None]:
-        """All that decides how a conversation is written: the template, and the one for rows with tools, if any."""
+        """The template, and the one for rows with tools, or None."""
         return [self.template, self._template.with_tools]
 
     @property
-    def front(self) -> list[int]:
+    def bos_ids(self) -> list[int]:
         """The ids that every text begins with: [bos], or nothing."""
-        return self._encoder.front
+        return self._encoder.bos_ids
 
     def example(self, messages: list[Message], tools: Tools = None) -> list[Example]:
-        """The Examples of one conversation: one, or one for each assistant turn where the template rewrites history.
+        """The Examples of one conversation: one, or one for each assistant turn if the template rewrites earlier turns.
 
-        The prompt reaches through the header of the first turn to be supervised; each such turn is supervised through its
-        end-of-turn token. Raises RowError (the row is wrong) or Unrenderable (the template cannot say it).
+        The prompt ends with the header of the first supervised turn. Each supervised turn includes its end-of-turn token.
+        Raises RowError (the row is wrong) or Unrenderable (the template cannot render it).
         """
-        supervised = [i for i, m in enumerate(messages) if _learnt(m)]
+        supervised = [i for i, m in enumerate(messages) if is_supervised(m)]
         if not supervised:
             raise RowError("no assistant turn to learn from")
-        return self._say(messages[: supervised[-1] + 1], tools, self._examples)
+        return self._first_accepted(messages[: supervised[-1] + 1], tools, self._examples)
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
-        """The ids that the answer to `messages` continues: rendered with the generation prompt."""
-        return self._say(messages, tools, self._prompt_ids)
+        """The ids before the answer to `messages`, rendered with the generation prompt. Raises as `example` does."""
+        return self._first_accepted(messages, tools, self._prompt_ids)
 
     def text_ids(self, text: str) -> list[int]:
-        """The ids of plain text that is to be continued; no template."""
-        return self._encoder.with_front(self._plain(text, start=True))
+        """The ids of a plain-text prompt, without a template."""
+        return self._encoder.with_bos(self._plain(text, start=True))
 
     def completion(self, prompt: str, completion: str) -> Example:
-        """Plain text and its continuation, which ends with eos; no template."""
+        """The Example of plain text and its continuation, which ends with eos; without a template."""
         answer = [*self._plain(completion, start=not prompt), self._encoder.eos]
         return Example(self.text_ids(prompt), [answer], [[True] * len(answer)])
 
     def document(self, text: str) -> Example:
-        """A text to learn as a whole, between bos (where the tokenizer puts one) and eos."""
+        """The Example of a text that is all supervised, between bos (if the tokenizer adds it) and eos."""
         ids = [*self._plain(text, start=True), self._encoder.eos]
-        return Example(list(self.front), [ids], [[True] * len(ids)])
+        return Example(list(self.bos_ids), [ids], [[True] * len(ids)])
 
     def _plain(self, text: str, start: bool) -> list[int]:
-        text, hidden = self._encoder.markers.hide(text)
+        text, hidden = self._encoder.special_tokens.hide(text)
         self.notes.update([HIDDEN_NOTE] if hidden else [])
         return self._encoder.encode(text, hidden, start)
 
-    def _say(self, messages: list[Message], tools: Tools, use: Callable[[list[Message], Tools, list[str]], T]) -> T:
-        """`use` on the conversation in the first form that the template accepts."""
-        markers, forbidden = self._encoder.markers, self._template.forbidden
+    def _first_accepted(
+        self, messages: list[Message], tools: Tools, encode: Callable[[list[Message], Tools, list[str]], T]
+    ) -> T:
+        """`encode` (messages, tools, hidden strings) for the first variant of the conversation that the template accepts."""
+        special_tokens, forbidden = self._encoder.special_tokens, self._template.forbidden
         if forbidden and any(forbidden in text for text in strings_of((messages, tools))):
             raise RowError(
                 f"its text holds {forbidden}, which begins a turn in the default chat template and is no token of this "
                 "tokenizer; take it out, or give a template (--data.template)"
             )
-        (messages, tools), hidden = markers.hide((messages, tools))
+        (messages, tools), hidden = special_tokens.hide((messages, tools))
         refusal = None
-        for turns, functions, notes in self._forms(messages, tools):
+        for turns, functions, notes in self._variants(messages, tools):
             try:
-                result = use(turns, functions, hidden)
+                result = encode(turns, functions, hidden)
             except Unrenderable as error:
                 refusal = refusal or error
                 continue
@@ -138,12 +144,13 @@ class Chat:
             return result
         raise refusal
 
-    def _forms(self, messages: list[Message], tools: Tools) -> Iterator[tuple[list[Message], Tools, list[str]]]:
-        forms = [(messages, tools, [])]
+    def _variants(self, messages: list[Message], tools: Tools) -> Iterator[Variant]:
+        """The conversation, then rewritten without what the template may not support: tools, system role, any order."""
+        variants: list[Variant] = [(messages, tools, [])]
         if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
             as_text = (tools_as_text(messages, tools), None, [TOOLS_NOTE])
-            forms = [*forms, as_text] if self._template.has_tools else [as_text]
-        for turns, functions, notes in forms:
+            variants = [*variants, as_text] if self._template.has_tools else [as_text]
+        for turns, functions, notes in variants:
             if any(m["role"] == "system" for m in turns) and not self._template.has_system:
                 turns, notes = system_as_user(turns), [*notes, SYSTEM_NOTE]
             yield turns, functions, notes
@@ -158,7 +165,7 @@ class Chat:
             return [self._example(pieces, hidden)]
         examples = []
         for i in range(1, len(messages)):
-            if _learnt(messages[i]):
+            if is_supervised(messages[i]):
                 prompt, turn = self._turn(messages, i, tools)
                 examples.append(self._example([*self._prompt_pieces(prompt, messages[:i], tools), turn], hidden))
         self.notes[TURNS_NOTE] += 1
@@ -170,15 +177,17 @@ class Chat:
         return self._ids(self._prompt_pieces(full, messages, tools), hidden)[0]
 
     def _refuse_joins(self, full: str, messages: list[Message], tools: Tools, generation: bool) -> None:
-        """Raise RowError when the template makes a marker of a text of the row and what stands beside it."""
-        markers = self._encoder.markers
-        fenced = markers.fenced([messages, tools])
-        if fenced is not None and markers.count(self._template.render(*fenced, generation)) != markers.count(full):
-            raise RowError("one of its texts and what stands beside it become a special token in the chat template")
+        """Raise RowError when a text of the row forms a special token with what the template writes next to it."""
+        special_tokens = self._encoder.special_tokens
+        fenced = special_tokens.fenced([messages, tools])
+        if fenced is not None and special_tokens.count(
+            self._template.render(*fenced, generation)
+        ) != special_tokens.count(full):
+            raise RowError("one of its texts forms a special token with what the chat template writes next to it")
 
     def _turn(self, messages: list[Message], i: int, tools: Tools) -> tuple[str, Piece]:
-        """What is rendered before assistant turn i, and the turn through its end. Raises Unrenderable when the turn does
-        not continue the generation prompt."""
+        """-> the rendered text before assistant turn i, and the turn with its end token. Raises Unrenderable when the turn
+        does not continue the generation prompt."""
         prompt = self._template.render(messages[:i], tools, True)
         whole = self._template.render(messages[: i + 1], tools)
         if not whole.startswith(prompt):
@@ -187,18 +196,18 @@ class Chat:
                 f"the chat template begins an answer with {prompt[same:][-40:]!r} when the model is to write it, and in "
                 "another way when it is given; use a template that does not (--data.template)"
             )
-        text, closing, supervised = whole[len(prompt) :], self._template.closing, _learnt(messages[i])
-        if closing and closing in text:
-            return prompt, Piece(text[: text.rindex(closing) + len(closing)], supervised)
-        # A turn that calls a tool may end in a token of its own (<|eom_id|>).
-        marks = list(self._encoder.markers.pattern.finditer(text))
-        if marks and not text[marks[-1].end() :].strip():
-            return prompt, Piece(text[: marks[-1].end()], supervised)
+        text, end_token, supervised = whole[len(prompt) :], self._template.end_token, is_supervised(messages[i])
+        if end_token and end_token in text:
+            return prompt, Piece(text[: text.rindex(end_token) + len(end_token)], supervised)
+        # A turn that calls a tool may end in another token (<|eom_id|>).
+        *_, last = [None, *self._encoder.special_tokens.pattern.finditer(text)]
+        if last and not text[last.end() :].strip():
+            return prompt, Piece(text[: last.end()], supervised)
         return prompt, Piece(text.rstrip(), supervised, eos=True)
 
     def _pieces(self, full: str, messages: list[Message], tools: Tools) -> list[Piece] | None:
-        """`full` cut at the assistant turns, through the last of them; None when it does not hold them as they are
-        rendered without what follows. An opening assistant turn answers nothing and stays part of the prompt."""
+        """`full` cut at the assistant turns, up to the end of the last; None when `full` does not hold every turn as it is
+        rendered without the turns after it. An assistant turn at the very beginning stays part of the prompt."""
         pieces, at = [], 0
         for i in range(1, len(messages)):
             if messages[i]["role"] == "assistant":
@@ -213,7 +222,7 @@ class Chat:
         return pieces
 
     def _prompt_pieces(self, full: str, messages: list[Message], tools: Tools) -> list[Piece]:
-        """`full`, rendered with the generation prompt, cut at the assistant turns of the history where it holds them."""
+        """`full` (rendered with the generation prompt) cut at the assistant turns; one piece where `_pieces` finds none."""
         pieces = self._pieces(full, messages, tools) or []
         at = sum(len(piece.text) for piece in pieces)
         return [*(replace(piece, supervised=False) for piece in pieces), Piece(full[at:])]
@@ -222,11 +231,11 @@ class Chat:
         """The ids of all pieces, and whether each is supervised."""
         ids, supervised = [], []
         for piece in pieces:
-            new = self._encoder.encode(piece.text, hidden, start=not ids)
-            new = new if ids else self._encoder.with_front(new)
-            new = [*new, self._encoder.eos] if piece.eos else new
-            ids += new
-            supervised += [piece.supervised] * len(new)
+            piece_ids = self._encoder.encode(piece.text, hidden, start=not ids)
+            piece_ids = piece_ids if ids else self._encoder.with_bos(piece_ids)
+            piece_ids = [*piece_ids, self._encoder.eos] if piece.eos else piece_ids
+            ids += piece_ids
+            supervised += [piece.supervised] * len(piece_ids)
         return ids, supervised
 
     def _example(self, pieces: list[Piece], hidden: list[str]) -> Example:
@@ -235,7 +244,3 @@ class Chat:
             raise Unrenderable("nothing is left to learn: its only answer is an opening assistant turn")
         start = supervised.index(True)
         return Example(ids[:start], [ids[start:]], [supervised[start:]])
-
-
-def _learnt(message: Message) -> bool:
-    return message["role"] == "assistant" and message.get("weight") != 0

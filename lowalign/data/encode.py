@@ -1,29 +1,29 @@
-"""Text to token ids, piece by piece, so that training sees what generation sees."""
+"""Text to token ids, piece by piece, so that training and generation use the same ids."""
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.data.markers import Markers
-from lowalign.data.rows.turns import RowError
+from lowalign.data.rows.read import RowError
+from lowalign.data.special_tokens import SpecialTokens
 from lowalign.errors import UserError
 
 
 class Encoder:
-    """A tokenizer that is told which pieces of a text may hold special tokens.
+    """A tokenizer that allows special tokens only where the template wrote them.
 
-    front: the ids it puts before every text (bos, for most that put any). eos: its end-of-sequence id.
+    bos_ids: the ids that the tokenizer puts before every text ([bos] or nothing, for most tokenizers).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: set[str]):
-        """markers: the strings that stand for tokens where a template writes them, and for plain text elsewhere."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: set[str]):
+        """special_tokens: strings that are tokens where the template writes them, and plain text elsewhere."""
         self.tokenizer = tokenizer
-        self.markers = Markers(markers)
-        ids = {text: tokenizer.convert_tokens_to_ids(text) for text in markers}
-        # "unknown" comes up for any character the vocabulary lacks, which makes it no marker (unless it is eos too).
+        self.special_tokens = SpecialTokens(special_tokens)
+        ids = {text: tokenizer.convert_tokens_to_ids(text) for text in special_tokens}
+        # The id "unknown" stands for any character missing from the vocabulary: no special token, unless it is eos too.
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.marker_ids = {t: i for t, i in ids.items() if i != tokenizer.unk_token_id or i in ends}
-        bare, dressed = self._ids("a"), list(tokenizer("a", verbose=False)["input_ids"])
-        places = [k for k in range(len(dressed)) if dressed[k : k + len(bare)] == bare]
-        self.front: list[int] = dressed[: places[0]] if places else []
+        self.special_ids = {t: i for t, i in ids.items() if i != tokenizer.unk_token_id or i in ends}
+        bare, with_extras = self._ids("a"), list(tokenizer("a", verbose=False)["input_ids"])
+        starts = [k for k in range(len(with_extras)) if with_extras[k : k + len(bare)] == bare]
+        self.bos_ids: list[int] = with_extras[: starts[0]] if starts else []
         # SentencePiece tokenizers put a space before every text they are given. Within a row that space would be wrong.
         self._newline = self._ids("\n")
         self._puts_space = self._ids("\na") != self._newline + bare
@@ -36,32 +36,33 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
     def encode(self, text: str, hidden: list[str], start: bool = False) -> list[int]:
-        """The ids of rendered text, its private-use characters read as the plain text they stand for.
+        """The ids of rendered text, its private-use characters encoded as the plain text they replaced.
 
-        start: nothing stands before it. Raises RowError when the ids hold other markers than the text does.
+        start: it is the beginning of the row. Raises RowError when the ids hold more or fewer special tokens than the
+        template wrote.
         """
         ids: list[int] = []
-        written = 0
-        for piece, plain in self.markers.split(text, hidden):
+        expected = 0
+        for piece, plain in self.special_tokens.split(text, hidden):
             ids += (self._as_text if plain else self._piece)(piece, start and not ids)
-            written += 0 if plain else sum(m in self.marker_ids for m in self.markers.pattern.findall(piece))
-        known = set(self.marker_ids.values())
-        found = sum(i in known for i in ids)
-        if found != written:
-            raise RowError(f"its texts become special tokens ({found} where the template writes {written})")
+            expected += 0 if plain else sum(m in self.special_ids for m in self.special_tokens.pattern.findall(piece))
+        special_ids = set(self.special_ids.values())
+        count = sum(i in special_ids for i in ids)
+        if count != expected:
+            raise RowError(f"its texts become special tokens ({count} where the template writes {expected})")
         return ids
 
-    def with_front(self, ids: list[int]) -> list[int]:
-        """The ids of a whole text, beginning with what the tokenizer puts there, and with bos at most once."""
-        if ids[: len(self.front)] != self.front:
-            ids = self.front + ids
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids of a whole text, beginning with `bos_ids`, and with bos at most once."""
+        if ids[: len(self.bos_ids)] != self.bos_ids:
+            ids = self.bos_ids + ids
         while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return ids
 
     def _as_text(self, text: str, start: bool) -> list[int]:
         ids = self._piece(text, start, split=True)
-        if any(i in self.marker_ids.values() for i in ids):  # Unigram models know the string as a word of its own
+        if any(i in self.special_ids.values() for i in ids):  # Unigram models have the string as an ordinary word
             ids = [i for k, letter in enumerate(text) for i in self._piece(letter, start and k == 0, split=True)]
         return ids
 

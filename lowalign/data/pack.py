@@ -12,11 +12,12 @@ from torch import Tensor
 class Example:
     """One prompt with one or more completions, as token ids.
 
-    masks: for each completion, which of its tokens are supervised; None means all of them. The first token of a
-    completion without a prompt has nothing to be predicted from and is never supervised.
-    rank: for each completion its place among them, the best lowest; equal numbers are ties. margin: by how much the
-    better of a pair is to lead (reward model). label: thumbs up or down, for a completion that stands alone. weight:
-    what the Example counts. reference: for each completion the reference's log-probability of its supervised tokens.
+    masks: for each completion, which of its tokens are supervised; None: all. Without a prompt, the first token of a
+    completion has no context and is never supervised.
+    rank: of each completion, lowest is best; equal numbers tie. margin: required lead of the better completion (reward
+    model). label: thumbs up (True) or down, for a single completion. weight: factor of the Example in the loss.
+    reference: for each completion, the summed log-probability of its supervised tokens under the reference.
+    source: where the row is, file:line.
     """
 
     prompt: list[int]
@@ -39,11 +40,11 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens it takes in a Pack (the prompt once, however many completions hang on it)."""
+        """Tokens in a Pack: the prompt once, and all completions."""
         return len(self.prompt) + sum(map(len, self.completions))
 
     def mask(self, i: int) -> list[bool]:
-        """Which tokens of completion i are supervised, as a list of its length."""
+        """Which tokens of completion i are supervised, one bool per token."""
         mask = [True] * len(self.completions[i]) if self.masks is None else list(self.masks[i])
         if not self.prompt:
             mask[0] = False
@@ -57,7 +58,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the row that attends causally to itself and, when it has a parent, to all of that segment."""
+    """A range of tokens that attends causally to itself and, if it has a parent, to all of the parent segment."""
 
     length: int
     parent: int | None = None
@@ -65,45 +66,44 @@ class Segment:
 
 @dataclass
 class Pack:
-    """Examples laid end to end. T tokens in the row, N completion tokens that have something to be predicted from.
+    """Examples laid end to end: T tokens, of which N are completion tokens with a token before them; C completions.
 
-    ids (T,): token ids; -1 where a virtual token stands. positions (T,): restart with each Example.
-    virtual (T,): index of the virtual token, -1 elsewhere. source (N,): the place in the row whose hidden state predicts
-    the token, labels (N,): that token, supervised (N,) bool, place (N,): where it stands among all completion tokens.
-    lengths: tokens of each completion of each Example. ends (C,): the place in the row of each completion's last token.
+    ids (T,): token ids; -1 at a virtual token. positions (T,): restart with each Example. virtual (T,): index of the
+    virtual token, -1 elsewhere. predictors (N,): index in the row of the hidden state that predicts the token. labels
+    (N,): the token. supervised (N,): bool. flat_index (N,): index of the token in all completions concatenated. ends
+    (C,): index in the row of each completion's last token. lengths: tokens of each completion of each Example.
     """
 
     ids: Tensor
     positions: Tensor
     virtual: Tensor
     segments: tuple[Segment, ...]
-    source: Tensor
+    predictors: Tensor
     labels: Tensor
     supervised: Tensor
-    place: Tensor
+    flat_index: Tensor
     ends: Tensor
     lengths: list[list[int]] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same Pack with its tensors on `device`."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Pack(**moved)
+        return Pack(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: int = 0) -> Pack:
     """Lay the Examples end to end.
 
-    virtual_tokens: learned embeddings that stand before every prompt, as part of its segment (prompt tuning).
-    first_position: where positions begin, the number of keys and values that stand before every prompt (prefix tuning).
-    An Example with one completion is a single causal segment; with several, each completion hangs on the prompt's.
+    virtual_tokens: number of learned embeddings before every prompt, in its segment (prompt tuning). first_position:
+    number of keys and values before every prompt (prefix tuning), where positions begin. An Example with one completion
+    is a single causal segment; of several completions, each is a segment whose parent is the prompt's.
     """
     ids, positions, virtual, segments = [], [], [], []
-    source, labels, supervised, place, ends = [], [], [], [], []
-    counted, lengths = 0, []
+    predictors, labels, supervised, flat_index, ends = [], [], [], [], []
+    completion_tokens = 0
     for example in examples:
         head = [-1] * virtual_tokens + example.prompt
         single = len(example.completions) == 1
-        start, parent = len(ids), None
+        head_end, parent = len(ids) + len(head), None
         ids += head
         virtual += list(range(virtual_tokens)) + [-1] * len(example.prompt)
         positions += range(first_position, first_position + len(head))
@@ -111,46 +111,41 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
             parent = len(segments)
             segments.append(Segment(len(head)))
         for i, completion in enumerate(example.completions):
-            at = len(ids)
-            before = at - 1 if single else start + len(head) - 1  # the row's place that predicts the first token
+            start = len(ids)
             skip = 0 if example.prompt else 1
-            source += [before, *range(at, at + len(completion) - 1)][skip:]
+            predictors += [head_end - 1, *range(start, start + len(completion) - 1)][skip:]
             labels += completion[skip:]
             supervised += example.mask(i)[skip:]
-            place += range(counted + skip, counted + len(completion))
-            counted += len(completion)
+            flat_index += range(completion_tokens + skip, completion_tokens + len(completion))
+            completion_tokens += len(completion)
             ids += completion
             ends.append(len(ids) - 1)
             virtual += [-1] * len(completion)
             after = first_position + len(head)
             positions += range(after, after + len(completion))
             segments.append(Segment(len(completion) + (len(head) if single else 0), parent))
-        lengths.append([len(c) for c in example.completions])
     as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
     return Pack(
         as_long(ids),
         as_long(positions),
         as_long(virtual),
         tuple(segments),
-        as_long(source),
+        as_long(predictors),
         as_long(labels),
         torch.tensor(supervised, dtype=torch.bool),
-        as_long(place),
+        as_long(flat_index),
         as_long(ends),
-        lengths,
+        [list(map(len, example.completions)) for example in examples],
     )
 
 
 def step_order(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Row numbers of optimizer step `step` (from 0): a pure function of its arguments, so a resumed run needs no more.
+    """Row numbers of optimizer step `step` (from 0). A pure function, so a resumed run needs no other state.
 
-    Each pass over the data is a fresh permutation; a step may span two passes.
+    Each pass over the data is a new permutation; a step may span two passes.
     """
-    chosen = []
-    for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, at = divmod(k, rows)
-        chosen.append(_permutation(rows, seed, epoch)[at])
-    return chosen
+    places = (divmod(k, rows) for k in range(step * batch_size, (step + 1) * batch_size))
+    return [_permutation(rows, seed, epoch)[i] for epoch, i in places]
 
 
 @lru_cache(maxsize=2)
@@ -160,5 +155,5 @@ def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def total_supervised(examples: Iterable[Example]) -> int:
-    """Supervised tokens of all the Examples: what a mean over tokens is divided by."""
+    """Number of supervised tokens in all Examples: the denominator of a mean over tokens."""
     return sum(example.supervised for example in examples)

@@ -1,4 +1,4 @@
-"""What became of the rows, in numbers and in words."""
+"""The report on the rows that were read: counts and lengths, as JSON and as text."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,36 +8,35 @@ from lowalign.data.pack import Example
 from lowalign.data.rows.votes import agreement
 
 
-class Tally:
-    """Counts over the rows of one file. Lengths are those before anything is cut."""
+class FileStats:
+    """Counts over the rows of one file. Lengths are those before truncation."""
 
     def __init__(self, file: str):
         self.file = file
         self.rows = self.used = self.examples = self.tokens = self.supervised = 0
         self.turns = self.ended = self.duplicates = 0
-        self.shapes: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
         self.dropped: dict[str, list[str]] = {}
-        self.verdicts: list[dict[str, str]] = []  # for each pair of answers what each annotator said of it
+        self.verdicts: list[dict[str, str]] = []  # for each pair of answers {annotator: verdict}
         self._lengths: dict[str, list[int]] = {"prompt": [], "completion": [], "total": []}
         self._seen: set[int] = set()
 
     def measure(self, example: Example) -> None:
-        """Note the lengths of an Example as it was rendered."""
+        """Count the lengths of an Example before truncation."""
         prompt, completions = len(example.prompt), [len(completion) for completion in example.completions]
         self._lengths["prompt"].append(prompt)
         self._lengths["completion"] += completions
         self._lengths["total"].append(prompt + max(completions))
 
     def drop(self, where: str, reason: str) -> None:
-        """Note that a row is left out."""
+        """Count a row that is left out."""
         self.dropped.setdefault(reason, []).append(where)
 
     def add(self, examples: Sequence[Example], end_ids: set[int], document: bool, rows: int) -> None:
-        """Note the Examples that came of one row, or of several that belong together. document: they are stretches of
-        one text, which ends once."""
+        """Count the Examples of one row, or of a group of `rows`. document: they are parts of one text, which ends once."""
         self.used += rows
         self.examples += len(examples)
         for example in examples:
@@ -45,17 +44,16 @@ class Tally:
             self.supervised += example.supervised
         turns, ended = count_turns(examples[-1:] if document else examples, end_ids)
         self.turns, self.ended = self.turns + turns, self.ended + ended
-        content = hash(tuple((tuple(e.prompt), *map(tuple, e.completions), e.label) for e in examples))
+        content = hash(tuple(map(content_of, examples)))
         self.duplicates += content in self._seen
         self._seen.add(content)
 
     def as_dict(self, bad: int) -> dict[str, Any]:
         """The counts as JSON."""
-        agreed = {"agreement": agreement(self.verdicts)} if self.verdicts else {}
         return {
             "file": self.file,
             "rows": self.rows,
-            "shapes": dict(self.shapes),
+            "shapes": dict(self.formats),
             "used": self.used,
             "examples": self.examples,
             "bad": bad,
@@ -68,61 +66,66 @@ class Tally:
             "duplicates": self.duplicates,
             "ignored_columns": dict(self.ignored),
             "notes": dict(self.notes),
-            **agreed,
+            **({"agreement": agreement(self.verdicts)} if self.verdicts else {}),
         }
 
 
+def content_of(example: Example) -> tuple[Any, ...]:
+    """What makes two Examples the same: the token ids and the label."""
+    return tuple(example.prompt), *map(tuple, example.completions), example.label
+
+
 def count_turns(examples: Iterable[Example], end_ids: set[int]) -> tuple[int, int]:
-    """How many supervised stretches there are, and how many of them end in one of `end_ids`."""
+    """-> the number of supervised spans, and of those that end in one of `end_ids`."""
     turns = ended = 0
     for example in examples:
         for ids, mask in zip(example.completions, example.masks, strict=True):
-            last = [i for i, m in enumerate(mask) if m and not (i + 1 < len(mask) and mask[i + 1])]
-            turns += len(last)
-            ended += sum(ids[i] in end_ids for i in last)
+            ends = [i for i, m in enumerate(mask) if m and not (i + 1 < len(mask) and mask[i + 1])]
+            turns += len(ends)
+            ended += sum(ids[i] in end_ids for i in ends)
     return turns, ended
 
 
 def spread(values: Sequence[int]) -> dict[str, int]:
-    """Smallest, median, 95th percentile (nearest rank) and largest; empty for no values."""
+    """Minimum, median, 95th percentile (nearest rank) and maximum; empty for no values."""
     if not values:
         return {}
     ordered = sorted(values)
-    at = lambda share: ordered[max(0, -(-len(ordered) * share // 100) - 1)]  # noqa: E731
-    return {"min": ordered[0], "median": at(50), "p95": at(95), "max": ordered[-1]}
+    percentile = lambda p: ordered[max(0, -(-len(ordered) * p // 100) - 1)]  # noqa: E731
+    return {"min": ordered[0], "median": percentile(50), "p95": percentile(95), "max": ordered[-1]}
 
 
-def totals(files: Sequence[dict[str, Any]], max_length: int, heldout: bool) -> dict[str, Any]:
-    """The report over all files, with theirs in it."""
-    summed = {k: sum(f[k] for f in files) for k in ("rows", "used", "examples", "bad", "tokens", "supervised_tokens")}
-    summed["dropped"] = sum(reason["rows"] for f in files for reason in f["dropped"].values())
-    summed["cut"] = sum(sum(f["cut"].values()) for f in files)
-    summed["end_of_turn"] = {k: sum(f["end_of_turn"][k] for f in files) for k in ("turns", "ended")}
-    return {"heldout": heldout, "max_length": max_length, **summed, "files": list(files)}
+def merge_reports(files: Sequence[dict[str, Any]], max_length: int, heldout: bool) -> dict[str, Any]:
+    """The report over all files: sums, and the reports of the files."""
+    sums = {k: sum(f[k] for f in files) for k in ("rows", "used", "examples", "bad", "tokens", "supervised_tokens")}
+    sums["dropped"] = sum(reason["rows"] for f in files for reason in f["dropped"].values())
+    sums["cut"] = sum(sum(f["cut"].values()) for f in files)
+    sums["end_of_turn"] = {k: sum(f["end_of_turn"][k] for f in files) for k in ("turns", "ended")}
+    return {"heldout": heldout, "max_length": max_length, **sums, "files": list(files)}
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report in lines of text, a paragraph for each file."""
-    return [line for file in report["files"] for line in _describe_file(file, report["max_length"])]
+    """The report as lines of text, file by file."""
+    return [line for file in report["files"] for line in _file_lines(file, report["max_length"])]
 
 
-def _describe_file(file: dict[str, Any], max_length: int) -> list[str]:
+def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in file["shapes"].items()) or "no known shape"
     lines = [f"{file['file']}: {file['rows']:,} rows ({shapes}), {file['used']:,} used"]
     if file["examples"] != file["used"]:
         lines.append(f"  {file['examples']:,} examples made of them")
     for name, lengths in file["lengths"].items():
         if lengths:
-            words = ", ".join(f"{label} {count:,}" for label, count in lengths.items())
-            lines.append(f"  tokens, {name}: {words}")
+            numbers = ", ".join(f"{label} {count:,}" for label, count in lengths.items())
+            lines.append(f"  tokens, {name}: {numbers}")
     if file["used"]:
-        ends = file["end_of_turn"]
+        turns = file["end_of_turn"]
         lines.append(f"  supervised: {file['supervised_tokens']:,} of {file['tokens']:,} tokens")
-        lines.append(f"  end of turn in loss: {ends['ended']:,}/{ends['turns']:,}")
+        lines.append(f"  end of turn in loss: {turns['ended']:,}/{turns['turns']:,}")
     of_rows = f"of {file['rows']:,} rows"
     longest = f"longest {file['lengths']['total'].get('max', 0):,} > {max_length:,} tokens"
     cuts = {"prompt": "cut in the prompt", "completion": "cut in the completion", "chunked": "split"}
-    lines += [f"  {count:,} {of_rows} {cuts[what]}, {longest}" for what, count in file["cut"].items()]
+    lines += [f"  {count:,} {of_rows} {cuts[kind]}, {longest}" for kind, count in file["cut"].items()]
     if file["bad"]:
         lines.append(f"  {file['bad']:,} {of_rows} bad")
     for reason, places in file["dropped"].items():
@@ -132,14 +135,16 @@ def _describe_file(file: dict[str, Any], max_length: int) -> list[str]:
     if file["ignored_columns"]:
         lines.append(f"  columns not used: {', '.join(file['ignored_columns'])}")
     if "agreement" in file:
-        lines += _describe_agreement(file["agreement"])
+        lines += _agreement_lines(file["agreement"])
     return lines + [f"  {count:,} {of_rows}: {note}" for note, count in file["notes"].items()]
 
 
-def _describe_agreement(found: dict[str, Any]) -> list[str]:
-    lines = [f"  {found['verdicts']:,} verdicts of {found['annotators']:,} annotators on {found['pairs']:,} pairs"]
-    if found["agreement"] is not None:
-        lines.append(f"  two annotators of a pair agree: {found['agreement']:.1%}")
-    if found["alpha"] is not None:
-        lines.append(f"  Krippendorff's alpha: {found['alpha']:.3f} (1: always agreed, 0: as by chance)")
+def _agreement_lines(figures: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  {figures['verdicts']:,} verdicts of {figures['annotators']:,} annotators on {figures['pairs']:,} pairs"
+    ]
+    if figures["agreement"] is not None:
+        lines.append(f"  two annotators of a pair agree: {figures['agreement']:.1%}")
+    if figures["alpha"] is not None:
+        lines.append(f"  Krippendorff's alpha: {figures['alpha']:.3f} (1: always agreed, 0: as by chance)")
     return lines

@@ -149,7 +149,7 @@ def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequen
             virtual, prefix = host.soft_states()
             row = pack(examples, 0 if virtual is None else len(virtual), 0 if prefix is None else prefix[0][0].shape[2])
             row = row.to(host.base.device)
-            hidden = hidden_states(host.base.model, row, virtual, prefix)[row.source[:KL_TOKENS]]
+            hidden = hidden_states(host.base.model, row, virtual, prefix)[row.predictors[:KL_TOKENS]]
             logps.append(Head.of(host.base.model).logits(hidden).log_softmax(-1))
     return (logps[0].exp() * (logps[0] - logps[1])).sum(-1).mean().item()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from lowalign.data.prompts import Prompt
+from lowalign.data.rows.turns import Prompt
 from lowalign.errors import UserError
 
 

@@ -18,7 +18,7 @@ from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.data.rows.answers import Answers, as_text
-from lowalign.data.rows.turns import RowError
+from lowalign.data.rows.read import RowError
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.rewards.judge_prompt import JudgePrompt, letter_question

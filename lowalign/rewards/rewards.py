@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import Prompt
+from lowalign.data.rows.turns import Prompt
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.rewards.function import FunctionReward, load_function

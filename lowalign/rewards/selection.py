@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowalign.data.prompts import Prompt, as_messages
+from lowalign.data.rows.turns import Prompt, as_messages
 from lowalign.durable import write_jsonl
 
 

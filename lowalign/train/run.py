@@ -116,7 +116,7 @@ def read_rows(
         raise UserError("no data: give --data FILE…")
     for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # an earlier attempt's
         (out / name).unlink(missing_ok=True)
-    read = partial(load, chat=chat, config=options, tokenizer=tokenizer)
+    read = partial(load, chat=chat, config=options)
     data = read(options.files, rejected=out / "rejected.jsonl")
     report = {"train": data.report}
     if options.eval:

@@ -135,12 +135,12 @@ def test_what_is_picked(straight):
 def test_the_files_are_read_by_the_next_stage(world, straight):
     tokenizer = load(world / "model").tokenizer
     chat = Chat(tokenizer)
-    sft = load_examples([str(straight / "best.jsonl")], chat, DataConfig(cache=False), tokenizer=tokenizer)
+    sft = load_examples([str(straight / "best.jsonl")], chat, DataConfig(cache=False))
     assert [e.prompt for e in sft.examples] == [chat.prompt_ids([{"role": "user", "content": q}]) for q in ASKED]
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     for name in ("pairs", "rankings"):
         rows = lines(straight / f"{name}.jsonl")
-        read = load_preferences([str(straight / f"{name}.jsonl")], chat, PreferenceConfig(cache=False), tokenizer=tokenizer)  # fmt: skip
+        read = load_preferences([str(straight / f"{name}.jsonl")], chat, PreferenceConfig(cache=False))  # fmt: skip
         assert len(read.examples) == len(rows)
         for example, row in zip(read.examples, rows, strict=True):
             answers = row["completions"] if name == "rankings" else [row["chosen"], row["rejected"]]

@@ -182,7 +182,7 @@ def test_held_wrong(world, tmp_path, capsys):
     stderr = refused(capsys, flags(world, "dpo", tmp_path / "b", data="thumbs"))
     assert (
         "24 rows, the first" in stderr
-        and "thumbs.jsonl:1, have a label and no rival: they need --dpo.loss kto" in stderr
+        and "thumbs.jsonl:1, have a label and no second answer: they need --dpo.loss kto" in stderr
     )
     stderr = refused(capsys, flags(world, "reward", tmp_path / "c", data="thumbs"))
     assert "a reward model learns from comparisons" in stderr

@@ -38,7 +38,7 @@ def alone(world) -> dict[tuple[str, str], float]:
     for question, *answers in PAIRS:
         prompt = chat.prompt_ids([{"role": "user", "content": question}])
         for answer in answers:
-            ids = [*chat.text_ids(answer)[len(chat.front) :], chat.end_of_turn]
+            ids = [*chat.text_ids(answer)[len(chat.bos_ids) :], chat.end_of_turn]
             with host.use("r"), torch.no_grad():
                 scores[question, answer] = host.scores([Example(prompt, [ids])], "r")[0].item()
     return scores

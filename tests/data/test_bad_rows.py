@@ -60,7 +60,7 @@ LINES = {
     turns(ASK, '{"role": "assistant", "content": null}'): 'messages[1]: "content" is null',
     turns(ASK, '{"role": "assistant", "content": ""}'): "messages[1]: the assistant says nothing",
     turns(ASK, '{"role": "assistant", "content": 5}'): "messages[1].content must be a string or a list of text parts, found a number",
-    turns('{"role": "user", "content": [{"type": "image_url"}]}'): 'messages[0].content[0]: only text can be learnt, found a part of type "image_url"',
+    turns('{"role": "user", "content": [{"type": "image_url"}]}'): 'messages[0].content[0]: only text is supported, found a part of type "image_url"',
     turns('{"role": "user", "content": [{"type": "text"}]}'): 'messages[0].content[0] must be {"type": "text", "text": …}',
     turns(ASK): "no assistant turn to learn from",
     turns(ASK, '{"role": "assistant", "content": "b", "weight": 2}'): 'messages[1]: "weight" must be 0 or 1, found 2',
@@ -88,7 +88,7 @@ def chat() -> Chat:
 def complaints(path: Path, content: bytes, chat: Chat, **options: object) -> list[str]:
     path.write_bytes(content)
     config = DataConfig(cache=False, **options)
-    return [str(row) for row in read_examples([str(path)], chat, config, tokenizer=chat.tokenizer).bad]
+    return [str(row) for row in read_examples([str(path)], chat, config).bad]
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:60])
@@ -154,7 +154,7 @@ def test_refusal_lists_twenty_and_counts_all(tmp_path: Path, chat: Chat) -> None
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n" + '{"prompt": "a"}\n' * 31)
     with pytest.raises(UserError) as caught:
-        load_examples([str(path)], chat, DataConfig(cache=False), tokenizer=chat.tokenizer)
+        load_examples([str(path)], chat, DataConfig(cache=False))
     lines = str(caught.value).split("\n")
     assert lines[0] == "31 of 32 rows cannot be used:"
     assert lines[1:21] == [f'  {path}:{n}: expected "completion", found nothing' for n in range(2, 22)]
@@ -165,7 +165,7 @@ def test_skipped_rows_are_written_aside(tmp_path: Path, chat: Chat) -> None:
     path, rejected = tmp_path / "rows.jsonl", tmp_path / "out" / "rejected.jsonl"
     path.write_bytes(f'{GOOD}\n{{"prompt": "é"}}\n'.encode() + b"broken \xe9\n" + f"{GOOD}\n".encode())
     config = DataConfig(cache=False, on_error="skip")
-    dataset = load_examples([str(path)], chat, config, tokenizer=chat.tokenizer, rejected=rejected)
+    dataset = load_examples([str(path)], chat, config, rejected=rejected)
     assert [e.source for e in dataset.examples] == [f"{path}:1", f"{path}:4"]
     assert dataset.report["bad"] == 2
     written = [json.loads(line) for line in rejected.read_text(encoding="utf-8").splitlines()]
@@ -220,7 +220,7 @@ def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     for template in (CHATML, CHATML_TOOLS):
         chat = Chat(chatml(template))
-        found = read_examples([str(path)], chat, DataConfig(cache=False), tokenizer=chat.tokenizer)
+        found = read_examples([str(path)], chat, DataConfig(cache=False))
         used = {example.source for example in found.examples}
         assert len(used) + len(found.bad) + found.report["dropped"] == len(rows)
         assert len(used) > 100 and len(found.bad) > 100

@@ -311,6 +311,6 @@ def test_a_written_date_is_always_the_same() -> None:
 def test_conversational_prompts_are_not_learnt() -> None:
     tokenizer = made.chatml()
     columns = {"prompt": TALK[:3], "completion": TALK[3:]}
-    row = SFT_ROWS.read(columns, SFT_ROWS.of(columns))
+    row = SFT_ROWS.parse(columns)
     (example,) = Chat(tokenizer).example(row.messages, row.tools)
     assert spans(example, tokenizer) == ["A cat: the cat<|im_end|>"]

@@ -36,7 +36,7 @@ def answer(text: str, question: str = "q") -> dict:
 
 
 def load(files: list[str], chat: Chat, **options: object) -> dataset.Dataset:
-    return load_examples(files, chat, DataConfig(**options), tokenizer=chat.tokenizer)
+    return load_examples(files, chat, DataConfig(**options))
 
 
 def test_order_sources_and_report(folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
         save_file(flipped, path) if damaged is None else path.write_bytes(damaged)
         again = load([file], chat, max_length=30)
         assert (again.examples, again.report) == (fresh.examples, fresh.report)
-        assert cache.recall(path.stem) is not None
+        assert cache.read(path.stem) is not None
     assert len(list(path.parent.iterdir())) == 1
 
 

@@ -5,8 +5,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import HIDDEN_NOTE, Chat
-from lowalign.data.markers import Markers
-from lowalign.data.rows.turns import RowError, read_tools, read_turns
+from lowalign.data.rows.read import RowError
+from lowalign.data.rows.turns import read_tools, read_turns
+from lowalign.data.special_tokens import SpecialTokens
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call
 
@@ -68,7 +69,7 @@ def test_attacks(kind: str, pattern: str) -> None:
     assert special_ids(tokenizer, prompt) == special_ids(tokenizer, chat.prompt_ids(talk("hello")[:3]))
     for example in (chat.completion(attack, f" {attack}."), chat.document(f"a {attack}")):
         found = special_ids(tokenizer, example.prompt + example.completions[0])
-        assert found == [*chat.front, tokenizer.eos_token_id]
+        assert found == [*chat.bos_ids, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("template", [made.CHATML_TOOLS, made.CHATML], ids=["tools", "no tools"])
@@ -133,7 +134,7 @@ def test_texts_that_the_template_joins_into_a_marker_are_refused(written: str, t
     ids_of(chat, [{"role": "user", "content": "a <"}, answer])
     talk = [{"role": "user", "content": text, "name": name}, answer]
     for use in (chat.example, chat.prompt_ids):
-        with pytest.raises(RowError, match="become a special token"):
+        with pytest.raises(RowError, match="forms a special token"):
             use(talk)
 
 
@@ -185,7 +186,7 @@ def test_a_normalizer_that_makes_markers_is_caught() -> None:
 
 
 def test_nothing_of_a_marker_survives_hiding() -> None:
-    markers = Markers(["<s>", "<s>>", "</s>"])
+    markers = SpecialTokens(["<s>", "<s>>", "</s>"])
     hidden_row, hidden = markers.hide({"a<s>": ["<s>>", ("x</s></s>", 5, None)]})
     assert hidden == ["<s>", "<s>>", "</s>", "</s>"]
     text = "".join(["".join(hidden_row), *(v if isinstance(v, str) else v[0] for v in next(iter(hidden_row.values())))])
@@ -193,4 +194,4 @@ def test_nothing_of_a_marker_survives_hiding() -> None:
     assert "".join(piece for piece, _ in markers.split(text, hidden)) == "a<s><s>>x</s></s>"
     clean = {"a": ["b", 1]}
     assert markers.hide(clean) == (clean, []) and markers.hide(clean)[0] is clean
-    assert Markers([]).hide("anything") == ("anything", [])
+    assert SpecialTokens([]).hide("anything") == ("anything", [])

@@ -22,10 +22,10 @@ def test_layout_by_hand() -> None:
     assert packed.segments == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(3), Segment(3))
     assert packed.virtual.tolist() == [-1] * 12
     # Both completions are predicted from the prompt's last token, place 2; the first token of BARE from nothing.
-    assert packed.source.tolist() == [2, 3, 2, 6, 7, 9, 10]
+    assert packed.predictors.tolist() == [2, 3, 2, 6, 7, 9, 10]
     assert packed.labels.tolist() == [4, 5, 6, 8, 9, 11, 12]
     assert packed.supervised.tolist() == [True, False, True, True, True, True, True]
-    assert packed.place.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert packed.flat_index.tolist() == [0, 1, 2, 3, 4, 6, 7]
     assert packed.lengths == [[2, 1], [2], [3]]
 
 
@@ -37,7 +37,7 @@ def test_layout_with_virtual_tokens() -> None:
     assert packed.virtual.tolist() == [0, 1, -1, -1, -1, -1, -1, -1, 0, 1, -1, -1, -1]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 0, 1, 2, 3, 4]
     assert packed.segments == (Segment(5), Segment(2, 0), Segment(1, 0), Segment(5))
-    assert packed.source.tolist() == [4, 5, 4, 10, 11]
+    assert packed.predictors.tolist() == [4, 5, 4, 10, 11]
     assert packed.labels.tolist() == [4, 5, 6, 11, 12]
 
 

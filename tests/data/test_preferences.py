@@ -99,7 +99,7 @@ def test_the_same_prompt_as_in_sft_and_in_generation(tmp_path: Path) -> None:
         for k, text in enumerate(BOTH.values()):
             rows = [{"prompt": TALK, "completion": text}, {"prompt": "2 + 2 =", "completion": text}]
             config = DataConfig(cache=False)
-            found = load_examples([write(tmp_path / "sft.jsonl", rows)], chat, config, tokenizer=chat.tokenizer)
+            found = load_examples([write(tmp_path / "sft.jsonl", rows)], chat, config)
             for example, pair in zip(found.examples, (turns, plain), strict=True):
                 assert example.prompt == pair.prompt and example.completions == [pair.completions[k]]
                 assert example.masks == [pair.masks[k]]
@@ -154,17 +154,17 @@ def test_long_rows_share_the_cut_prompt(tmp_path: Path) -> None:
     row = {"prompt": [user("the cat sat on the mat and said hello")], "chosen": "no", "rejected": "What is in the box?"}
     whole = one(tmp_path, row, chat)
     short, long = whole.completions
-    assert len(short) < len(long) < len(whole.prompt) and whole.prompt[0] == chat.front[0]
+    assert len(short) < len(long) < len(whole.prompt) and whole.prompt[0] == chat.bos_ids[0]
     limit = len(whole.prompt) + len(long)
     assert one(tmp_path, row, chat, max_length=limit) == whole
     found = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=limit - 3)
     (cut,) = found.examples
-    assert cut.prompt == chat.front + whole.prompt[4:] and cut.completions == whole.completions
+    assert cut.prompt == chat.bos_ids + whole.prompt[4:] and cut.completions == whole.completions
     assert found.report["files"][0]["cut"] == {"prompt": 1}
     assert f"  1 of 1 rows cut in the prompt, longest {limit} > {limit - 3} tokens" in report_lines(found.report)
     found = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=len(long) - 1)
     (cut,) = found.examples
-    assert cut.prompt == chat.front and cut.completions == [short, long[: len(long) - 2]]
+    assert cut.prompt == chat.bos_ids and cut.completions == [short, long[: len(long) - 2]]
     assert found.report["files"][0]["cut"] == {"completion": 1} and cut.rank == [0, 1]
 
 
@@ -209,7 +209,7 @@ def test_the_cache_gives_the_same(folder: Path, chat: Chat, monkeypatch: pytest.
     for other in ({"gap": 1.0}, {"verdicts": "majority"}, {"ties": "drop"}):
         assert load(file, chat, cache=True, **options | other).examples != fresh.examples
     rows = write(folder / "b.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
-    as_sft = load_examples([rows], chat, DataConfig(), tokenizer=chat.tokenizer)
+    as_sft = load_examples([rows], chat, DataConfig())
     assert as_sft.examples[0].label is None and load(rows, chat, cache=True).examples[0].label is True
 
 

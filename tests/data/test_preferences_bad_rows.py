@@ -75,7 +75,7 @@ def test_a_bad_line_gets_its_message(line: str, tmp_path: Path, chat: Chat) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n")
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
+    found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
     assert [str(row) for row in found.bad] == [f"{path}:2: {BAD[line]}"]
     assert [example.source for example in found.examples] == [f"{path}:1"]
 
@@ -87,7 +87,7 @@ def test_an_annotator_speaks_once_of_a_pair(tmp_path: Path, chat: Chat) -> None:
     file = str(tmp_path / "rows.jsonl")
     Path(file).write_text("\n".join(map(json.dumps, [row, {"prompt": "q"}, swapped, GOOD])))
     with pytest.raises(UserError) as caught:
-        load_preferences([file], chat, PreferenceConfig(cache=False), tokenizer=chat.tokenizer)
+        load_preferences([file], chat, PreferenceConfig(cache=False))
     message = "the annotator 1 judges the same two answers more than once"
     lines = [line.strip() for line in str(caught.value).split("\n")]
     assert lines[0] == "3 of 4 rows cannot be used:"
@@ -96,7 +96,7 @@ def test_an_annotator_speaks_once_of_a_pair(tmp_path: Path, chat: Chat) -> None:
     )
     rejected = tmp_path / "rejected.jsonl"
     config = PreferenceConfig(cache=False, on_error="skip")
-    found = load_preferences([file], chat, config, tokenizer=chat.tokenizer, rejected=rejected)
+    found = load_preferences([file], chat, config, rejected=rejected)
     assert len(found.examples) == 1 and [json.loads(line)["where"] for line in rejected.open()] == [
         f"{file}:{n}" for n in (1, 2, 3)
     ]
@@ -106,10 +106,10 @@ def test_rows_of_the_other_kind_are_sent_there(tmp_path: Path, chat: Chat) -> No
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
     with pytest.raises(UserError, match='found "messages": a row without a preference; use lowalign sft'):
-        load_preferences([str(path)], chat, PreferenceConfig(cache=False), tokenizer=chat.tokenizer)
+        load_preferences([str(path)], chat, PreferenceConfig(cache=False))
     path.write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match='"rejected": a row of preferences; use lowalign dpo or lowalign reward'):
-        load_examples([str(path)], chat, DataConfig(cache=False), tokenizer=chat.tokenizer)
+        load_examples([str(path)], chat, DataConfig(cache=False))
 
 
 LONE = {
@@ -128,7 +128,7 @@ def test_a_file_of_one_bad_line(line: str, tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(line)
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
+    found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
     assert [str(row) for row in found.bad] == [f"{path}:1: {LONE[line]}"]
 
 
@@ -177,7 +177,7 @@ def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
     for template in (made.CHATML, made.QWEN3):
         chat = Chat(made.chatml(template))
         config = PreferenceConfig(cache=False, ties="keep", max_length=25)
-        found = read_examples([str(path)], chat, config, tokenizer=chat.tokenizer, reading=PREFERENCE_ENCODER)
+        found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
         report = found.report
         assert report["used"] + len(found.bad) + report["dropped"] == len(rows) and report["used"] > 200
         for e in found.examples:

@@ -25,7 +25,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def load(file: str, chat: Chat, **options: object) -> dataset.Dataset:
-    return load_preferences([file], chat, PreferenceConfig(**{"cache": False} | options), tokenizer=chat.tokenizer)
+    return load_preferences([file], chat, PreferenceConfig(**{"cache": False} | options))
 
 
 def one(tmp_path: Path, row: dict, chat: Chat, **options: object) -> Example:
@@ -114,12 +114,12 @@ def test_verdicts_of_one_pair_are_gathered(tmp_path: Path, chat: Chat) -> None:
 DROPPED = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, {}, "its answers are the same"),
     ({"prompt": "q", "completions": ["a", "a"], "ranks": [0, 0]}, {"ties": "keep"}, "its answers are the same"),
-    ({"prompt": "q", "completions": ["a", "b", "a"]}, {}, "one answer stands at two ranks"),
+    ({"prompt": "q", "completions": ["a", "b", "a"]}, {}, "one answer has two ranks"),
     ({"prompt": "q", "completions": ["a", "b"], "ranks": [1, 1]}, {}, "none of its answers is better than another"),
     ({"prompt": "q", "chosen": "the cat sat on the mat", "rejected": "the cat sat on the box"}, {"max_length": 3},
      "its answers are the same once they are cut to 3 tokens"),
     ({"prompt": "q", "completions": ["the cat sat on the mat", "the cat sat on the box", "no"]}, {"max_length": 3},
-     "one answer stands at two ranks once they are cut to 3 tokens"),
+     "one answer has two ranks once they are cut to 3 tokens"),
 ]  # fmt: skip
 
 
@@ -144,4 +144,4 @@ def test_an_answer_that_stands_twice_at_one_rank_is_kept_once(tmp_path: Path, ch
     found = load(write(tmp_path / "rows.jsonl", [row]), chat)
     (example,) = found.examples
     assert said(example, chat)[1] == ["«a<|im_end|>»", "«b<|im_end|>»", "«c<|im_end|>»"] and example.rank == [1, 0, 2]
-    assert found.report["files"][0]["notes"] == {"answers that stand twice at one rank kept once": 1}
+    assert found.report["files"][0]["notes"] == {"repeated answers of one rank kept once": 1}

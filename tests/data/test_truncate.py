@@ -51,31 +51,31 @@ def test_nothing_supervised_is_nothing() -> None:
     assert fit(lonely, 4, [])[0].supervised == 1
 
 
-@pytest.mark.parametrize("front", [[], [BOS]])
-def test_random_rows(front: list[int]) -> None:
+@pytest.mark.parametrize("bos_ids", [[], [BOS]])
+def test_random_rows(bos_ids: list[int]) -> None:
     """Never longer than allowed; prompt and completion are ends and beginnings of what they were."""
     rng = random.Random(0)
     for _ in range(300):
-        whole, limit = example(rng.randrange(1, 30), rng.randrange(1, 30), bool(front)), rng.randrange(3, 40)
-        fitted, cut = fit(whole, limit, front)
+        whole, limit = example(rng.randrange(1, 30), rng.randrange(1, 30), bool(bos_ids)), rng.randrange(3, 40)
+        fitted, cut = fit(whole, limit, bos_ids)
         if whole.length <= limit:
             assert (fitted, cut) == (whole, None)
             continue
         assert fitted.length == limit and fitted.supervised
-        tail = fitted.prompt[len(front) :] if fitted.prompt[:1] == [BOS] else fitted.prompt
+        tail = fitted.prompt[len(bos_ids) :] if fitted.prompt[:1] == [BOS] else fitted.prompt
         assert whole.prompt[len(whole.prompt) - len(tail) :] == tail
         assert whole.completions[0][: len(fitted.completions[0])] == fitted.completions[0]
         assert cut == "completion" or fitted.completions == whole.completions
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 11, 19, 20, 21, 57])
-@pytest.mark.parametrize("front", [[], [BOS]])
-def test_no_token_of_a_document_is_lost(tokens: int, front: list[int]) -> None:
+@pytest.mark.parametrize("bos_ids", [[], [BOS]])
+def test_no_token_of_a_document_is_lost(tokens: int, bos_ids: list[int]) -> None:
     ids = list(range(tokens))
-    pieces = chunks(Example(list(front), [ids]), 10)
+    pieces = chunks(Example(list(bos_ids), [ids]), 10)
     assert [i for piece in pieces for i in piece.completions[0]] == ids
     assert all(piece.length <= 10 for piece in pieces) and all(piece.length == 10 for piece in pieces[:-1])
-    assert sum(piece.supervised for piece in pieces) == tokens - (not front)
-    assert all(piece.prompt == front for piece in pieces) if front else pieces[0].prompt == []
-    if not front:  # later stretches are predicted from the token before them
+    assert sum(piece.supervised for piece in pieces) == tokens - (not bos_ids)
+    assert all(piece.prompt == bos_ids for piece in pieces) if bos_ids else pieces[0].prompt == []
+    if not bos_ids:  # later stretches are predicted from the token before them
         assert all(piece.prompt == [piece.completions[0][0] - 1] for piece in pieces[1:])

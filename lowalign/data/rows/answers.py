@@ -1,27 +1,24 @@
-"""Rows that hold several answers to one prompt, without saying which is better.
+"""Rows with several answers to one prompt and no preference.
 
-prompt + completions              all of them in a row
+prompt + completions              several in a row
 prompt + completion_a, completion_b
-prompt + completion               one a row, as `lowalign generate` writes them; rows of one prompt that follow each other
-                                  belong together
-A prompt is text or messages; so is an answer, which may also be an object with "completion".
+prompt + completion               one per row, as `lowalign generate` writes them; consecutive rows of one prompt are
+                                  gathered
+A prompt is text or messages. An answer too, or an object with "completion".
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import BadRow, Row, kind_of, read_rows
+from lowalign.data.rows.read import RowError, kind_of, parse_rows
 from lowalign.data.rows.rewrite import tools_as_text
-from lowalign.data.rows.turns import Message, RowError, expected, read_turns
-from lowalign.errors import UserError
-
-Prompt = str | list[Message]
+from lowalign.data.rows.turns import Prompt, expected, read_turns
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A prompt and its answers, each as it stands in the file, and where (file:line)."""
+    """A prompt and its answers as in the file; source: file:line of the first."""
 
     prompt: Prompt
     completions: list[Prompt]
@@ -29,28 +26,22 @@ class Answers:
 
 
 def read_answers(files: Sequence[str]) -> list[Answers]:
-    """What the files hold. Raises UserError, with file:line, for a row that has no prompt or no answers."""
-    found: list[Answers] = []
+    """The prompts of the files with their answers. Raises UserError, with file:line, for a row without prompt or answers."""
+    prompts: list[Answers] = []
     for name in files:
-        gathering = False
-        for row in read_rows(name):
-            if isinstance(row, BadRow):
-                raise UserError(str(row))
-            try:
-                prompt, completions = _read(row.data)
-            except RowError as error:
-                raise UserError(f"{row.where}: {error}") from error
-            single = _single(row)
-            if single and gathering and found[-1].prompt == prompt:
-                found[-1].completions.extend(completions)
+        gather = False  # whether the row before has a single answer, so that this one may belong to the same prompt
+        for row, (prompt, completions) in parse_rows(name, _parse):
+            single = "completion" in row.data and not {"completions", "completion_a"} & row.data.keys()
+            if single and gather and prompts[-1].prompt == prompt:
+                prompts[-1].completions.extend(completions)
             else:
-                found.append(Answers(prompt, completions, row.where))
-            gathering = single
-    return found
+                prompts.append(Answers(prompt, completions, row.where))
+            gather = single
+    return prompts
 
 
 def as_text(value: Prompt) -> str:
-    """Prompt as it is; messages as lines `role: content`, an answer that is a single turn as its content."""
+    """Text as it is; a single assistant turn as its content; other messages as lines `role: content`."""
     if isinstance(value, str):
         return value
     turns = tools_as_text(value, None)
@@ -59,11 +50,7 @@ def as_text(value: Prompt) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def _single(row: Row) -> bool:
-    return "completion" in row.data and not {"completions", "completion_a"} & row.data.keys()
-
-
-def _read(data: dict[str, Any]) -> tuple[Prompt, list[Prompt]]:
+def _parse(data: dict[str, Any]) -> tuple[Prompt, list[Prompt]]:
     if "prompt" not in data:
         raise RowError(expected("prompt", data))
     prompt = _text(data["prompt"], "prompt")

@@ -1,7 +1,7 @@
-"""The shapes of rows that say what is preferred to what, and what each means.
+"""The formats of rows with preferences, and how each is read.
 
-A prompt or an answer is text or a list of turns. Where all of a row is text it is plain text, without a chat template;
-otherwise a text is a turn of the user (prompt) or of the assistant (answer).
+A prompt or an answer is text or a list of turns. A row with text only is plain text, without a chat template; otherwise a
+text is a turn of the user (prompt) or of the assistant (answer).
 """
 
 import json
@@ -11,19 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import kind_of
+from lowalign.data.rows.formats import RowFormat, RowFormats
+from lowalign.data.rows.read import RowError, kind_of
 from lowalign.data.rows.sft_rows import SFT_ROWS, string, with_system
-from lowalign.data.rows.shapes import RowFormat, RowFormats
-from lowalign.data.rows.turns import Message, RowError, Tools, closest, expected, read_tools, read_turns
-
-Prompt = str | list[Message]
+from lowalign.data.rows.turns import (
+    Message,
+    Prompt,
+    Tools,
+    as_messages,
+    closest,
+    expected,
+    is_supervised,
+    read_tools,
+    read_turns,
+)
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
 class PromptAndCompletions:
-    """A prompt and answers to it: all texts, or all lists of messages."""
+    """A prompt and its completions: all texts, or all lists of messages."""
 
     prompt: Prompt
     completions: list[Prompt]
@@ -32,9 +40,9 @@ class PromptAndCompletions:
 
 @dataclass(frozen=True)
 class Preference(PromptAndCompletions):
-    """Answers and their ranks, the best lowest, ties the same; or (rank None) one answer with a label, good or bad.
+    """Completions with ranks (lowest is best, equal ranks tie), or, with rank None, one completion with a label.
 
-    margin: by how much the better answer is to lead. weight: what the comparison counts.
+    margin: required lead of the better completion. weight: factor of the comparison in the loss.
     """
 
     rank: Sequence[float] | None = None
@@ -45,28 +53,26 @@ class Preference(PromptAndCompletions):
 
 @dataclass(frozen=True)
 class ScoreRow(PromptAndCompletions):
-    """One answer and its score."""
+    """One completion and its score."""
 
     score: float = 0.0
 
 
 @dataclass(frozen=True)
 class VerdictRow(PromptAndCompletions):
-    """What one annotator says of two answers: "a" (the first is better), "b" or "tie"."""
+    """One annotator's verdict on two completions: "a" (the first is better), "b" or "tie"."""
 
     annotator: str = ""
     verdict: str = ""
 
 
 def _pairs(data: dict[str, Any]) -> Preference:
-    asked = _asked(data, ["chosen", "rejected"])
-    return Preference(**vars(asked), rank=[0, 1], margin=_margin(data))
+    return Preference(**_prompt_and_completions(data, "chosen", "rejected"), rank=[0, 1], margin=_margin(data))
 
 
 def _sharegpt(data: dict[str, Any]) -> Preference:
     prompt = with_system(data, read_turns(data["conversations"], "conversations"))
-    asked = _asked(data | {"prompt": prompt}, ["chosen", "rejected"])
-    return Preference(**vars(asked), rank=[0, 1], margin=_margin(data))
+    return _pairs(data | {"prompt": prompt})
 
 
 def _whole_messages(data: dict[str, Any]) -> Preference:
@@ -78,20 +84,22 @@ def _whole_pairs(data: dict[str, Any]) -> Preference:
 
 
 def _whole(data: dict[str, Any], *names: str) -> Preference:
-    """Two whole conversations: the turns that both begin with are the prompt."""
-    sides = [_conversation(data, name) for name in names]
-    return Preference([], sides, read_tools(data.get("tools")), rank=[0, 1], margin=_margin(data))
+    """Two whole conversations; the prompt is their common beginning, found later."""
+    conversations = [_conversation(data, name) for name in names]
+    return Preference([], conversations, read_tools(data.get("tools")), rank=[0, 1], margin=_margin(data))
 
 
 def _conversation(data: dict[str, Any], name: str) -> list[Message]:
     value = data[name]
     if not isinstance(value, str):
-        return _answering(read_turns(value, name), name)
+        return _with_answer(read_turns(value, name), name)
     parts = TRANSCRIPT.split(value)
     if not parts[0].strip() and parts[1:2] == ["Human"]:
-        turns = [{"from": who, "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-        roles = {"Human": "human", "Assistant": "gpt"}
-        return _answering(read_turns([turn | {"from": roles[turn["from"]]} for turn in turns], name), name)
+        roles = {"Human": "user", "Assistant": "assistant"}
+        turns = zip(parts[1::2], parts[2::2], strict=True)
+        return _with_answer(
+            read_turns([{"role": roles[role], "content": text.strip()} for role, text in turns], name), name
+        )
     others = [key for key in data if key not in ("chosen", "rejected")]
     if closest("prompt", others):
         raise RowError(expected("prompt", others))
@@ -108,28 +116,28 @@ def _ranking(data: dict[str, Any]) -> Preference:
     if len(values) < 2:
         raise RowError(f'"completions" has {len(values)} of the two or more answers that a ranking needs')
     named = {f"completions[{i}]": value for i, value in enumerate(values)}
-    asked = _asked(data | named, list(named))
+    prompt_and_completions = _prompt_and_completions(data | named, *named)
     ranks = data.get("ranks")
     if ranks is None:
-        return Preference(**vars(asked), rank=range(len(values)))
+        return Preference(**prompt_and_completions, rank=range(len(values)))
     if not isinstance(ranks, list):
         raise RowError(f'"ranks" must be a list of numbers, the best lowest, found {kind_of(ranks)}')
     if len(ranks) != len(values):
         raise RowError(f'"ranks" has {len(ranks)} numbers for {len(values)} completions')
     ranks = [_number(rank, f"ranks[{i}]", -math.inf) for i, rank in enumerate(ranks)]
     order = sorted(set(ranks))
-    return Preference(**vars(asked), rank=[order.index(rank) for rank in ranks])
+    return Preference(**prompt_and_completions, rank=[order.index(rank) for rank in ranks])
 
 
 def _score(data: dict[str, Any]) -> ScoreRow:
-    return ScoreRow(**vars(_asked(data, ["completion"])), score=_number(data["score"], '"score"', -math.inf))
+    return ScoreRow(**_prompt_and_completions(data, "completion"), score=_number(data["score"], '"score"', -math.inf))
 
 
 def _label(data: dict[str, Any]) -> Preference:
     label = data["label"]
     if not isinstance(label, bool | int | float) or label not in (0, 1):
         raise RowError(f'"label" must be true or false, found {json.dumps(label, ensure_ascii=False)}')
-    return Preference(**vars(_asked(data, ["completion"])), label=bool(label))
+    return Preference(**_prompt_and_completions(data, "completion"), label=bool(label))
 
 
 def _verdict(data: dict[str, Any]) -> VerdictRow:
@@ -138,35 +146,34 @@ def _verdict(data: dict[str, Any]) -> VerdictRow:
         raise RowError(f'"annotator" must be a name or a number, found {json.dumps(annotator, ensure_ascii=False)}')
     if verdict not in ("a", "b", "tie"):
         raise RowError(f'"verdict" must be "a", "b" or "tie", found {json.dumps(verdict, ensure_ascii=False)}')
-    asked = _asked(data, ["completion_a", "completion_b"])
-    return VerdictRow(**vars(asked), annotator=str(annotator), verdict=verdict)
+    prompt_and_completions = _prompt_and_completions(data, "completion_a", "completion_b")
+    return VerdictRow(**prompt_and_completions, annotator=str(annotator), verdict=verdict)
 
 
-def _asked(data: dict[str, Any], names: Sequence[str]) -> PromptAndCompletions:
-    """The column `prompt` and answers in the columns `names`."""
+def _prompt_and_completions(data: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The fields of PromptAndCompletions: the column `prompt`, and completions in the columns `names`."""
     prompt, values = data["prompt"], [data[name] for name in names]
     if not isinstance(prompt, list | dict) and not any(isinstance(value, list | dict) for value in values):
-        return PromptAndCompletions(string(data, "prompt", empty=True), [string(data, name) for name in names])
+        return {"prompt": string(data, "prompt", empty=True), "completions": [string(data, name) for name in names]}
     prompt = read_turns(_turns(prompt, "user"), "prompt")
-    answers = []
+    completions = []
     for name, value in zip(names, values, strict=True):
         turns = read_turns(_turns(value, "assistant"), name)
-        if turns[: len(prompt)] == prompt:  # a whole conversation, prompt and all
+        if turns[: len(prompt)] == prompt:  # a whole conversation, with the prompt
             turns = turns[len(prompt) :]
         if turns and turns[0]["role"] != "assistant":
             raise RowError(f"{name} begins with a turn of the {turns[0]['role']}, not of the assistant")
-        answers.append(_answering(turns, name))
-    return PromptAndCompletions(prompt, answers, read_tools(data.get("tools")))
+        completions.append(_with_answer(turns, name))
+    return {"prompt": prompt, "completions": completions, "tools": read_tools(data.get("tools"))}
 
 
 def _turns(value: Any, role: str) -> Any:
-    if isinstance(value, dict):
-        return [value]
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+    return [value] if isinstance(value, dict) else as_messages(value, role)
 
 
-def _answering(turns: list[Message], name: str) -> list[Message]:
-    if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns):
+def _with_answer(turns: list[Message], name: str) -> list[Message]:
+    """The turns. Raises RowError when no assistant turn among them is supervised."""
+    if not any(map(is_supervised, turns)):
         raise RowError(f"{name}: no assistant turn to learn from")
     return turns
 
@@ -186,12 +193,12 @@ def _number(value: Any, name: str, least: float) -> float:
     return value
 
 
-def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
-    shape = SFT_ROWS.of(data)
-    return shape.required if shape else ()
+def _other_command_columns(data: dict[str, Any]) -> tuple[str, ...]:
+    sft_format = SFT_ROWS.of(data)
+    return sft_format.required if sft_format else ()
 
 
-# The order decides when a row has the columns of several.
+# A row with the columns of several formats gets the first.
 PREFERENCE_ROWS = RowFormats(
     [
         RowFormat("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
@@ -203,6 +210,6 @@ PREFERENCE_ROWS = RowFormats(
         RowFormat("scores", ("prompt", "completion", "score"), ("tools",), _score),
         RowFormat("labels", ("prompt", "completion", "label"), ("tools",), _label),
     ],
-    _foreign,
+    _other_command_columns,
     "a row without a preference; use lowalign sft",
 )

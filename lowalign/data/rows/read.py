@@ -1,28 +1,38 @@
-"""Rows from JSON and JSONL files and from Hub datasets, each with the place it stands at.
+"""Rows from JSON and JSONL files and from Hub datasets, each with file and line.
 
-A line that is no row becomes a BadRow with its reason: nothing in a file can raise anything but UserError. An array is
-read element by element, so that each row knows its true line; JSONL is read line by line. CSV and Parquet are left out:
-`datasets` converts them in two lines (docs/data.md).
+A line that is no row becomes a BadRow with the reason; only UserError is ever raised. Arrays are read element by element,
+so that each row has its true line; JSONL is read line by line. CSV and Parquet are not read: docs/data.md shows how
+`datasets` converts them.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowalign.errors import UserError
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 BOM = b"\xef\xbb\xbf"
+T = TypeVar("T")
+
+
+class RowError(UserError):
+    """What is wrong with a row. The caller adds file and line."""
+
+
+class RowDropped(UserError):
+    """Why a valid row has nothing to learn from. It is left out and counted."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the file. line: where it begins, from 1 (for a Hub dataset: its number, from 1)."""
+    """One row of a file. line: where it begins, from 1 (for a Hub dataset: its number, from 1)."""
 
     data: dict[str, Any]
     file: str
@@ -36,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it stands, what is wrong with it, and its text."""
+    """A row that cannot be used: file:line, the problem, and its text."""
 
     where: str
     message: str
@@ -47,7 +57,7 @@ class BadRow:
 
 
 def is_file(name: str) -> bool:
-    """Whether `name` is a file of rows rather than a Hub dataset. Raises UserError when it can be neither."""
+    """True for a file of rows, False for the name of a Hub dataset. Raises UserError when `name` is neither."""
     path = Path(name)
     if path.is_file():
         if path.suffix not in (*SUFFIXES, ""):
@@ -65,15 +75,20 @@ def is_file(name: str) -> bool:
 def read_rows(name: str, limit: int | None = None) -> list[Row | BadRow]:
     """All rows, or the first `limit`, of a JSON or JSONL file or of a Hub dataset (NAME or NAME:SPLIT).
 
-    Raises UserError when there is no such file or dataset, or it is not text in UTF-8.
+    Raises UserError when there is no such file or dataset, or the file is not UTF-8.
     """
-    rows = _from_file(name) if is_file(name) else _from_hub(name, limit)
-    found = []
-    for row in rows:
-        if len(found) == limit:
-            break
-        found.append(row)
-    return found
+    return list(islice(_from_file(name) if is_file(name) else _from_hub(name, limit), limit))
+
+
+def parse_rows(name: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[Row, T]]:
+    """All rows, with what `parse` returns for them. Raises UserError, with file:line, for a bad row and for a RowError."""
+    for row in read_rows(name):
+        if isinstance(row, BadRow):
+            raise UserError(str(row))
+        try:
+            yield row, parse(row.data)
+        except RowError as error:
+            raise UserError(f"{row.where}: {error}") from error
 
 
 def _from_file(name: str) -> Iterator[Row | BadRow]:
@@ -83,7 +98,7 @@ def _from_file(name: str) -> Iterator[Row | BadRow]:
             if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in head[:4] and head[:4].strip(b"\0")):
                 raise UserError(f"{name} is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8")
             stream.seek(len(BOM) if head.startswith(BOM) else 0)
-            # Bytes that are no UTF-8 become lone surrogates here, and _invalid_text finds them.
+            # Bytes that are not UTF-8 become lone surrogates, which _invalid_text finds.
             if head.removeprefix(BOM).lstrip().startswith(b"["):
                 yield from _array(name, stream.read().decode("utf-8", "surrogateescape"))
             else:
@@ -108,7 +123,7 @@ def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
             message = f"more text after the row, at column {end + 1}: one row a line"
         elif message and not line.endswith("\n") and parser.ended:
             message += "; the file seems to be cut off here"
-        yield _judge(name, number, data, message, text)
+        yield _checked(name, number, data, message, text)
 
 
 def _array(name: str, text: str) -> Iterator[Row | BadRow]:
@@ -118,9 +133,9 @@ def _array(name: str, text: str) -> Iterator[Row | BadRow]:
         line, counted = line + text.count("\n", counted, at), at
         data, end, message = parser.parse(text, at)
         if end is None:
-            yield _judge(name, line, None, f"{message}; nothing after this can be read", text[at : at + 2000])
+            yield _checked(name, line, None, f"{message}; nothing after this can be read", text[at : at + 2000])
             return
-        yield _judge(name, line, data, message, text[at:end])
+        yield _checked(name, line, data, message, text[at:end])
         at = _skip(text, end)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
@@ -146,7 +161,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _judge(name: str, line: int, data: Any, message: str, raw: str) -> Row | BadRow:
+def _checked(name: str, line: int, data: Any, message: str, raw: str) -> Row | BadRow:
     if not message and not isinstance(data, dict):
         message = f"a row must be an object {{…}}, found {kind_of(data)}"
     message = message or _invalid_text(data, raw)
@@ -163,30 +178,30 @@ def _invalid_text(data: dict[str, Any], raw: str) -> str:
 
 
 def half_surrogate(data: Any, raw: str) -> str:
-    """What is wrong with parsed JSON that an escape such as \\ud800 left without a valid character; "": nothing."""
+    """The problem with parsed JSON whose text has half of an escaped surrogate pair (\\ud800 alone); "": none."""
     if r"\u" in raw and (bad := re.search(r"[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))):
         return f"\\u{ord(bad[0]):04x} is half of a surrogate pair, not a character"
     return ""
 
 
 def _printable(raw: str) -> str:
-    """The text with bytes that are no UTF-8 written as \\xNN."""
+    """The text, bytes that are not UTF-8 written as \\xNN."""
     return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class _Parser:
-    """JSON as the standard has it: duplicate keys and NaN are noted instead of passing in silence."""
+    """Standard JSON: duplicate keys and NaN, which Python accepts, are reported as problems."""
 
     def __init__(self) -> None:
         self._decoder = json.JSONDecoder(
             object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int
         )
-        self._note = ""
-        self.ended = False  # whether the last error was that the text ended too early
+        self._problem = ""
+        self.ended = False  # whether the last error was an early end of the text
 
     def parse(self, text: str, at: int) -> tuple[Any, int | None, str]:
-        """The value that begins at `at`, where it ends (None: unknown), and what is wrong with it ("": nothing)."""
-        self._note = ""
+        """-> the value that begins at `at`, its end (None: unknown), and the problem with it ("": none)."""
+        self._problem = ""
         try:
             data, end = self._decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
@@ -197,29 +212,29 @@ class _Parser:
             return None, None, f"not JSON: {error.msg} (column {error.colno}{below})"
         except RecursionError:
             return None, None, "nested too deeply"
-        return data, end, self._note
+        return data, end, self._problem
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in data if keys.count(key) > 1)
-            self._note = self._note or f'the key "{twice}" is there more than once'
+            repeated = next(key for key in data if keys.count(key) > 1)
+            self._problem = self._problem or f'the key "{repeated}" is there more than once'
         return data
 
     def _constant(self, name: str) -> None:
-        self._note = self._note or f"{name} is not JSON: write null or a number"
+        self._problem = self._problem or f"{name} is not JSON: write null or a number"
 
     def _int(self, digits: str) -> int:
         try:
             return int(digits)
         except ValueError:  # Python's own limit on the digits of a number
-            self._note = self._note or f"a number of {len(digits)} digits"
+            self._problem = self._problem or f"a number of {len(digits)} digits"
             return 0
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     kinds |= {int: "a number", float: "a number"}
     return kinds.get(type(value), type(value).__name__)
@@ -232,7 +247,7 @@ def _from_hub(name: str, limit: int | None) -> Iterator[Row | BadRow]:
     dataset, split = match["name"], match["split"] or "train"
     try:
         rows = datasets.load_dataset(dataset, split=split)
-    except Exception as error:  # the Hub, the network and the builders raise all sorts
+    except Exception as error:  # the Hub, the network and dataset builders raise many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{name}: no such file, and as a Hub dataset it cannot be loaded ({type(error).__name__}: {reason})"

@@ -1,17 +1,16 @@
-"""What a chat template cannot say, said in a way that it can."""
+"""Rewrite conversations for chat templates that lack tools, the system role, or free order of roles."""
 
 import json
-from typing import Any
 
-from lowalign.data.rows.turns import Message
+from lowalign.data.rows.turns import Message, Tools
 
 TOOLS = 'You can call these functions. To call one, answer with {"name": …, "arguments": {…}} and nothing else.'
 
 
-def tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
-    """The same conversation for a template without tools: functions described in the system message, calls as text of
-    the assistant, results as user turns."""
-    written = []
+def tools_as_text(messages: list[Message], tools: Tools) -> list[Message]:
+    """The conversation for a template without tools: functions described in the system message, calls as text of the
+    assistant, results as user turns."""
+    rewritten = []
     for message in messages:
         content = message["content"]
         if calls := message.get("tool_calls"):
@@ -19,18 +18,18 @@ def tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None) -
             content = "\n".join([content, *lines] if content else lines)
         if message["role"] == "tool":
             message, content = {"role": "user"}, f"Function result:\n{content}"
-        written.append({k: v for k, v in message.items() if k != "tool_calls"} | {"content": content})
+        rewritten.append({k: v for k, v in message.items() if k != "tool_calls"} | {"content": content})
     if tools:
         described = "\n".join([TOOLS, *(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)])
-        if written[0]["role"] == "system":
-            written[0] = written[0] | {"content": f"{written[0]['content']}\n\n{described}"}
+        if rewritten[0]["role"] == "system":
+            rewritten[0] = rewritten[0] | {"content": f"{rewritten[0]['content']}\n\n{described}"}
         else:
-            written.insert(0, {"role": "system", "content": described})
-    return written
+            rewritten.insert(0, {"role": "system", "content": described})
+    return rewritten
 
 
 def system_as_user(messages: list[Message]) -> list[Message]:
-    """The same conversation for a template without a system role: its text begins the first user turn."""
+    """The conversation for a template without a system role: system texts at the beginning of the first user turn."""
     texts = [m["content"] for m in messages if m["role"] == "system"]
     rest = [m for m in messages if m["role"] != "system"]
     first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
@@ -41,15 +40,15 @@ def system_as_user(messages: list[Message]) -> list[Message]:
 
 
 def alternating(messages: list[Message]) -> list[Message]:
-    """The same conversation for a template that wants user and assistant in turn: an assistant turn before the first
-    user turn is left out, neighbouring turns of one role are joined."""
+    """The conversation for a template that requires alternating roles: assistant turns before the first user turn are left
+    out, consecutive turns of one role are joined."""
     first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
     kept = [m for i, m in enumerate(messages) if i >= first or m["role"] == "system"]
     joined: list[Message] = []
     for message in kept:
         last = joined[-1] if joined else None
-        alike = last is not None and {**last, "content": ""} == {**message, "content": ""}
-        if alike and "tool_calls" not in message and message["role"] != "tool":
+        joinable = last is not None and {**last, "content": ""} == {**message, "content": ""}
+        if joinable and "tool_calls" not in message and message["role"] != "tool":
             joined[-1] = last | {"content": f"{last['content']}\n\n{message['content']}"}
         else:
             joined.append(message)

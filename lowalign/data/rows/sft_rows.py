@@ -1,19 +1,27 @@
-"""The shapes of rows to fine-tune on, and what each means."""
+"""The formats of rows for fine-tuning, and how each is read."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import kind_of
-from lowalign.data.rows.shapes import RowFormat, RowFormats
-from lowalign.data.rows.turns import Message, RowError, read_tools, read_turns
+from lowalign.data.rows.formats import RowFormat, RowFormats
+from lowalign.data.rows.read import RowError, kind_of
+from lowalign.data.rows.turns import (
+    Message,
+    Tools,
+    as_messages,
+    is_supervised,
+    read_tools,
+    read_turns,
+    unsupervised,
+)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as in lowalign.data.turns, and the functions that could be called."""
+    """Messages as in lowalign.data.rows.turns, and the functions that can be called."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools = None
 
 
 @dataclass(frozen=True)
@@ -26,13 +34,13 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A document to learn as a whole."""
+    """A document, supervised as a whole."""
 
     text: str
 
 
 def string(data: dict[str, Any], name: str, empty: bool = False) -> str:
-    """The text in a column; "" where it is absent or null."""
+    """The text in a column; "" where it is absent or null. Raises RowError when it is no string, or empty."""
     value = data.get(name)
     if value is not None and not isinstance(value, str):
         raise RowError(f'"{name}" must be a string, found {kind_of(value)}')
@@ -42,7 +50,7 @@ def string(data: dict[str, Any], name: str, empty: bool = False) -> str:
 
 
 def _conversation(messages: list[Message], tools: Any) -> Conversation:
-    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+    if not any(map(is_supervised, messages)):
         raise RowError("no assistant turn to learn from")
     return Conversation(messages, read_tools(tools))
 
@@ -57,7 +65,7 @@ def _sharegpt(data: dict[str, Any]) -> Conversation:
 
 
 def with_system(data: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages with the text of the column `system` first."""
+    """The messages, with the text of the column `system` first."""
     system = string(data, "system", empty=True)
     if system and messages[0]["role"] == "system":
         return [messages[0] | {"content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
@@ -67,18 +75,14 @@ def with_system(data: dict[str, Any], messages: list[Message]) -> list[Message]:
 def _prompt_completion(data: dict[str, Any]) -> Conversation | PromptCompletion:
     if not isinstance(data["prompt"], list) and not isinstance(data["completion"], list):
         return PromptCompletion(string(data, "prompt", empty=True), string(data, "completion"))
-    turns = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        value = data[name]
-        value = [{"role": role, "content": value}] if isinstance(value, str) else value
-        turns.append(read_turns(value, name))
-    prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in turns[0]]
-    return _conversation(prompt + turns[1], data.get("tools"))
+    prompt = read_turns(as_messages(data["prompt"], "user"), "prompt")
+    completion = read_turns(as_messages(data["completion"], "assistant"), "completion")
+    return _conversation(unsupervised(prompt) + completion, data.get("tools"))
 
 
 def _alpaca(data: dict[str, Any]) -> Conversation:
-    asked = [string(data, "instruction", empty=True), string(data, "input", empty=True)]
-    user = "\n".join(text for text in asked if text)
+    instruction = [string(data, "instruction", empty=True), string(data, "input", empty=True)]
+    user = "\n".join(filter(None, instruction))
     if not user.strip():
         raise RowError('"instruction" is empty')
     messages = []
@@ -97,11 +101,11 @@ def _text(data: dict[str, Any]) -> PlainText:
     return PlainText(string(data, "text"))
 
 
-def _foreign(data: dict[str, Any]) -> tuple[str, ...]:
+def _other_command_columns(data: dict[str, Any]) -> tuple[str, ...]:
     return ("chosen", "rejected") if {"chosen", "rejected"} <= data.keys() else ()
 
 
-# The order decides when a row has the columns of several: the original Alpaca data also has `text`, UltraChat has
+# A row with the columns of several formats gets the first: the original Alpaca data also has `text`, UltraChat has
 # `prompt` beside `messages`.
 SFT_ROWS = RowFormats(
     [
@@ -111,6 +115,6 @@ SFT_ROWS = RowFormats(
         RowFormat("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
         RowFormat("text", ("text",), (), _text),
     ],
-    _foreign,
+    _other_command_columns,
     "a row of preferences; use lowalign dpo or lowalign reward",
 )

@@ -1,7 +1,7 @@
-"""Turns of a conversation, in OpenAI's or ShareGPT's words, as the messages and tools that chat templates expect.
+"""Turns of a conversation, in OpenAI's or ShareGPT's format, to the messages and tools that chat templates expect.
 
 A message is {"role": "system" | "user" | "assistant" | "tool", "content": str} with, where they apply, "tool_calls",
-"tool_call_id" and "name", "reasoning_content", and "weight": 0 on an assistant turn that is not to be learnt.
+"tool_call_id" and "name", "reasoning_content", and "weight": 0 on an assistant turn that is not supervised.
 """
 
 import difflib
@@ -9,10 +9,10 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lowalign.data.rows.read import half_surrogate, kind_of
-from lowalign.errors import UserError
+from lowalign.data.rows.read import RowError, half_surrogate, kind_of
 
 Message = dict[str, Any]
+Prompt = str | list[Message]  # plain text, or messages; also an answer to one
 Tools = list[dict[str, Any]] | None
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
@@ -26,39 +26,45 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-class RowError(UserError):
-    """What is wrong with a row. `load_examples` adds where it stands."""
-
-
-class RowDropped(UserError):
-    """Why a row that is sound has nothing to learn from: it is left out and counted."""
-
-
-def expected(wanted: str, found: Collection[str]) -> str:
+def expected(name: str, names: Collection[str]) -> str:
     """`expected "completion", found "completoin"; did you mean "completion"?`"""
-    close = closest(wanted, found)
+    close = closest(name, names)
     if close:
-        return f'expected "{wanted}", found "{close}"; did you mean "{wanted}"?'
-    return f'expected "{wanted}", found ' + (", ".join(f'"{name}"' for name in found) or "nothing")
+        return f'expected "{name}", found "{close}"; did you mean "{name}"?'
+    return f'expected "{name}", found ' + (", ".join(f'"{other}"' for other in names) or "nothing")
 
 
-def closest(wanted: str, found: Collection[str]) -> str | None:
-    """The name among `found` that is most like `wanted`, upper case or lower."""
-    lower = {name.lower(): name for name in found}
-    close = difflib.get_close_matches(wanted.lower(), lower, 1, cutoff=0.7)
-    return lower[close[0]] if close else None
+def closest(name: str, names: Collection[str]) -> str | None:
+    """The one of `names` most like `name`, ignoring case; None if none is close."""
+    by_lower = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, 1, cutoff=0.7)
+    return by_lower[close[0]] if close else None
+
+
+def is_supervised(message: Message) -> bool:
+    """Whether the message is an assistant turn to learn from."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def unsupervised(messages: list[Message]) -> list[Message]:
+    """The messages with "weight": 0 on all assistant turns, as in a prompt."""
+    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def as_messages(value: Any, role: str = "user") -> Any:
+    """A text as one message of `role`; anything else as it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def read_turns(value: Any, column: str) -> list[Message]:
-    """The messages of a list of turns. Raises RowError, naming the turn as in `messages[2]`."""
+    """The messages of a list of turns. Raises RowError, which names the turn as in `messages[2]`."""
     if not isinstance(value, list):
         raise RowError(f'"{column}" must be a list of turns, found {kind_of(value)}')
     if not value:
         raise RowError(f'"{column}" is empty')
-    messages: list[Message] = []
-    for i, turn in enumerate(value):
-        messages.append(_message(turn, f"{column}[{i}]", "from" if column == "conversations" else "role"))
-    _connect(messages)
+    role_key = "from" if column == "conversations" else "role"
+    messages = [_message(turn, f"{column}[{i}]", role_key) for i, turn in enumerate(value)]
+    _match_results(messages)
     return messages
 
 
@@ -100,7 +106,7 @@ def _message(turn: Any, at: str, role_key: str) -> Message:
 
 
 def _content(value: Any, at: str) -> str:
-    """A string, or the text parts of a list joined, so that no marker can hide between two parts."""
+    """A string, or the text parts of a list joined, so that special tokens spread over two parts are found too."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, dict | bool | int | float):
@@ -108,7 +114,7 @@ def _content(value: Any, at: str) -> str:
     texts = []
     for j, part in enumerate(value):
         if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise RowError(f"{at}[{j}]: only text can be learnt, found a part of type {json.dumps(part['type'])}")
+            raise RowError(f"{at}[{j}]: only text is supported, found a part of type {json.dumps(part['type'])}")
         text = next((part[k] for k in ("text", "value") if k in part), None) if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise RowError(f'{at}[{j}] must be {{"type": "text", "text": …}}')
@@ -117,7 +123,7 @@ def _content(value: Any, at: str) -> str:
 
 
 def _calls(value: Any, at: str) -> list[dict[str, Any]]:
-    """[{"id": …?, "type": "function", "function": {"name": str, "arguments": dict}}]: templates want a dict there."""
+    """[{"id": …?, "type": "function", "function": {"name": str, "arguments": dict}}]: templates need a dict there."""
     value = _from_json(value, at)
     calls = []
     for call in value if isinstance(value, list) else [value]:
@@ -128,8 +134,8 @@ def _calls(value: Any, at: str) -> list[dict[str, Any]]:
         arguments = {} if arguments in (None, "") else _from_json(arguments, f"{at}: the arguments")
         if not isinstance(arguments, dict):
             raise RowError(f"{at}: the arguments must be an object, found {kind_of(arguments)}")
-        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append(identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append(call_id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not calls:
         raise RowError(f"{at}: no call in it")
     return calls
@@ -151,26 +157,29 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} in it")
 
 
-def _connect(messages: list[Message]) -> None:
-    """Number the calls that have no id (nine letters and digits, as Mistral's templates demand), and name the call
-    that each result answers."""
-    made, open_calls = 0, []
+def _match_results(messages: list[Message]) -> None:
+    """Give an id to each call that has none (nine letters and digits, as Mistral's templates demand), and to each result
+    the id and name of its call."""
+    count, open_calls = 0, []
     for message in messages:
         for call in message.get("tool_calls", ()):
-            made += 1
-            call.setdefault("id", f"call{made:05d}")
+            count += 1
+            call.setdefault("id", f"call{count:05d}")
             open_calls.append(call)
         if message["role"] == "tool":
-            asked = message.get("tool_call_id")
-            call = next((c for c in open_calls if asked in (None, c["id"])), None)
+            call_id = message.get("tool_call_id")
+            call = next((c for c in open_calls if call_id in (None, c["id"])), None)
             if call is not None:
                 open_calls.remove(call)
                 message.setdefault("tool_call_id", call["id"])
                 message.setdefault("name", call["function"]["name"])
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """A list of functions, bare or in OpenAI's wrapping, or that list as a JSON string; None when there are none."""
+def read_tools(value: Any) -> Tools:
+    """The functions of a list, each bare or in OpenAI's {"type": "function", …}, or of that list as a JSON string.
+
+    None when there are none. Raises RowError.
+    """
     value = _from_json(value, '"tools"') if value != "" else None
     if value in (None, []):
         return None
@@ -180,7 +189,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     for i, tool in enumerate(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            found = expected("name", function) if isinstance(function, dict) else f"found {kind_of(tool)}"
-            raise RowError(f"tools[{i}]: a tool must be an object with a name; {found}")
+            problem = expected("name", function) if isinstance(function, dict) else f"found {kind_of(tool)}"
+            raise RowError(f"tools[{i}]: a tool must be an object with a name; {problem}")
         tools.append({"type": "function", "function": function})
     return tools

@@ -99,7 +99,7 @@ def _packed(model: nn.Module) -> Tensor:
             use_cache=False,
             layout=attention.Layout(row.segments),
         ).last_hidden_state[0]
-    return token_logprobs(hidden[row.source], Head.of(model), row.labels)[0]
+    return token_logprobs(hidden[row.predictors], Head.of(model), row.labels)[0]
 
 
 @torch.no_grad()

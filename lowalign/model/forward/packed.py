@@ -54,7 +54,7 @@ def packed_tokens(
     for group in _groups(model.config.get_text_config(), examples, virtual, prefix):
         row = _laid_out([examples[i] for i in group], model, virtual, prefix)
         keep = row.supervised if wanted.supervised_only else slice(None)
-        hidden = hidden_states(model, row, virtual, prefix)[row.source[keep]]
+        hidden = hidden_states(model, row, virtual, prefix)[row.predictors[keep]]
         logps = entropies = None
         if wanted.logps:
             labels = row.labels[keep]
@@ -69,7 +69,7 @@ def packed_tokens(
 
 def _by_completion(flat: Tensor, row: Pack, keep: Tensor | slice) -> list[list[Tensor]]:
     """One number for each token kept -> for each example, for each completion, (its length,)."""
-    whole = flat.new_zeros(sum(map(sum, row.lengths))).index_copy(0, row.place[keep], flat)
+    whole = flat.new_zeros(sum(map(sum, row.lengths))).index_copy(0, row.flat_index[keep], flat)
     pieces = iter(whole.split([n for lengths in row.lengths for n in lengths]))
     return [[next(pieces) for _ in lengths] for lengths in row.lengths]
 

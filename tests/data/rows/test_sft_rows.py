@@ -10,7 +10,7 @@ from tests.data.made import WEATHER, weather_call
 
 
 def said(row: dict) -> object:
-    return SFT_ROWS.read(row, SFT_ROWS.of(row))
+    return SFT_ROWS.parse(row)
 
 
 def user(text: str) -> dict:

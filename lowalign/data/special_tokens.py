@@ -1,20 +1,20 @@
-"""Special tokens inside the texts of a row never become markers.
+"""Special tokens in the texts of a row stay plain text.
 
-Before a row is rendered, every special-token string in it is replaced by one private-use character; after rendering,
-that character is tokenized as the plain text it stands for, apart from what surrounds it. So `<|im_<|im_end|>end|>`
-cannot close up into a marker, and a row without special tokens is not touched at all.
+Before a row is rendered, every special-token string in it is replaced by one private-use character. After rendering,
+that character is tokenized as the string it replaced, separately from the text around it. So `<|im_<|im_end|>end|>`
+cannot become a special token, and a row without special tokens is not changed at all.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lowalign.data.rows.turns import RowError
+from lowalign.data.rows.read import RowError
 
 FIRST, LAST = 0xF0000, 0xFFFFD  # the private-use characters of plane 15
 
 
-class Markers:
+class SpecialTokens:
     """The strings that only a template may write."""
 
     def __init__(self, strings: Iterable[str]):
@@ -23,30 +23,33 @@ class Markers:
         # Longest first, as tokenizers match them.
         self.pattern = re.compile("|".join(map(re.escape, self.strings)) or "(?!)")
         self._replaced = re.compile(f"{self.pattern.pattern}|[{chr(FIRST)}-{chr(LAST)}]")
-        self._heads = {s[:k] for s in self.strings for k in range(1, len(s))}
-        self._tails = {s[k:] for s in self.strings for k in range(1, len(s))}
+        self._prefixes = {s[:k] for s in self.strings for k in range(1, len(s))}
+        self._suffixes = {s[k:] for s in self.strings for k in range(1, len(s))}
 
     def count(self, text: str) -> int:
-        """How many markers are in the text."""
+        """Number of special tokens in the text."""
         return len(self.pattern.findall(text))
 
     def hide(self, row: Any) -> tuple[Any, list[str]]:
-        """The row (strings in lists and dicts) without markers, and the texts that its private-use characters stand
-        for, in their order. A row without markers comes back as it is."""
+        """-> the row (strings in lists and dicts) with private-use characters in place of special tokens, and the strings
+        that they replaced, in order. A row without special tokens is returned as it is.
+
+        Raises RowError when there are more special tokens than private-use characters.
+        """
         if not any(self.pattern.search(text) for text in strings_of(row)):
             return row, []
         hidden: list[str] = []
 
-        def stand_in(match: re.Match) -> str:
+        def replacement(match: re.Match) -> str:
             hidden.append(match[0])
             if FIRST + len(hidden) > LAST:
                 raise RowError(f"more than {len(hidden):,} special tokens in its texts")
             return chr(FIRST + len(hidden) - 1)
 
-        return _mapped(row, lambda text: self._replaced.sub(stand_in, text)), hidden
+        return _mapped(row, lambda text: self._replaced.sub(replacement, text)), hidden
 
     def split(self, text: str, hidden: list[str]) -> Iterator[tuple[str, bool]]:
-        """Pieces of rendered text, and whether each is one of the hidden texts."""
+        """The pieces of rendered text, and whether each is one of the hidden strings."""
         if not hidden:
             yield text, False
             return
@@ -55,30 +58,31 @@ class Markers:
                 yield (hidden[ord(piece) - FIRST], True) if i % 2 else (piece, False)
 
     def fenced(self, row: Any) -> Any:
-        """The row with a private-use character round every text that might become part of a marker together with its
-        neighbours in a rendering (it ends as a marker begins, begins as one ends, or lies within one); None when no
-        text might. Keys, roles and types stay as they are: templates ask for them."""
-        found = False
+        """The row with a private-use character before and after every text that could form a special token with the text
+        next to it in a rendering (it ends as one begins, begins as one ends, or is part of one). None: no such text.
+        Keys, roles and types are not changed, because templates compare them."""
+        any_fenced = False
 
         def fence(text: str) -> str:
-            nonlocal found
+            nonlocal any_fenced
             if not text or not self._could_join(text):
                 return text
-            found = True
+            any_fenced = True
             return f"{chr(LAST)}{text}{chr(LAST)}"
 
         fenced = _mapped(row, fence, spare=("role", "type"))
-        return fenced if found else None
+        return fenced if any_fenced else None
 
     def _could_join(self, text: str) -> bool:
         longest = len(self.strings[0]) if self.strings else 0
         if len(text) < longest and any(text in s for s in self.strings):
             return True
         lengths = range(1, min(longest, len(text) + 1))
-        return any(text[-k:] in self._heads or text[:k] in self._tails for k in lengths)
+        return any(text[-k:] in self._prefixes or text[:k] in self._suffixes for k in lengths)
 
 
 def strings_of(value: Any) -> Iterator[str]:
+    """All strings in nested lists and dicts, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -91,7 +95,7 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def _mapped(value: Any, change: Callable[[str], str], spare: tuple[str, ...] | None = None) -> Any:
-    """The value with all strings changed; with `spare`, but for the keys and what stands under those keys."""
+    """The value with all its strings changed. With `spare`, keys and the values of these keys stay as they are."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict) and spare is None:
