@@ -27,13 +27,11 @@ from lowalign.data.template import Template, Unrenderable
 from lowalign.errors import UserError
 
 T = TypeVar("T")
-Variant = tuple[
-    list[Message], Tools, list[str]
-]  # a conversation as the template can render it, and the notes on changes
+Variant = tuple[list[Message], Tools, list[str]]  # a conversation, and notes on what was changed in it
 
-TOOLS_NOTE = "tools written as plain text: the chat template has none"
+TOOLS_NOTE = "tools written as plain text: the chat template does not support tools"
 SYSTEM_NOTE = "system text put before the first user turn: the chat template has no system role"
-JOINED_NOTE = "turns joined or an opening assistant turn left out: the chat template wants user and assistant in turn"
+JOINED_NOTE = "turns joined or a first assistant turn left out: the chat template requires alternating roles"
 TURNS_NOTE = "one example for each assistant turn: the chat template rewrites earlier turns"
 HIDDEN_NOTE = "special tokens in the texts kept as plain text"
 
@@ -130,7 +128,7 @@ class Chat:
         if forbidden and any(forbidden in text for text in strings_of((messages, tools))):
             raise RowError(
                 f"its text holds {forbidden}, which begins a turn in the default chat template and is no token of this "
-                "tokenizer; take it out, or give a template (--data.template)"
+                "tokenizer; remove it, or give a template (--data.template)"
             )
         (messages, tools), hidden = special_tokens.hide((messages, tools))
         refusal = None
@@ -145,7 +143,7 @@ class Chat:
         raise refusal
 
     def _variants(self, messages: list[Message], tools: Tools) -> Iterator[Variant]:
-        """The conversation, then rewritten without what the template may not support: tools, system role, any order."""
+        """The conversation, then variants for templates without tools, without system role, or with alternating roles."""
         variants: list[Variant] = [(messages, tools, [])]
         if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
             as_text = (tools_as_text(messages, tools), None, [TOOLS_NOTE])
@@ -193,8 +191,8 @@ class Chat:
         if not whole.startswith(prompt):
             same = next((k for k, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
             raise Unrenderable(
-                f"the chat template begins an answer with {prompt[same:][-40:]!r} when the model is to write it, and in "
-                "another way when it is given; use a template that does not (--data.template)"
+                f"the chat template begins an answer with {prompt[same:][-40:]!r} in the generation prompt, and differently "
+                "in a conversation; use another template (--data.template)"
             )
         text, end_token, supervised = whole[len(prompt) :], self._template.end_token, is_supervised(messages[i])
         if end_token and end_token in text:
@@ -241,6 +239,6 @@ class Chat:
     def _example(self, pieces: list[Piece], hidden: list[str]) -> Example:
         ids, supervised = self._ids(pieces, hidden)
         if True not in supervised:
-            raise Unrenderable("nothing is left to learn: its only answer is an opening assistant turn")
+            raise Unrenderable("no answer to learn from: its only assistant turn is the first turn")
         start = supervised.index(True)
         return Example(ids[:start], [ids[start:]], [supervised[start:]])

@@ -75,7 +75,7 @@ def load_examples(
     """
     dataset = read_examples(files, chat, config, heldout=heldout, encoder=encoder)
     if dataset.bad and config.on_error == "refuse":
-        raise UserError("\n".join(list_bad(dataset)) + "\nmend them, or leave them out with --data.on-error skip")
+        raise UserError("\n".join(list_bad(dataset)) + "\ncorrect them, or skip them with --data.on-error skip")
     if dataset.bad and rejected is not None:
         write_jsonl(rejected, map(vars, dataset.bad))
     if not dataset.examples:
@@ -105,8 +105,8 @@ def list_bad(dataset: Dataset) -> list[str]:
     """Lines of text: the count of bad rows, and the first 20."""
     listed = [f"  {row}" for row in dataset.bad[:LISTED]]
     more = len(dataset.bad) - len(listed)
-    head = f"{len(dataset.bad):,} of {dataset.report['rows']:,} rows cannot be used:"
-    return [head, *listed, *([f"  … and {more:,} more"] if more else [])]
+    count = f"{len(dataset.bad):,} of {dataset.report['rows']:,} rows cannot be used:"
+    return [count, *listed, *([f"  … and {more:,} more"] if more else [])]
 
 
 def split_heldout(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[Example], list[Example]]:

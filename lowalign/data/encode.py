@@ -49,7 +49,9 @@ class Encoder:
         special_ids = set(self.special_ids.values())
         count = sum(i in special_ids for i in ids)
         if count != expected:
-            raise RowError(f"its texts become special tokens ({count} where the template writes {expected})")
+            raise RowError(
+                f"its texts change the special tokens ({count} in the ids, {expected} written by the template)"
+            )
         return ids
 
     def with_bos(self, ids: list[int]) -> list[int]:

@@ -101,19 +101,19 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
     predictors, labels, supervised, flat_index, ends = [], [], [], [], []
     completion_tokens = 0
     for example in examples:
-        head = [-1] * virtual_tokens + example.prompt
+        prompt = [-1] * virtual_tokens + example.prompt
         single = len(example.completions) == 1
-        head_end, parent = len(ids) + len(head), None
-        ids += head
+        prompt_end, parent = len(ids) + len(prompt), None
+        ids += prompt
         virtual += list(range(virtual_tokens)) + [-1] * len(example.prompt)
-        positions += range(first_position, first_position + len(head))
-        if head and not single:
+        positions += range(first_position, first_position + len(prompt))
+        if prompt and not single:
             parent = len(segments)
-            segments.append(Segment(len(head)))
+            segments.append(Segment(len(prompt)))
         for i, completion in enumerate(example.completions):
             start = len(ids)
             skip = 0 if example.prompt else 1
-            predictors += [head_end - 1, *range(start, start + len(completion) - 1)][skip:]
+            predictors += [prompt_end - 1, *range(start, start + len(completion) - 1)][skip:]
             labels += completion[skip:]
             supervised += example.mask(i)[skip:]
             flat_index += range(completion_tokens + skip, completion_tokens + len(completion))
@@ -121,9 +121,9 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
             ids += completion
             ends.append(len(ids) - 1)
             virtual += [-1] * len(completion)
-            after = first_position + len(head)
+            after = first_position + len(prompt)
             positions += range(after, after + len(completion))
-            segments.append(Segment(len(completion) + (len(head) if single else 0), parent))
+            segments.append(Segment(len(completion) + (len(prompt) if single else 0), parent))
     as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
     return Pack(
         as_long(ids),

@@ -149,7 +149,7 @@ def _split(prompt: list[Message], answers: list[list[Message]]) -> tuple[list[Me
         raise RowError("one of its answers is the beginning of another")
     for answer in rest:
         if answer[0]["role"] != "assistant":
-            raise RowError(f"its answers part at a turn of the {answer[0]['role']}; they must answer the same prompt")
+            raise RowError(f"its answers differ at a turn of the {answer[0]['role']}; they must answer the same prompt")
         if answer[0].get("weight") == 0:
             raise RowError('the first turn in which its answers differ has a "weight" of 0')
     if not prompt:

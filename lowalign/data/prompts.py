@@ -77,5 +77,5 @@ def _prompt(data: dict[str, Any]) -> Prompt:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise RowError(f'"{column}" holds no question')
+        raise RowError(f'"{column}" has no turn before the answer')
     return messages

@@ -113,7 +113,7 @@ def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in file["shapes"].items()) or "no known shape"
     lines = [f"{file['file']}: {file['rows']:,} rows ({shapes}), {file['used']:,} used"]
     if file["examples"] != file["used"]:
-        lines.append(f"  {file['examples']:,} examples made of them")
+        lines.append(f"  {file['examples']:,} examples from them")
     for name, lengths in file["lengths"].items():
         if lengths:
             numbers = ", ".join(f"{label} {count:,}" for label, count in lengths.items())

@@ -75,7 +75,7 @@ class Template:
         rendered = self.render([USER, ANSWER])
         if "probe_user" not in rendered or "probe_answer" not in rendered:
             raise UserError(
-                "the chat template drops what the user or the assistant says; give another (--data.template)"
+                "the chat template does not render the text of the user or of the assistant; use another (--data.template)"
             )
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = {*self.tokenizer.all_special_tokens, *(token.content for token in tokens if token.special)}

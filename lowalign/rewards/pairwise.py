@@ -19,6 +19,7 @@ from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.data.rows.answers import Answers, as_text
 from lowalign.data.rows.read import RowError
+from lowalign.data.rows.turns import as_messages, unsupervised
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.rewards.judge_prompt import JudgePrompt, letter_question
@@ -127,8 +128,7 @@ class RewardJudge:
         }
 
     def _encode(self, row: Answers) -> "_EncodedRow":
-        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        messages = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in messages]
+        messages = unsupervised(as_messages(row.prompt))
         prompt, ids, skipped = [], {}, {}
         for k, completion in enumerate(row.completions):
             text = as_text(completion)

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowalign.data.rows.turns import Prompt, as_messages
+from lowalign.data.rows.turns import Prompt, as_messages, unsupervised
 from lowalign.durable import write_jsonl
 
 
@@ -144,5 +144,4 @@ def _sft_row(prompt: Prompt, text: str, raw: bool) -> dict[str, Any]:
     """A row of sft in which only the completion is supervised."""
     if raw:
         return {"prompt": prompt, "completion": text}
-    messages = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in as_messages(prompt)]
-    return {"messages": [*messages, *_completion(text, raw)]}
+    return {"messages": [*unsupervised(as_messages(prompt)), *_completion(text, raw)]}

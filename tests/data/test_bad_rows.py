@@ -1,4 +1,4 @@
-"""What is wrong with a row is said in these exact words, at its line."""
+"""The exact messages for bad rows, with their lines."""
 
 import json
 import random
@@ -46,7 +46,7 @@ LINES = {
     '{"prompt": "a", "completion": "\\ud83d"}': r"\ud83d is half of a surrogate pair, not a character",
     '{"prompt": "a" "completion": "b"}': "not JSON: Expecting ',' delimiter (column 16)",
     "prompt: a": "not JSON: Expecting value (column 1)",
-    GOOD + GOOD: "more text after the row, at column 35: one row a line",
+    GOOD + GOOD: "more text after the row, at column 35: write one row per line",
     "[" * 100_000: "nested too deeply",
     '{"n": 1' + "0" * 5000 + "}": "a number of 5001 digits",
     '{"messages": "hi"}': '"messages" must be a list of turns, found a string',
@@ -58,7 +58,7 @@ LINES = {
     "developer, human, gpt, model, observation, function, function_response, tool_response, function_call, tool_call",
     turns(ASK, '{"role": "assistant", "contents": "b"}'): 'messages[1]: expected "content", found "contents"; did you mean "content"?',
     turns(ASK, '{"role": "assistant", "content": null}'): 'messages[1]: "content" is null',
-    turns(ASK, '{"role": "assistant", "content": ""}'): "messages[1]: the assistant says nothing",
+    turns(ASK, '{"role": "assistant", "content": ""}'): "messages[1]: the assistant turn is empty",
     turns(ASK, '{"role": "assistant", "content": 5}'): "messages[1].content must be a string or a list of text parts, found a number",
     turns('{"role": "user", "content": [{"type": "image_url"}]}'): 'messages[0].content[0]: only text is supported, found a part of type "image_url"',
     turns('{"role": "user", "content": [{"type": "text"}]}'): 'messages[0].content[0] must be {"type": "text", "text": …}',
@@ -136,8 +136,8 @@ def test_a_bad_file_gets_its_messages(content: bytes, tmp_path: Path, chat: Chat
 
 def test_an_explicit_shape_is_held_to(tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "rows.jsonl"
-    found = complaints(path, b'{"text": "a", "prompt": "b"}\n', chat, shape="prompt-completion")
-    assert found == [f'{path}:1: expected "completion", found "text"']
+    messages = complaints(path, b'{"text": "a", "prompt": "b"}\n', chat, shape="prompt-completion")
+    assert messages == [f'{path}:1: expected "completion", found "text"']
 
 
 def test_a_marker_that_is_no_token_is_refused(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_marker_that_is_no_token_is_refused(tmp_path: Path) -> None:
     rows = turns(ASK.replace("hi", "<|im_start|>"), '{"role": "assistant", "content": "b"}')
     assert complaints(tmp_path / "rows.jsonl", rows.encode(), chat) == [
         f"{tmp_path}/rows.jsonl:1: its text holds <|im_start|>, which begins a turn in the default chat template and is no "
-        "token of this tokenizer; take it out, or give a template (--data.template)"
+        "token of this tokenizer; remove it, or give a template (--data.template)"
     ]
 
 
@@ -158,7 +158,7 @@ def test_refusal_lists_twenty_and_counts_all(tmp_path: Path, chat: Chat) -> None
     lines = str(caught.value).split("\n")
     assert lines[0] == "31 of 32 rows cannot be used:"
     assert lines[1:21] == [f'  {path}:{n}: expected "completion", found nothing' for n in range(2, 22)]
-    assert lines[21:] == ["  … and 11 more", "mend them, or leave them out with --data.on-error skip"]
+    assert lines[21:] == ["  … and 11 more", "correct them, or skip them with --data.on-error skip"]
 
 
 def test_skipped_rows_are_written_aside(tmp_path: Path, chat: Chat) -> None:
@@ -220,11 +220,11 @@ def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     for template in (CHATML, CHATML_TOOLS):
         chat = Chat(chatml(template))
-        found = read_examples([str(path)], chat, DataConfig(cache=False))
-        used = {example.source for example in found.examples}
-        assert len(used) + len(found.bad) + found.report["dropped"] == len(rows)
-        assert len(used) > 100 and len(found.bad) > 100
-        assert all(example.supervised for example in found.examples)
+        dataset = read_examples([str(path)], chat, DataConfig(cache=False))
+        used = {example.source for example in dataset.examples}
+        assert len(used) + len(dataset.bad) + dataset.report["dropped"] == len(rows)
+        assert len(used) > 100 and len(dataset.bad) > 100
+        assert all(example.supervised for example in dataset.examples)
 
 
 def places(value: object) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learnt, against stock rendering and the words of the conversation itself."""
+"""Which tokens of a conversation are supervised, against stock rendering and the words of the conversation itself."""
 
 import random
 from pathlib import Path
@@ -23,13 +23,13 @@ def turn(role: str, content: str, **more: object) -> dict:
 
 def spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The supervised stretches, decoded."""
-    found, ids = [[]], example.completions[0]
+    spans_ids, ids = [[]], example.completions[0]
     for i, supervised in zip(ids, example.mask(0), strict=True):
         if supervised:
-            found[-1].append(i)
-        elif found[-1]:
-            found.append([])
-    return [tokenizer.decode(span) for span in found if span]
+            spans_ids[-1].append(i)
+        elif spans_ids[-1]:
+            spans_ids.append([])
+    return [tokenizer.decode(span) for span in spans_ids if span]
 
 
 def all_ids(example: Example) -> list[int]:
@@ -68,8 +68,8 @@ def test_training_and_generation_see_the_same_tokens(kind: str) -> None:
     tokenizer = FOUR[kind]()
     chat = Chat(tokenizer)
     (example,) = chat.example(TALK)
-    ids, learnt = all_ids(example), [False] * len(example.prompt) + example.mask(0)
-    begins = [i for i in range(1, len(ids)) if learnt[i] and not learnt[i - 1]]
+    ids, supervised = all_ids(example), [False] * len(example.prompt) + example.mask(0)
+    begins = [i for i in range(1, len(ids)) if supervised[i] and not supervised[i - 1]]
     assert [chat.prompt_ids(TALK[:1]), chat.prompt_ids(TALK[:3])] == [ids[:i] for i in begins]
 
 
@@ -94,10 +94,10 @@ def test_bos_stands_once_where_it_is_asked_for(template: str | None, bos_first: 
     special = ["<s>", "</s>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer = made.bytes_tokenizer(special, template, bos_first=bos_first, bos_token="<s>", eos_token="</s>")
     chat = Chat(tokenizer)
-    asked = bos_first or made.LLAMA3 in (template or "")
+    expected = bos_first or made.LLAMA3 in (template or "")
     for ids in (all_ids(chat.example(TALK)[0]), chat.prompt_ids(TALK[:1])):
-        assert ids.count(tokenizer.bos_token_id) == asked
-        assert (ids[0] == tokenizer.bos_token_id) == asked
+        assert ids.count(tokenizer.bos_token_id) == expected
+        assert (ids[0] == tokenizer.bos_token_id) == expected
     for example in (chat.completion("the cat", " sat"), chat.document("the cat sat")):
         assert all_ids(example).count(tokenizer.bos_token_id) == bos_first
         assert all_ids(example) == [*tokenizer("the cat sat")["input_ids"], tokenizer.eos_token_id]
@@ -126,7 +126,7 @@ def test_weights_and_opening_turns() -> None:
     assert spans(example, tokenizer) == ["Nothing.<|im_end|>", "No, wait.<|im_end|>"]
     assert "hello" in tokenizer.decode(example.prompt)
     assert tokenizer.decode(example.completions[0]).endswith("No, wait.<|im_end|>")
-    with pytest.raises(UserError, match="opening assistant turn"):
+    with pytest.raises(UserError, match="its only assistant turn is the first turn"):
         chat.example([turn("assistant", "hello")])
 
 
@@ -151,7 +151,7 @@ def test_strict_templates_get_turns_in_turn() -> None:
 
 
 def test_rewritten_history_gives_an_example_for_each_turn() -> None:
-    """Qwen3 takes the thoughts out of earlier turns: each answer is learnt after the history as it will be seen."""
+    """Qwen3 takes the thoughts out of earlier turns: each answer is supervised after the history as it will be seen."""
     tokenizer = made.chatml(made.QWEN3)
     chat = Chat(tokenizer)
     talk = [
@@ -198,7 +198,7 @@ TOOL_TALK = [
 
 @pytest.mark.parametrize("kind", ["tools", "llama3", "chatml", "gemma", "llama2"])
 def test_tools(kind: str) -> None:
-    """The call and the answer are learnt, the result is not; templates without tools get them as text."""
+    """The call and the answer are supervised, the result is not; templates without tools get them as text."""
     tokenizer = made.chatml(made.CHATML_TOOLS) if kind == "tools" else FOUR[kind]()
     chat = Chat(tokenizer)
     messages, tools = read_turns(TOOL_TALK, "messages"), read_tools([WEATHER])
@@ -273,7 +273,7 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
     tokenizer = made.chatml()
     for template, message in (
         ("{% for m in messages %}", "the chat template cannot render it: Unexpected end of template"),
-        ("{{ messages[0].content }}", "the chat template drops what the user or the assistant says"),
+        ("{{ messages[0].content }}", "the chat template does not render the text of the user or of the assistant"),
         ("{{ raise_exception('not today') }}", "the chat template cannot render it: not today"),
         ("{{ ''.__class__.__mro__ }}", "the chat template cannot render it: access to attribute '__class__'"),
     ):
@@ -288,7 +288,7 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
         Chat(made.bytes_tokenizer(["<s>"], bos_token="<s>"))
     # A generation prompt that the rendered turn does not begin with (DeepSeek-R1's "<think>").
     thinking = made.CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
-    with pytest.raises(UserError, match=r"begins an answer with '<think>\\n' when the model is to write it"):
+    with pytest.raises(UserError, match=r"begins an answer with '<think>\\n' in the generation prompt"):
         Chat(tokenizer, thinking).example(TALK)
 
 
@@ -308,7 +308,7 @@ def test_a_written_date_is_always_the_same() -> None:
     assert "26 Jul 2024" in made.chatml().decode(Chat(made.chatml(), dated).prompt_ids(TALK[:1]))
 
 
-def test_conversational_prompts_are_not_learnt() -> None:
+def test_conversational_prompts_are_not_supervised() -> None:
     tokenizer = made.chatml()
     columns = {"prompt": TALK[:3], "completion": TALK[3:]}
     row = SFT_ROWS.parse(columns)

@@ -12,7 +12,7 @@ from lowalign.errors import UserError
 from tests.data import made
 
 
-def test_check_prints_rows_with_what_is_learnt(
+def test_check_prints_rows_with_what_is_supervised(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))

@@ -48,9 +48,9 @@ def test_order_sources_and_report(folder: Path) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     second = write(folder / "a.jsonl", [{"messages": talk}, {"text": "a cat"}])
     limit = size(texts[3]) + 1  # with its eos the long answer has just room for no prompt
-    found = load([first, second], chat, max_length=limit)
-    assert [e.source for e in found.examples] == [f"{first}:{n}" for n in range(1, 6)] + [f"{second}:1", f"{second}:2"]
-    one, two = found.report["files"]
+    loaded = load([first, second], chat, max_length=limit)
+    assert [e.source for e in loaded.examples] == [f"{first}:{n}" for n in range(1, 6)] + [f"{second}:1", f"{second}:2"]
+    one, two = loaded.report["files"]
     lengths = sorted(size(text) + 1 for text in texts)
     expected = {"min": lengths[0], "median": statistics.median(lengths), "p95": lengths[-1], "max": lengths[-1]}
     assert one["lengths"]["completion"] == expected
@@ -65,20 +65,20 @@ def test_order_sources_and_report(folder: Path) -> None:
     assert one["tokens"] == sum(lengths) + 4 and one["supervised_tokens"] == sum(lengths) - 1
     assert one["end_of_turn"] == {"turns": 5, "ended": 5}
     assert two["shapes"] == {"messages": 1, "text": 1} and two["end_of_turn"] == {"turns": 3, "ended": 3}
-    assert found.report["rows"] == 7 and found.report["cut"] == 1 and found.report["end_of_turn"]["turns"] == 8
-    assert f"  1 of 5 rows cut in the prompt, longest {limit + 1} > {limit} tokens" in report_lines(found.report)
-    assert json.loads(json.dumps(found.report)) == found.report
+    assert loaded.report["rows"] == 7 and loaded.report["cut"] == 1 and loaded.report["end_of_turn"]["turns"] == 8
+    assert f"  1 of 5 rows cut in the prompt, longest {limit + 1} > {limit} tokens" in report_lines(loaded.report)
+    assert json.loads(json.dumps(loaded.report)) == loaded.report
 
 
 def test_a_cut_answer_has_no_end_and_a_split_text_has_one(folder: Path) -> None:
     chat = Chat(made.chatml())
     long = "the cat sat " * 20
-    found = load([write(folder / "a.jsonl", [answer(long), {"text": long}])], chat, max_length=20)
-    (report,) = found.report["files"]
+    loaded = load([write(folder / "a.jsonl", [answer(long), {"text": long}])], chat, max_length=20)
+    (report,) = loaded.report["files"]
     assert report["cut"] == {"completion": 1, "chunked": 1} and report["used"] == 2
     assert report["end_of_turn"] == {"turns": 2, "ended": 1}
-    assert all(e.length <= 20 and e.supervised for e in found.examples)
-    assert report["examples"] == len(found.examples) > 3
+    assert all(e.length <= 20 and e.supervised for e in loaded.examples)
+    assert report["examples"] == len(loaded.examples) > 3
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
@@ -117,11 +117,11 @@ def test_dropped_rows_are_counted_with_their_places(folder: Path) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     system = {"role": "system", "content": "s"}
     rows = [{"messages": talk}, {"messages": [system, talk[1]]}]
-    found = load([write(folder / "a.jsonl", rows)], Chat(made.chatml(), only_user_first))
-    (report,) = found.report["files"]
+    loaded = load([write(folder / "a.jsonl", rows)], Chat(made.chatml(), only_user_first))
+    (report,) = loaded.report["files"]
     why = "the chat template cannot render it: user first"
     assert report["dropped"] == {why: {"rows": 1, "first": [f"{folder}/a.jsonl:2"]}}
-    assert (report["rows"], report["used"], found.report["dropped"]) == (2, 1, 1)
+    assert (report["rows"], report["used"], loaded.report["dropped"]) == (2, 1, 1)
 
 
 def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +199,8 @@ def test_what_the_cache_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_files_with_bad_rows_are_read_anew(folder: Path) -> None:
     file = write(folder / "a.jsonl", [answer("a"), {"prompt": "b"}])
     for _ in range(2):
-        found = load([file], Chat(made.chatml()), on_error="skip")
-        assert len(found.bad) == 1 and found.report["bad"] == 1
+        loaded = load([file], Chat(made.chatml()), on_error="skip")
+        assert len(loaded.bad) == 1 and loaded.report["bad"] == 1
     assert not (folder / "cache").exists()
 
 
@@ -212,13 +212,13 @@ def test_a_disk_that_takes_nothing_is_no_error(folder: Path) -> None:
 def test_heldout_rows_stay_whole() -> None:
     """No row on both sides, all of them on one, in order, the same ones for the same seed."""
     examples = [Example([1], [[k]], source=f"f:{k // 2}") for k in range(40)]
-    train, held = split_heldout(examples, 5, seed=1)
-    assert {e.source for e in train} & {e.source for e in held} == set()
-    assert len({e.source for e in held}) == 5 and len(held) == 10 and len(train) == 30
-    assert sorted(train + held, key=lambda e: e.completions) == examples
+    train, heldout = split_heldout(examples, 5, seed=1)
+    assert {e.source for e in train} & {e.source for e in heldout} == set()
+    assert len({e.source for e in heldout}) == 5 and len(heldout) == 10 and len(train) == 30
+    assert sorted(train + heldout, key=lambda e: e.completions) == examples
     assert [e.completions for e in train] == sorted(e.completions for e in train)
-    assert split_heldout(examples, 5, seed=1) == (train, held)
-    assert split_heldout(examples, 5, seed=2)[1] != held
+    assert split_heldout(examples, 5, seed=1) == (train, heldout)
+    assert split_heldout(examples, 5, seed=2)[1] != heldout
     with pytest.raises(UserError, match="20 of 20 rows leaves none"):
         split_heldout(examples, 20, seed=1)
 
@@ -244,8 +244,8 @@ def test_real_rows(shared: Path, name: str, rows: int, shape: str, kind: str) ->
         kind
     ]()
     chat, file = Chat(tokenizer), shared / "data" / name
-    found = load([str(file)], chat, cache=False, max_length=100_000)
-    (report,) = found.report["files"]
+    loaded = load([str(file)], chat, cache=False, max_length=100_000)
+    (report,) = loaded.report["files"]
     assert (report["rows"], report["used"], report["bad"], report["dropped"]) == (rows, rows, 0, {})
     assert (
         report["shapes"] == {shape: rows}
@@ -262,13 +262,13 @@ def test_real_rows(shared: Path, name: str, rows: int, shape: str, kind: str) ->
         len([t for t in row["conversations"] if t["from"] in ("gpt", "function_call")]) if shape == "sharegpt" else 1
         for row in raw
     )
-    for example, row in zip(found.examples[::17], raw[::17], strict=True):
+    for example, row in zip(loaded.examples[::17], raw[::17], strict=True):
         ids, mask = torch.tensor(example.completions[0]), torch.tensor(example.masks[0])
-        learnt, rest = tokenizer.decode(ids[mask]), tokenizer.decode(example.prompt) + tokenizer.decode(ids[~mask])
-        for said in answers(row):
-            assert said.strip() in learnt
-        for asked in row.get("conversations", []):
-            if asked["from"] in ("human", "observation"):
-                assert asked["value"].strip() in rest
+        supervised, rest = tokenizer.decode(ids[mask]), tokenizer.decode(example.prompt) + tokenizer.decode(ids[~mask])
+        for answer_text in answers(row):
+            assert answer_text.strip() in supervised
+        for turn in row.get("conversations", []):
+            if turn["from"] in ("human", "observation"):
+                assert turn["value"].strip() in rest
     without_tools = shape == "sharegpt" and kind != "tools"
     assert (TOOLS_NOTE in report["notes"]) == without_tools

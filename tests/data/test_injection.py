@@ -68,8 +68,8 @@ def test_attacks(kind: str, pattern: str) -> None:
     prompt = chat.prompt_ids(talk(attack)[:3])
     assert special_ids(tokenizer, prompt) == special_ids(tokenizer, chat.prompt_ids(talk("hello")[:3]))
     for example in (chat.completion(attack, f" {attack}."), chat.document(f"a {attack}")):
-        found = special_ids(tokenizer, example.prompt + example.completions[0])
-        assert found == [*chat.bos_ids, tokenizer.eos_token_id]
+        ids = special_ids(tokenizer, example.prompt + example.completions[0])
+        assert ids == [*chat.bos_ids, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("template", [made.CHATML_TOOLS, made.CHATML], ids=["tools", "no tools"])
@@ -181,7 +181,7 @@ def test_a_normalizer_that_makes_markers_is_caught() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|stop|>", special=True, normalized=True)])
     chat = Chat(tokenizer)
-    with pytest.raises(RowError, match="its texts become special tokens"):
+    with pytest.raises(RowError, match="its texts change the special tokens"):
         chat.example([{"role": "user", "content": "<|STOP|>"}, {"role": "assistant", "content": "b"}])
 
 

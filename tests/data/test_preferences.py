@@ -1,4 +1,4 @@
-"""Rows of preferences to Examples: every shape, every rule, and what is said of bad rows."""
+"""Rows of preferences to Examples: every format and every rule."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from lowalign.data.dataset import load_examples
 from lowalign.data.report import report_lines
 from lowalign.errors import UserError
 from tests.data import made
-from tests.data.test_preferences_rules import judged, load, one, said, user, write
+from tests.data.test_preferences_rules import judged, load, one, rendered, user, write
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ ROWS = {
     "message and text": ({"prompt": [user("hi")], **BOTH}, HI, [HO, NO]),
     "text and messages": ({"prompt": "hi", "chosen": [assistant("ho")], "rejected": [assistant("no")]}, HI, [HO, NO]),
     "one object each": ({"prompt": user("hi"), "chosen": assistant("ho"), "rejected": assistant("no")}, HI, [HO, NO]),
-    "history is not learnt": ({"prompt": TALK, **BOTH}, LONG, [HO, NO]),
+    "history is not supervised": ({"prompt": TALK, **BOTH}, LONG, [HO, NO]),
     "whole conversations": ({"chosen": [*TALK, assistant("ho")], "rejected": [*TALK, assistant("no")]}, LONG, [HO, NO]),
     "prompt null": ({"prompt": None, "chosen": [user("hi"), assistant("ho")], "rejected": [user("hi"), assistant("no")]}, HI, [HO, NO]),
     "prompt repeated": ({"prompt": "hi", "chosen": [user("hi"), assistant("ho")], "rejected": [user("hi"), assistant("no")]}, HI, [HO, NO]),
@@ -83,7 +83,7 @@ ROWS = {
 def test_a_row_means(name: str, tmp_path: Path, chat: Chat) -> None:
     row, prompt, completions = ROWS[name]
     example = one(tmp_path, row, chat)
-    assert said(example, chat) == (prompt, completions)
+    assert rendered(example, chat) == (prompt, completions)
     assert example.rank == list(range(len(completions))) and example.source == f"{tmp_path}/rows.jsonl:1"
     assert (example.margin, example.label, example.weight) == (0.0, None, 1.0)
 
@@ -99,8 +99,8 @@ def test_the_same_prompt_as_in_sft_and_in_generation(tmp_path: Path) -> None:
         for k, text in enumerate(BOTH.values()):
             rows = [{"prompt": TALK, "completion": text}, {"prompt": "2 + 2 =", "completion": text}]
             config = DataConfig(cache=False)
-            found = load_examples([write(tmp_path / "sft.jsonl", rows)], chat, config)
-            for example, pair in zip(found.examples, (turns, plain), strict=True):
+            loaded = load_examples([write(tmp_path / "sft.jsonl", rows)], chat, config)
+            for example, pair in zip(loaded.examples, (turns, plain), strict=True):
                 assert example.prompt == pair.prompt and example.completions == [pair.completions[k]]
                 assert example.masks == [pair.masks[k]]
 
@@ -110,16 +110,16 @@ def test_margin_ranks_and_labels(tmp_path: Path, chat: Chat) -> None:
     assert one(tmp_path, {"prompt": "q", **BOTH, "margin": None}, chat).margin == 0.0
     ranked = one(tmp_path, {"prompt": "q", "completions": ["x", "y", "z", "w"], "ranks": [2, 0.5, 2, 7]}, chat)
     assert ranked.rank == [1, 0, 1, 2]
-    for label, meaning in ((True, True), (False, False), (1, True), (0, False)):
+    for label, expected in ((True, True), (False, False), (1, True), (0, False)):
         example = one(tmp_path, {"prompt": [user("hi")], "completion": "ho", "label": label}, chat)
-        assert example.label is meaning and example.rank is None and said(example, chat) == (HI, [HO])
+        assert example.label is expected and example.rank is None and rendered(example, chat) == (HI, [HO])
 
 
 def test_tools_stand_in_the_prompt(tmp_path: Path) -> None:
     chat = Chat(made.chatml(made.CHATML_TOOLS))
     calling = {"role": "assistant", "content": "", "tool_calls": [made.weather_call("Graz")]}
     row = {"prompt": [user("hi")], "tools": [made.WEATHER], "chosen": [calling], "rejected": "no"}
-    prompt, (call, refusal) = said(one(tmp_path, row, chat), chat)
+    prompt, (call, refusal) = rendered(one(tmp_path, row, chat), chat)
     assert "Weather of a city." in prompt and "weather" in call and '"city": "Graz"' in call and refusal == NO
 
 
@@ -132,7 +132,7 @@ def test_earlier_turns_that_a_template_rewrites(tmp_path: Path) -> None:
         "chosen": [thought, user("hi"), assistant("ho")],
         "rejected": [thought, user("hi"), assistant("no")],
     }
-    assert said(one(tmp_path, first, chat), chat) == (LONG, [HO, NO])
+    assert rendered(one(tmp_path, first, chat), chat) == (LONG, [HO, NO])
     second = first | {"rejected": [assistant("c"), user("hi"), assistant("no")]}
     with pytest.raises(
         UserError,
@@ -157,15 +157,15 @@ def test_long_rows_share_the_cut_prompt(tmp_path: Path) -> None:
     assert len(short) < len(long) < len(whole.prompt) and whole.prompt[0] == chat.bos_ids[0]
     limit = len(whole.prompt) + len(long)
     assert one(tmp_path, row, chat, max_length=limit) == whole
-    found = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=limit - 3)
-    (cut,) = found.examples
+    loaded = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=limit - 3)
+    (cut,) = loaded.examples
     assert cut.prompt == chat.bos_ids + whole.prompt[4:] and cut.completions == whole.completions
-    assert found.report["files"][0]["cut"] == {"prompt": 1}
-    assert f"  1 of 1 rows cut in the prompt, longest {limit} > {limit - 3} tokens" in report_lines(found.report)
-    found = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=len(long) - 1)
-    (cut,) = found.examples
+    assert loaded.report["files"][0]["cut"] == {"prompt": 1}
+    assert f"  1 of 1 rows cut in the prompt, longest {limit} > {limit - 3} tokens" in report_lines(loaded.report)
+    loaded = load(write(tmp_path / "rows.jsonl", [row]), chat, max_length=len(long) - 1)
+    (cut,) = loaded.examples
     assert cut.prompt == chat.bos_ids and cut.completions == [short, long[: len(long) - 2]]
-    assert found.report["files"][0]["cut"] == {"completion": 1} and cut.rank == [0, 1]
+    assert loaded.report["files"][0]["cut"] == {"completion": 1} and cut.rank == [0, 1]
 
 
 GOOD = {"prompt": "q", **BOTH}
@@ -222,19 +222,22 @@ def test_real_rows(shared: Path, name: str, rows: int, kind: str) -> None:
     text = file.read_text(encoding="utf-8")
     raw = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     raw = raw if file.suffix == ".jsonl" else raw[:40]
-    found = load(str(file), chat, max_length=100_000, limit=len(raw))
-    (report,) = found.report["files"]
+    loaded = load(str(file), chat, max_length=100_000, limit=len(raw))
+    (report,) = loaded.report["files"]
     assert (report["used"], report["bad"], report["dropped"]) == (len(raw), 0, {}) and rows >= len(raw)
     assert report["end_of_turn"] == {"turns": 2 * len(raw), "ended": 2 * len(raw)}
-    for example, row in zip(found.examples, raw, strict=True):
+    for example, row in zip(loaded.examples, raw, strict=True):
         prompt = tokenizer.decode(example.prompt)
         if "conversations" in row:
-            asked, answers = row["conversations"][-1]["value"], [row[side]["value"] for side in ("chosen", "rejected")]
+            question, answers = (
+                row["conversations"][-1]["value"],
+                [row[side]["value"] for side in ("chosen", "rejected")],
+            )
         else:
             sides = [row[f"{side}_messages"] for side in ("chosen", "rejected")]
-            asked = sides[0][-2]["content"][0]["value"]
+            question = sides[0][-2]["content"][0]["value"]
             answers = [side[-1]["content"][0]["value"] for side in sides]
-        assert asked.strip() in prompt and example.rank == [0, 1]
+        assert question.strip() in prompt and example.rank == [0, 1]
         for i, answer in enumerate(answers):
-            learnt = [t for t, m in zip(example.completions[i], example.mask(i), strict=True) if m]
-            assert answer.strip() in tokenizer.decode(learnt)
+            supervised = [t for t, m in zip(example.completions[i], example.mask(i), strict=True) if m]
+            assert answer.strip() in tokenizer.decode(supervised)

@@ -1,4 +1,4 @@
-"""What is wrong with a row of preferences is said in these exact words, at its line."""
+"""The exact messages for bad rows of preferences, with their lines."""
 
 import json
 import random
@@ -33,7 +33,7 @@ BAD = {
     '{"prompt": 7, "chosen": "a", "rejected": "b"}': '"prompt" must be a string, found a number',
     '{"prompt": [], "chosen": "a", "rejected": "b"}': '"prompt" is empty',
     '{"prompt": "q", "chosen": [], "rejected": "b"}': '"chosen" is empty',
-    '{"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": ""}': "rejected[0]: the assistant says nothing",
+    '{"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": ""}': "rejected[0]: the assistant turn is empty",
     '{"prompt": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}': "chosen begins with a turn of the user, not of the assistant",
     '{"prompt": "q", "chosen": [{"role": "assistnt", "content": "a"}], "rejected": "b"}': 'chosen[0]: unknown role "assistnt"; did you mean "assistant"?',
     '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": -1}': '"margin" must be a finite number of 0 or more, found -1',
@@ -43,9 +43,9 @@ BAD = {
     '{"messages": []}': 'expected "prompt", found "messages": a row without a preference; use lowalign sft',
     '{"chosen": "a", "rejected": "b"}': '"chosen" is plain text, and there is no "prompt"; give one, or write whole conversations: lists of turns, '
     r'or texts of the form "\n\nHuman: …\n\nAssistant: …"',
-    r'{"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: a"}': "chosen[1]: the assistant says nothing",
+    r'{"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: a"}': "chosen[1]: the assistant turn is empty",
     f'{{"chosen": {TURNS % "{}"}, "rejected": []}}': 'chosen[1]: expected "role", found nothing',
-    r'{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}': "its answers part at a turn of the user; they must answer the same prompt",
+    r'{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}': "its answers differ at a turn of the user; they must answer the same prompt",
     r'{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: p\n\nAssistant: b"}': "one of its answers is the beginning of another",
     '{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}': "there is no turn before its answers",
     '{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}': "chosen: no assistant turn to learn from",
@@ -75,9 +75,9 @@ def test_a_bad_line_gets_its_message(line: str, tmp_path: Path, chat: Chat) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n")
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
-    assert [str(row) for row in found.bad] == [f"{path}:2: {BAD[line]}"]
-    assert [example.source for example in found.examples] == [f"{path}:1"]
+    dataset = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
+    assert [str(row) for row in dataset.bad] == [f"{path}:2: {BAD[line]}"]
+    assert [example.source for example in dataset.examples] == [f"{path}:1"]
 
 
 def test_an_annotator_speaks_once_of_a_pair(tmp_path: Path, chat: Chat) -> None:
@@ -96,8 +96,8 @@ def test_an_annotator_speaks_once_of_a_pair(tmp_path: Path, chat: Chat) -> None:
     )
     rejected = tmp_path / "rejected.jsonl"
     config = PreferenceConfig(cache=False, on_error="skip")
-    found = load_preferences([file], chat, config, rejected=rejected)
-    assert len(found.examples) == 1 and [json.loads(line)["where"] for line in rejected.open()] == [
+    dataset = load_preferences([file], chat, config, rejected=rejected)
+    assert len(dataset.examples) == 1 and [json.loads(line)["where"] for line in rejected.open()] == [
         f"{file}:{n}" for n in (1, 2, 3)
     ]
 
@@ -128,8 +128,8 @@ def test_a_file_of_one_bad_line(line: str, tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(line)
     config = PreferenceConfig(cache=False)
-    found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
-    assert [str(row) for row in found.bad] == [f"{path}:1: {LONE[line]}"]
+    dataset = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
+    assert [str(row) for row in dataset.bad] == [f"{path}:1: {LONE[line]}"]
 
 
 def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_no_row_makes_it_fall_over(tmp_path: Path) -> None:
     for template in (made.CHATML, made.QWEN3):
         chat = Chat(made.chatml(template))
         config = PreferenceConfig(cache=False, ties="keep", max_length=25)
-        found = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
-        report = found.report
-        assert report["used"] + len(found.bad) + report["dropped"] == len(rows) and report["used"] > 200
-        for e in found.examples:
+        dataset = read_examples([str(path)], chat, config, encoder=PREFERENCE_ENCODER)
+        report = dataset.report
+        assert report["used"] + len(dataset.bad) + report["dropped"] == len(rows) and report["used"] > 200
+        for e in dataset.examples:
             assert len(e.prompt) + max(map(len, e.completions)) <= 25 and all(
                 any(e.mask(i)) for i in range(len(e.masks))
             )

@@ -33,13 +33,16 @@ def one(tmp_path: Path, row: dict, chat: Chat, **options: object) -> Example:
     return example
 
 
-def said(example: Example, chat: Chat) -> tuple[str, list[str]]:
+def rendered(example: Example, chat: Chat) -> tuple[str, list[str]]:
     """The prompt and, of each completion, the text with its supervised part in «…»."""
     decode, answers = chat.tokenizer.decode, []
     for i, ids in enumerate(example.completions):
         text, inside = "", False
-        for token, learnt in zip(ids, example.mask(i), strict=True):
-            text, inside = text + ("«" if learnt and not inside else "»" if inside and not learnt else ""), learnt
+        for token, supervised in zip(ids, example.mask(i), strict=True):
+            text, inside = (
+                text + ("«" if supervised and not inside else "»" if inside and not supervised else ""),
+                supervised,
+            )
             text += decode([token])
         answers.append(text + ("»" if inside else ""))
     return decode(example.prompt), answers
@@ -59,12 +62,12 @@ def test_scores_are_gathered_over_the_file(tmp_path: Path, chat: Chat) -> None:
     rows += [{"prompt": "even", "completion": c, "score": 5} for c in "xy"]
     file = write(tmp_path / "rows.jsonl", rows)
     for gap, ranks in ((0.0, [1, 0, 2, 3]), (0.1, [1, 0, 1, 2]), (0.2, [1, 0, 1, 1]), (0.5, [0, 0, 1, 1])):
-        found = load(file, chat, gap=gap)
-        first, second = found.examples
+        loaded = load(file, chat, gap=gap)
+        first, second = loaded.examples
         assert (first.rank, second.rank) == (ranks, [1, 0])
-        assert said(first, chat)[1] == [f"«{c}<|im_end|>»" for c in scores]
+        assert rendered(first, chat)[1] == [f"«{c}<|im_end|>»" for c in scores]
         assert (first.source, second.source) == (f"{file}:1", f"{file}:3")
-        (report,) = found.report["files"]
+        (report,) = loaded.report["files"]
         assert report["dropped"] == {
             "the only answer to its prompt": {"rows": 1, "first": [f"{file}:5"]},
             "none of its answers is better than another": {"rows": 2, "first": [f"{file}:8", f"{file}:9"]},
@@ -86,11 +89,11 @@ def test_verdicts_of_one_pair_are_gathered(tmp_path: Path, chat: Chat) -> None:
     """x against y: two for x, one for y, one tie, in either order of the columns. x against z: one each."""
     file = judged(tmp_path / "rows.jsonl")
     for rule, weight in (("majority", 1.0), ("weight", (2 - 1) / 4)):
-        found = load(file, chat, verdicts=rule)
-        (example,) = found.examples
-        assert said(example, chat)[1] == ["«x<|im_end|>»", "«y<|im_end|>»"]
+        loaded = load(file, chat, verdicts=rule)
+        (example,) = loaded.examples
+        assert rendered(example, chat)[1] == ["«x<|im_end|>»", "«y<|im_end|>»"]
         assert (example.rank, example.weight, example.source) == ([0, 1], weight, f"{file}:1")
-        (report,) = found.report["files"]
+        (report,) = loaded.report["files"]
         assert report["dropped"]["none of its answers is better than another"]["rows"] == 2
         example, tie = load(file, chat, verdicts=rule, ties="keep").examples
         assert (tie.rank, tie.weight, tie.source) == ([0, 0], 1.0, f"{file}:5")
@@ -105,7 +108,7 @@ def test_verdicts_of_one_pair_are_gathered(tmp_path: Path, chat: Chat) -> None:
     }
     assert agreement["agreement"] == pytest.approx(1 / 7)
     assert agreement["alpha"] == pytest.approx(1 - 5 * (10 / 3 + 2) / 22)
-    text = report_lines(found.report)
+    text = report_lines(loaded.report)
     assert "  6 verdicts of 4 annotators on 2 pairs" in text and "  two annotators of a pair agree: 14.3%" in text
     assert "  Krippendorff's alpha: -0.212 (1: always agreed, 0: as by chance)" in text
 
@@ -126,22 +129,26 @@ DROPPED = [
 @pytest.mark.parametrize("row, options, reason", DROPPED, ids=lambda value: value if isinstance(value, str) else "")
 def test_rows_that_teach_nothing_are_counted(row: dict, options: dict, reason: str, tmp_path: Path, chat: Chat) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}, row])
-    found = load(file, chat, **options)
-    assert [e.source for e in found.examples] == [f"{file}:1"] and found.bad == []
-    assert found.report["files"][0]["dropped"] == {reason: {"rows": 1, "first": [f"{file}:2"]}}
+    loaded = load(file, chat, **options)
+    assert [e.source for e in loaded.examples] == [f"{file}:1"] and loaded.bad == []
+    assert loaded.report["files"][0]["dropped"] == {reason: {"rows": 1, "first": [f"{file}:2"]}}
 
 
 def test_what_a_template_makes_equal_is_dropped(tmp_path: Path) -> None:
     """Gemma's template trims answers: the texts differ, the ids do not."""
     chat = Chat(made.gemma())
     rows = [{"prompt": [user("hi")], "chosen": "ho", "rejected": text} for text in (" ho\n", "no")]
-    found = load(write(tmp_path / "rows.jsonl", rows), chat)
-    assert list(found.report["files"][0]["dropped"]) == ["its answers are the same"] and len(found.examples) == 1
+    loaded = load(write(tmp_path / "rows.jsonl", rows), chat)
+    assert list(loaded.report["files"][0]["dropped"]) == ["its answers are the same"] and len(loaded.examples) == 1
 
 
 def test_an_answer_that_stands_twice_at_one_rank_is_kept_once(tmp_path: Path, chat: Chat) -> None:
     row = {"prompt": "q", "completions": ["a", "b", "a", "c"], "ranks": [1, 0, 1, 2]}
-    found = load(write(tmp_path / "rows.jsonl", [row]), chat)
-    (example,) = found.examples
-    assert said(example, chat)[1] == ["«a<|im_end|>»", "«b<|im_end|>»", "«c<|im_end|>»"] and example.rank == [1, 0, 2]
-    assert found.report["files"][0]["notes"] == {"repeated answers of one rank kept once": 1}
+    loaded = load(write(tmp_path / "rows.jsonl", [row]), chat)
+    (example,) = loaded.examples
+    assert rendered(example, chat)[1] == ["«a<|im_end|>»", "«b<|im_end|>»", "«c<|im_end|>»"] and example.rank == [
+        1,
+        0,
+        2,
+    ]
+    assert loaded.report["files"][0]["notes"] == {"repeated answers of one rank kept once": 1}

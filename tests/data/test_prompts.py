@@ -43,27 +43,27 @@ def test_the_prompt_of_a_row(row, prompt, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
     strip = lambda turns: [{k: v for k, v in t.items() if k != "weight"} for t in turns]  # noqa: E731
-    ((found, where),) = read_prompts([str(file)])
-    assert (found if isinstance(prompt, str) else strip(found)) == prompt
+    ((read_prompt, where),) = read_prompts([str(file)])
+    assert (read_prompt if isinstance(prompt, str) else strip(read_prompt)) == prompt
     assert where == f"{file}:1"
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         ({"question": "q"}, 'expected "prompt", "messages" or a row of answers or preferences, found question'),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, '"messages" holds no question'),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, '"messages" has no turn before the answer'),
         ({"messages": [{"role": "usr", "content": "a"}]}, 'did you mean "user"?'),
         ({"prompt": 7}, '"prompt" must be a list of turns, found a number'),
         ({"prompt": None}, "found prompt"),
     ],
 )
-def test_a_row_without_one(row, says, tmp_path):
+def test_a_row_without_one(row, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "fine"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError) as error:
         list(read_prompts([str(file)]))
-    assert str(error.value).startswith(f"{file}:2: ") and says in str(error.value)
+    assert str(error.value).startswith(f"{file}:2: ") and message in str(error.value)
 
 
 def test_ids():

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import RowError, kind_of, parse_rows
+from lowalign.data.rows.read import RowError, parse_rows
 from lowalign.data.rows.rewrite import tools_as_text
+from lowalign.data.rows.strict_json import kind_of
 from lowalign.data.rows.turns import Prompt, expected, read_turns
 
 

@@ -6,7 +6,6 @@ so that each row has its true line; JSONL is read line by line. CSV and Parquet 
 """
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lowalign.data.rows.strict_json import StrictParser, half_surrogate, kind_of
 from lowalign.errors import UserError
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
 SUFFIXES = (".json", ".jsonl", ".ndjson")
+WHITESPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
 T = TypeVar("T")
 
@@ -94,12 +95,12 @@ def parse_rows(name: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[tupl
 def _from_file(name: str) -> Iterator[Row | BadRow]:
     try:
         with Path(name).open("rb") as stream:
-            head = stream.read(1024)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in head[:4] and head[:4].strip(b"\0")):
+            start = stream.read(1024)
+            if start[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in start[:4] and start[:4].strip(b"\0")):
                 raise UserError(f"{name} is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8")
-            stream.seek(len(BOM) if head.startswith(BOM) else 0)
+            stream.seek(len(BOM) if start.startswith(BOM) else 0)
             # Bytes that are not UTF-8 become lone surrogates, which _invalid_text finds.
-            if head.removeprefix(BOM).lstrip().startswith(b"["):
+            if start.removeprefix(BOM).lstrip().startswith(b"["):
                 yield from _array(name, stream.read().decode("utf-8", "surrogateescape"))
             else:
                 yield from _lines(name, (line.decode("utf-8", "surrogateescape") for line in stream))
@@ -108,7 +109,7 @@ def _from_file(name: str) -> Iterator[Row | BadRow]:
 
 
 def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
-    parser, first = _Parser(), True
+    parser, first = StrictParser(), True
     for number, line in enumerate(lines, 1):
         text = line.strip("\r\n\t ")
         if not text:
@@ -120,14 +121,14 @@ def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
         first = False
         data, end, message = parser.parse(text, 0)
         if not message and text[end:].strip():
-            message = f"more text after the row, at column {end + 1}: one row a line"
+            message = f"more text after the row, at column {end + 1}: write one row per line"
         elif message and not line.endswith("\n") and parser.ended:
             message += "; the file seems to be cut off here"
         yield _checked(name, number, data, message, text)
 
 
 def _array(name: str, text: str) -> Iterator[Row | BadRow]:
-    parser = _Parser()
+    parser = StrictParser()
     at, line, counted = _skip(text, text.index("[") + 1), 1, 0
     while at < len(text) and text[at] != "]":
         line, counted = line + text.count("\n", counted, at), at
@@ -156,9 +157,8 @@ def _array(name: str, text: str) -> Iterator[Row | BadRow]:
 
 
 def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+    """The index of the first character from `at` that is no white space."""
+    return WHITESPACE.match(text, at).end()
 
 
 def _checked(name: str, line: int, data: Any, message: str, raw: str) -> Row | BadRow:
@@ -177,67 +177,9 @@ def _invalid_text(data: dict[str, Any], raw: str) -> str:
     return half_surrogate(data, raw)
 
 
-def half_surrogate(data: Any, raw: str) -> str:
-    """The problem with parsed JSON whose text has half of an escaped surrogate pair (\\ud800 alone); "": none."""
-    if r"\u" in raw and (bad := re.search(r"[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))):
-        return f"\\u{ord(bad[0]):04x} is half of a surrogate pair, not a character"
-    return ""
-
-
 def _printable(raw: str) -> str:
     """The text, bytes that are not UTF-8 written as \\xNN."""
     return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-class _Parser:
-    """Standard JSON: duplicate keys and NaN, which Python accepts, are reported as problems."""
-
-    def __init__(self) -> None:
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int
-        )
-        self._problem = ""
-        self.ended = False  # whether the last error was an early end of the text
-
-    def parse(self, text: str, at: int) -> tuple[Any, int | None, str]:
-        """-> the value that begins at `at`, its end (None: unknown), and the problem with it ("": none)."""
-        self._problem = ""
-        try:
-            data, end = self._decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            unterminated = error.msg.startswith("Unterminated string")
-            self.ended = unterminated or error.pos >= len(text.rstrip())
-            line = error.lineno - text.count("\n", 0, at)
-            below = f" of line {error.lineno}" if line > 1 else ""
-            return None, None, f"not JSON: {error.msg} (column {error.colno}{below})"
-        except RecursionError:
-            return None, None, "nested too deeply"
-        return data, end, self._problem
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(pairs)
-        if len(data) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in data if keys.count(key) > 1)
-            self._problem = self._problem or f'the key "{repeated}" is there more than once'
-        return data
-
-    def _constant(self, name: str) -> None:
-        self._problem = self._problem or f"{name} is not JSON: write null or a number"
-
-    def _int(self, digits: str) -> int:
-        try:
-            return int(digits)
-        except ValueError:  # Python's own limit on the digits of a number
-            self._problem = self._problem or f"a number of {len(digits)} digits"
-            return 0
-
-
-def kind_of(value: object) -> str:
-    """The type of a JSON value, in words."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    kinds |= {int: "a number", float: "a number"}
-    return kinds.get(type(value), type(value).__name__)
 
 
 def _from_hub(name: str, limit: int | None) -> Iterator[Row | BadRow]:

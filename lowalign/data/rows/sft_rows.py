@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
-from lowalign.data.rows.read import RowError, kind_of
+from lowalign.data.rows.read import RowError
+from lowalign.data.rows.strict_json import kind_of
 from lowalign.data.rows.turns import (
     Message,
     Tools,

@@ -9,7 +9,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lowalign.data.rows.read import RowError, half_surrogate, kind_of
+from lowalign.data.rows.read import RowError
+from lowalign.data.rows.strict_json import half_surrogate, kind_of
 
 Message = dict[str, Any]
 Prompt = str | list[Message]  # plain text, or messages; also an answer to one
@@ -95,7 +96,7 @@ def _message(turn: Any, at: str, role_key: str) -> Message:
         if reasoning:
             message["reasoning_content"] = reasoning
         if not calls and not reasoning and not message["content"].strip():
-            raise RowError(f"{at}: the assistant says nothing")
+            raise RowError(f"{at}: the assistant turn is empty")
         weight = turn.get("weight", turn.get("loss_weight"))
         if weight not in (None, 0, 1):
             raise RowError(f'{at}: "weight" must be 0 or 1, found {json.dumps(weight)}')

@@ -53,10 +53,10 @@ def test_limit_counts_bad_rows_too(tmp_path: Path, name: str) -> None:
 
 
 def test_hub_datasets_are_numbered_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
 
     def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+        calls.append((name, split))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}, {"text": "c"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -66,7 +66,7 @@ def test_hub_datasets_are_numbered_by_row(monkeypatch: pytest.MonkeyPatch) -> No
         ("someone/things:train:2", {"text": "b"}),
     ]
     assert [row.where for row in read_rows("things:test")] == ["things:test:1", "things:test:2", "things:test:3"]
-    assert asked == [("someone/things", "train"), ("things", "test")]
+    assert calls == [("someone/things", "train"), ("things", "test")]
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

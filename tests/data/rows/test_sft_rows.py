@@ -1,4 +1,4 @@
-"""What a row of each shape says."""
+"""How a row of each format is parsed."""
 
 import json
 
@@ -9,7 +9,7 @@ from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, Promp
 from tests.data.made import WEATHER, weather_call
 
 
-def said(row: dict) -> object:
+def parsed(row: dict) -> object:
     return SFT_ROWS.parse(row)
 
 
@@ -66,9 +66,11 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row, meaning", ROWS, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
-def test_a_row_says(row: dict, meaning: object) -> None:
-    assert said(row) == meaning
+@pytest.mark.parametrize(
+    "row, conversation", ROWS, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
+)
+def test_a_row_is_parsed(row: dict, conversation: object) -> None:
+    assert parsed(row) == conversation
 
 
 def test_calls_in_every_dress_are_the_same() -> None:
@@ -87,16 +89,16 @@ def test_calls_in_every_dress_are_the_same() -> None:
     listed = [*sharegpt]
     listed[1] = {"from": "function_call", "value": json.dumps([call])}
     for tools in ([WEATHER], [TOOL], json.dumps([WEATHER]), json.dumps([TOOL])):
-        assert said({"conversations": sharegpt, "tools": tools}) == Conversation(expected, [TOOL])
-    assert said({"conversations": listed}).messages == expected
-    given = json.loads(json.dumps(expected).replace("call00001", "call_1"))
-    assert said({"messages": openai}).messages == given
+        assert parsed({"conversations": sharegpt, "tools": tools}) == Conversation(expected, [TOOL])
+    assert parsed({"conversations": listed}).messages == expected
+    with_own_ids = json.loads(json.dumps(expected).replace("call00001", "call_1"))
+    assert parsed({"messages": openai}).messages == with_own_ids
 
 
 def test_results_answer_their_calls() -> None:
     calls = [{"name": "a", "arguments": {}}, {"name": "b", "arguments": ""}]
     row = {"messages": [HI[0], assistant("", tool_calls=calls), *({"role": "tool", "content": c} for c in "xy"), HI[1]]}
-    results = [(m["name"], m["tool_call_id"]) for m in said(row).messages if m["role"] == "tool"]
+    results = [(m["name"], m["tool_call_id"]) for m in parsed(row).messages if m["role"] == "tool"]
     assert results == [("a", "call00001"), ("b", "call00002")]
 
 

@@ -50,9 +50,9 @@ def test_ranks_respect_the_gap_whatever_the_scores() -> None:
     ],
 )
 def test_decisions(verdicts: str, majority: tuple, weight: tuple) -> None:
-    given = ["tie" if v == "t" else v for v in verdicts]
-    assert decide(given, "majority") == majority
-    assert decide(given, "weight") == weight
+    words = ["tie" if v == "t" else v for v in verdicts]
+    assert decide(words, "majority") == majority
+    assert decide(words, "weight") == weight
 
 
 # Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), parts A, B and C: each observer's values, "." where
@@ -76,7 +76,7 @@ def test_alpha_where_there_is_nothing_to_compute() -> None:
 
 
 def test_agreement_counts_every_two_verdicts_of_a_pair() -> None:
-    found = agreement([{"ann": "a", "bob": "a", "cec": "b"}, {"ann": "tie", "dan": "tie"}, {"bob": "a"}])
-    assert (found["pairs"], found["verdicts"], found["annotators"]) == (3, 6, 4)
-    assert found["agreement"] == (1 + 1) / (3 + 1)
+    figures = agreement([{"ann": "a", "bob": "a", "cec": "b"}, {"ann": "tie", "dan": "tie"}, {"bob": "a"}])
+    assert (figures["pairs"], figures["verdicts"], figures["annotators"]) == (3, 6, 4)
+    assert figures["agreement"] == (1 + 1) / (3 + 1)
     assert agreement([{"ann": "a"}]) == {"pairs": 1, "verdicts": 1, "annotators": 1, "agreement": None, "alpha": None}
