@@ -15,6 +15,7 @@ from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters import soft
 from lowalign.model.adapters.adapters import Adapters
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base
 from lowalign.model.forward import unpacked
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_tokens
@@ -58,10 +59,10 @@ class Host(Adapters):
 
     def tokens(self, examples: Sequence[Example], wanted: TokenRequest) -> TokenOutputs:
         """Log-probabilities, entropies and values of the completion tokens under the active adapters, in one forward."""
-        virtual, prefix = self.soft_states()
+        soft_prompt = self.soft_states()
         compute = packed_tokens if self.base.packed else unpacked.row_tokens
         with self._activations():
-            return compute(self.base.model, examples, virtual, prefix, wanted)
+            return compute(self.base.model, examples, soft_prompt, wanted)
 
     def head(self, name: str) -> nn.Parameter:
         """The scalar head (1, hidden) of an adapter. Raises UserError when it has none."""
@@ -76,10 +77,10 @@ class Host(Adapters):
         adapter has no head.
         """
         head = self.head(name)
-        virtual, prefix = self.soft_states()
+        soft_prompt = self.soft_states()
         compute = packed_scores if self.base.packed else unpacked.row_scores
         with self._activations():
-            return compute(self.base.model, examples, virtual, prefix, head)
+            return compute(self.base.model, examples, soft_prompt, head)
 
     @torch.no_grad()
     def generate(
@@ -94,14 +95,14 @@ class Host(Adapters):
         seeds: one per prompt; a sample depends on (sampling.seed, its prompt's seed, its number) and on nothing else in
         the batch. Where memory runs out, what is not done begins anew, half as many at a time.
         """
-        virtual, prefix = self.soft_states()
+        soft_prompt = self.soft_states()
         run = sample if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
         try:
             return run(
                 self.base.model, prompts, n, sampling or Sampling(),
-                eos_ids=self.base.eos_ids, virtual=virtual, prefix=prefix, seeds=seeds, check=self.check,
+                eos_ids=self.base.eos_ids, soft=soft_prompt, seeds=seeds, check=self.check,
             )  # fmt: skip
         finally:
             self.base.model.train(was_training)
@@ -120,15 +121,15 @@ class Host(Adapters):
         ids = soft.text_ids(name, text, config.num_virtual_tokens, self.base.tokenizer)
         soft.set_prefix(self._encoders[name], unpacked.keys_values(self.base.model, ids))
 
-    def soft_states(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None]:
-        """The active soft prompt as (virtual embeddings, None) or (None, prefix per layer); (None, None) without one."""
+    def soft_states(self) -> SoftPrompt:
+        """The active soft prompt, or NO_SOFT_PROMPT."""
         for name in self.active:
             if name in self._encoders:
                 module, config = self._encoders[name], self.configs[name]
                 if isinstance(config, PrefixTuningConfig):
-                    return None, soft.prefix_states(module, config)
-                return soft.virtual_embeddings(module, config), None
-        return None, None
+                    return SoftPrompt(keys_values=soft.prefix_states(module, config))
+                return SoftPrompt(soft.virtual_embeddings(module, config))
+        return NO_SOFT_PROMPT
 
     def _activations(self) -> contextlib.AbstractContextManager:
         """Where a forward keeps what its backward needs."""

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 
 from lowalign.config.sections import AdapterConfig
-from lowalign.data.pack import Example, pack
+from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.forward.logprob import Head
-from lowalign.model.forward.packed import hidden_states
+from lowalign.model.forward.packed import hidden_states, pack_behind
 from lowalign.model.host import Host
 
 POLICY, INIT = "policy", "init"
@@ -146,10 +146,9 @@ def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequen
     logps = []
     for names in (p, q):
         with host.use(*names):
-            virtual, prefix = host.soft_states()
-            row = pack(examples, 0 if virtual is None else len(virtual), 0 if prefix is None else prefix[0][0].shape[2])
-            row = row.to(host.base.device)
-            hidden = hidden_states(host.base.model, row, virtual, prefix)[row.predictors[:KL_TOKENS]]
+            soft = host.soft_states()
+            row = pack_behind(soft, examples, host.base.model)
+            hidden = hidden_states(host.base.model, row, soft)[row.predictors[:KL_TOKENS]]
             logps.append(Head.of(host.base.model).logits(hidden).log_softmax(-1))
     return (logps[0].exp() * (logps[0] - logps[1])).sum(-1).mean().item()
 

@@ -8,8 +8,7 @@ from peft import PeftModel
 
 from lowalign import Base, Example, Host
 from lowalign.cli import main
-from lowalign.data.pack import pack
-from lowalign.model.forward.packed import hidden_states
+from lowalign.model.forward.packed import hidden_states, pack_behind
 
 FILES = {"alpaca_en_demo.json": "alpaca", "glaive_toolcall_en_demo.json": "sharegpt", "c4_demo.jsonl": "text"}
 LEARNING_RATE = {"lora": "5e-3", "prompt": "1e-1", "prefix": "5e-2"}
@@ -49,9 +48,9 @@ def test_stock_peft_gives_equal_logits(kind, small_base, shared, tmp_path):
     host = Host(Base.load(small_base, device="cpu", quiet=True))
     host.load("a", out)
     with host.use("a"), torch.no_grad():
-        virtual, prefix = host.soft_states()
-        before = [0 if virtual is None else len(virtual), 0 if prefix is None else prefix[0][0].shape[2]]
-        hidden = hidden_states(host.base.model, pack([Example(ids[:1], [ids[1:]])], *before), virtual, prefix)
+        soft = host.soft_states()
+        row = pack_behind(soft, [Example(ids[:1], [ids[1:]])], host.base.model)
+        hidden = hidden_states(host.base.model, row, soft)
         got = host.base.model.lm_head(hidden[-24:])
     stock = PeftModel.from_pretrained(
         Base.load(small_base, device="cpu", quiet=True).model, str(out / "adapter")

@@ -24,6 +24,7 @@ from lowalign.data.pack import Segment
 from lowalign.log import log
 from lowalign.model.attention.blockwise import cumulative, visible
 from lowalign.model.attention.sampler_cache import rollout_attention
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
 NAME = "lowalign"
 SCORES = 2**20  # on the CPU: most attention scores of a head that are written out in the backward
@@ -40,14 +41,13 @@ class UnsupportedAttentionError(Exception):
 class Layout:
     """What a packed forward tells each attention layer.
 
-    segments: in row order. prefix: for each layer its learned keys and values, each (1, kv_heads, v, head_dim), which
-    stand before every prompt (prefix tuning).
+    segments: in row order. soft: its keys and values are put before every prompt here, its embeddings are in the row.
     """
 
     segments: tuple[Segment, ...]
-    prefix: list[tuple[Tensor, Tensor]] | None = None
+    soft: SoftPrompt = NO_SOFT_PROMPT
     masks: dict[tuple, Tensor] = field(default_factory=dict)
-    _gather: dict[tuple, tuple] = field(default_factory=dict)
+    _gather: dict[torch.device, tuple] = field(default_factory=dict)
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool: which keys each query sees; the last query sees the last key."""
@@ -57,10 +57,10 @@ class Layout:
             self.masks[key] = visible(places[keys - queries :], places, window)
         return self.masks[key]
 
-    def gather(self, prefix: int, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+    def gather(self, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
         """For one varlen call: key index (or None: the row as it stands), cumulative query and key lengths, longest ones."""
-        key = (prefix, device)
-        if key not in self._gather:
+        if device not in self._gather:
+            prefix = self.soft.prefix_length
             starts, index, lengths, at = [], [], [], prefix
             for segment in self.segments:
                 starts.append(at)
@@ -74,8 +74,8 @@ class Layout:
             as_is = not prefix and all(s.parent is None for s in self.segments)
             bounds = [cumulative(x, device) for x in ([s.length for s in self.segments], lengths)]
             longest = max(s.length for s in self.segments), max(lengths)
-            self._gather[key] = (None if as_is else torch.tensor(index, device=device), *bounds, *longest)
-        return self._gather[key]
+            self._gather[device] = (None if as_is else torch.tensor(index, device=device), *bounds, *longest)
+        return self._gather[device]
 
 
 def attend(
@@ -141,7 +141,7 @@ def packed_attention(
 
     A segment attends causally to itself and to all that stands before it: the prefix, then its prompt.
     """
-    prefix = None if layout.prefix is None else tuple(x.to(key.dtype) for x in layout.prefix[layer])
+    prefix = layout.soft.layer(layer, key.dtype)
     if _varlen_works(query, softcap):
         return _varlen(query, key, value, layout, prefix, scale, window)
     lengths = [s.length for s in layout.segments]
@@ -176,12 +176,18 @@ def _notice(reason: str) -> None:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, prefix: tuple | None, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    prefix: KeysValues | None,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """All segments in one call of the flash kernel: queries as they stand, keys gathered per segment."""
     if prefix is not None:
         key, value = (torch.cat([p, x], 2) for p, x in zip(prefix, (key, value), strict=True))
-    index, cu_q, cu_k, longest_q, longest_k = layout.gather(0 if prefix is None else prefix[0].shape[2], query.device)
+    index, cu_q, cu_k, longest_q, longest_k = layout.gather(query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if index is not None:
         key, value = key.index_select(0, index), value.index_select(0, index)

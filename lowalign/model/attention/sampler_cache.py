@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowalign.model.attention import blockwise
 from lowalign.model.attention.blockwise import attend, varlen, visible
 from lowalign.model.attention.sampler_layout import Prompts, Tokens
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
-KeysValues = tuple[Tensor, Tensor]
 CHUNK = 512  # queries of a prompt computed at a time where their scores are held in memory
 ROOM = 64  # tokens a sample's key buffer starts with; it doubles when they are used up
 
@@ -20,12 +20,12 @@ ROOM = 64  # tokens a sample's key buffer starts with; it doubles when they are 
 class SamplerCache:
     """Keys and values of live samples (rows 0..R-1 of `slots`, in any order) and of their prompts.
 
-    prefix: for each layer keys and values (1, kv_heads, p, head_dim) that stand before every prompt (prefix tuning).
+    soft: its keys and values stand before those of every prompt.
     now: what the next forward holds; set it before the forward.
     """
 
-    def __init__(self, slots: int, max_new: int, prefix: list[KeysValues] | None = None) -> None:
-        self.slots, self.max_new, self.prefix = slots, max_new, prefix
+    def __init__(self, slots: int, max_new: int, soft: SoftPrompt = NO_SOFT_PROMPT) -> None:
+        self.slots, self.max_new, self.soft = slots, max_new, soft
         self.now: Prompts | Tokens | None = None
         self._prompts: dict[int, dict[int, KeysValues]] = {}  # layer -> prompt -> (L, kv_heads, head_dim) each
         self._joined: dict[int, tuple[list[int], KeysValues]] = {}  # layer -> prompts, what `joined` made of them
@@ -50,11 +50,12 @@ class SamplerCache:
     def store_prompts(self, layer: int, key: Tensor, value: Tensor) -> list[KeysValues]:
         """Keep the (1, kv_heads, T, head_dim) of Prompts, the prefix in front; returns (L, kv_heads, head_dim) each."""
         split = zip(*(x[0].transpose(0, 1).split(self.now.lengths) for x in (key, value)), strict=True)
-        if self.prefix is None:
+        prefix = self.soft.layer(layer, key.dtype)
+        if prefix is None:
             # Copies: a view would keep the whole row in memory as long as one of its prompts.
             pairs = [tuple(x.clone(memory_format=torch.contiguous_format) for x in pair) for pair in split]
         else:
-            k0, v0 = (p[0].transpose(0, 1).to(key) for p in self.prefix[layer])
+            k0, v0 = (x[0].transpose(0, 1) for x in prefix)
             pairs = [(torch.cat([k0, k]), torch.cat([v0, v])) for k, v in split]
         self._prompts.setdefault(layer, {}).update(zip(self.now.numbers, pairs, strict=True))
         return pairs

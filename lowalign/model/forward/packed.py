@@ -10,9 +10,8 @@ from transformers import PretrainedConfig
 from lowalign.data.pack import Example, Pack, pack
 from lowalign.model.attention import packed as attention
 from lowalign.model.attention.rope import rope_scaling
+from lowalign.model.attention.soft_prompt import SoftPrompt
 from lowalign.model.forward.logprob import Head, token_logprobs
-
-Prefix = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,16 @@ class TokenOutputs:
 
 
 def packed_tokens(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
+    model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, wanted: TokenRequest
 ) -> TokenOutputs:
-    """What is wanted of the Examples' completion tokens.
-
-    virtual (v, hidden): embeddings before every prompt. prefix: for each layer keys and values before every prompt.
-    """
+    """What is wanted of the Examples' completion tokens, behind a soft prompt."""
     found: list[list[list[Tensor]] | None] = [
         [[] for _ in examples] if asked else None for asked in (wanted.logps, wanted.entropy, wanted.head is not None)
     ]
-    for group in _groups(model.config.get_text_config(), examples, virtual, prefix):
-        row = _laid_out([examples[i] for i in group], model, virtual, prefix)
+    for group in _groups(model.config.get_text_config(), examples, soft):
+        row = pack_behind(soft, [examples[i] for i in group], model)
         keep = row.supervised if wanted.supervised_only else slice(None)
-        hidden = hidden_states(model, row, virtual, prefix)[row.predictors[keep]]
+        hidden = hidden_states(model, row, soft)[row.predictors[keep]]
         logps = entropies = None
         if wanted.logps:
             labels = row.labels[keep]
@@ -74,14 +70,12 @@ def _by_completion(flat: Tensor, row: Pack, keep: Tensor | slice) -> list[list[T
     return [[next(pieces) for _ in lengths] for lengths in row.lengths]
 
 
-def packed_scores(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, head: Tensor
-) -> list[Tensor]:
+def packed_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, head: Tensor) -> list[Tensor]:
     """For each example (its completions,): a scalar head (1, hidden) on the hidden state of each completion's last token."""
     results: list[Tensor] = [head] * len(examples)
-    for group in _groups(model.config.get_text_config(), examples, virtual, prefix):
-        row = _laid_out([examples[i] for i in group], model, virtual, prefix)
-        scores = score(hidden_states(model, row, virtual, prefix)[row.ends], head)
+    for group in _groups(model.config.get_text_config(), examples, soft):
+        row = pack_behind(soft, [examples[i] for i in group], model)
+        scores = score(hidden_states(model, row, soft)[row.ends], head)
         parts = scores.split([len(lengths) for lengths in row.lengths])
         for i, part in zip(group, parts, strict=True):
             results[i] = part
@@ -93,30 +87,27 @@ def score(hidden: Tensor, head: Tensor) -> Tensor:
     return (hidden.to(torch.promote_types(hidden.dtype, head.dtype)) @ head.T)[:, 0]
 
 
-def hidden_states(model: nn.Module, row: Pack, virtual: Tensor | None, prefix: Prefix | None) -> Tensor:
+def hidden_states(model: nn.Module, row: Pack, soft: SoftPrompt) -> Tensor:
     """(T, hidden): the last hidden states of a Pack."""
-    if virtual is None:
+    if soft.embeddings is None:
         inputs = {"input_ids": row.ids[None]}
     else:
         words = model.get_input_embeddings()(row.ids.clamp(min=0))
-        learned = virtual.to(words.dtype)[row.virtual.clamp(min=0)]
+        learned = soft.embeddings.to(words.dtype)[row.virtual.clamp(min=0)]
         # Out of place: writing into the embeddings would lose the gradient of the virtual tokens.
         inputs = {"inputs_embeds": torch.where(row.virtual[:, None] >= 0, learned, words)[None]}
-    layout = attention.Layout(row.segments, prefix)
+    layout = attention.Layout(row.segments, soft)
     with attention.no_mask():
         output = model.base_model(**inputs, position_ids=row.positions[None], use_cache=False, layout=layout)
     return output.last_hidden_state[0]
 
 
-def _laid_out(examples: list[Example], model: nn.Module, virtual: Tensor | None, prefix: Prefix | None) -> Pack:
-    tokens = 0 if virtual is None else len(virtual)
-    first = 0 if prefix is None else prefix[0][0].shape[2]
-    return pack(examples, tokens, first).to(model.get_input_embeddings().weight.device)
+def pack_behind(soft: SoftPrompt, examples: Sequence[Example], model: nn.Module) -> Pack:
+    """The Pack of some Examples with room for the soft prompt, on the model's device."""
+    return pack(examples, soft.virtual_tokens, soft.prefix_length).to(model.get_input_embeddings().weight.device)
 
 
-def _groups(
-    config: PretrainedConfig, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None
-) -> list[list[int]]:
+def _groups(config: PretrainedConfig, examples: Sequence[Example], soft: SoftPrompt) -> list[list[int]]:
     """Which Examples may share a row: all, unless the model's RoPE changes with the longest position in it.
 
     With longrope short and long Examples go apart, with dynamic RoPE each long Example goes alone.
@@ -125,8 +116,7 @@ def _groups(
     everything = list(range(len(examples)))
     if kind is None:
         return [everything]
-    before = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
-    ends = [before + len(e.prompt) + max(map(len, e.completions)) for e in examples]
+    ends = [soft.length + len(e.prompt) + max(map(len, e.completions)) for e in examples]
     short, long = ([i for i in everything if (ends[i] > original) == above] for above in (False, True))
     apart = [[i] for i in long] if kind == "dynamic" else [long]
     return [group for group in [short, *apart] if group]

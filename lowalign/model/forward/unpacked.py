@@ -14,24 +14,21 @@ from transformers import DynamicCache
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.model.attention.soft_prompt import KeysValues, SoftPrompt
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, score
 from lowalign.model.sampling.batcher import Completion
 from lowalign.model.sampling.draw import pick, uniforms
 
-Prefix = list[tuple[Tensor, Tensor]]
 
-
-def row_tokens(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
-) -> TokenOutputs:
+def row_tokens(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, wanted: TokenRequest) -> TokenOutputs:
     """As `packed_tokens`, a row at a time."""
-    found = [[_one(model, e, i, virtual, prefix, wanted) for i in range(len(e.completions))] for e in examples]
+    found = [[_one(model, e, i, soft, wanted) for i in range(len(e.completions))] for e in examples]
     asked = (wanted.logps, wanted.entropy, wanted.head is not None)
     return TokenOutputs(*([[c[k] for c in row] for row in found] if asked[k] else None for k in range(3)))
 
 
 def _one(
-    model: nn.Module, example: Example, i: int, virtual: Tensor | None, prefix: Prefix | None, wanted: TokenRequest
+    model: nn.Module, example: Example, i: int, soft: SoftPrompt, wanted: TokenRequest
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(length of completion i,) log-probs, entropies and values, as far as they are wanted."""
     completion = example.completions[i]
@@ -40,7 +37,7 @@ def _one(
     before = example.prompt + completion[:-1]
     logps = entropies = values = None
     if wanted.logps:
-        logits, _ = _logits(model, before, virtual, prefix, keep=n)
+        logits, _ = _logits(model, before, soft, keep=n)
         logits = logits[len(logits) - known :]
         exact = torch.promote_types(logits.dtype, torch.float32)
         logp = (logits.to(exact) / wanted.temperature).log_softmax(-1)
@@ -48,7 +45,7 @@ def _one(
         logps = logp.gather(1, label[n - known :, None])[:, 0]
         entropies = -(logp.exp() * logp).sum(-1) if wanted.entropy else None
     if wanted.head is not None:
-        values = score(_hidden(model, before, virtual, prefix, known), wanted.head)
+        values = score(_hidden(model, before, soft, known), wanted.head)
     mask = torch.tensor(example.mask(i)) if wanted.supervised_only else torch.ones(n, dtype=torch.bool)
     return tuple(None if v is None else _filled(v, n, mask.to(v.device)) for v in (logps, entropies, values))
 
@@ -59,18 +56,13 @@ def _filled(values: Tensor, length: int, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0)
 
 
-def row_scores(
-    model: nn.Module, examples: Sequence[Example], virtual: Tensor | None, prefix: Prefix | None, head: Tensor
-) -> list[Tensor]:
+def row_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, head: Tensor) -> list[Tensor]:
     """As `packed_scores`, a row at a time."""
-    return [
-        torch.cat([score(_hidden(model, e.prompt + c, virtual, prefix, 1), head) for c in e.completions])
-        for e in examples
-    ]
+    return [torch.cat([score(_hidden(model, e.prompt + c, soft, 1), head) for c in e.completions]) for e in examples]
 
 
 @torch.no_grad()
-def keys_values(model: nn.Module, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+def keys_values(model: nn.Module, ids: list[int]) -> list[KeysValues]:
     """For each layer the keys and values of a row of tokens, (1, kv_heads, len(ids), head_dim) each."""
     cache = DynamicCache()  # not told of the model's config, it keeps what lies before a window too
     row = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
@@ -79,10 +71,10 @@ def keys_values(model: nn.Module, ids: list[int]) -> list[tuple[Tensor, Tensor]]
 
 
 def _logits(
-    model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int, use_cache: bool = False
+    model: nn.Module, ids: list[int], soft: SoftPrompt, keep: int, use_cache: bool = False
 ) -> tuple[Tensor, DynamicCache | None]:
     """Logits (at most keep, V) of the last positions of one row, and its cache."""
-    inputs = _inputs(model, ids, virtual, prefix, use_cache)
+    inputs = _inputs(model, ids, soft, use_cache)
     words, cache = inputs["inputs_embeds"], inputs["past_key_values"]
     if not words.shape[1]:
         return words.new_zeros(0, model.get_input_embeddings().weight.shape[0]), cache
@@ -91,30 +83,23 @@ def _logits(
         return model(**inputs, **options).logits[0, -keep:], cache
 
 
-def _hidden(model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, keep: int) -> Tensor:
+def _hidden(model: nn.Module, ids: list[int], soft: SoftPrompt, keep: int) -> Tensor:
     """(keep, hidden): the last hidden states of the last positions of one row."""
-    inputs = _inputs(model, ids, virtual, prefix, use_cache=False)
+    inputs = _inputs(model, ids, soft, use_cache=False)
     with _Uncheckpointed(model, inputs["past_key_values"] is not None):
         hidden = model.base_model(**inputs).last_hidden_state[0]
     return hidden[len(hidden) - keep :]
 
 
-def _inputs(
-    model: nn.Module, ids: list[int], virtual: Tensor | None, prefix: Prefix | None, use_cache: bool
-) -> dict[str, Any]:
+def _inputs(model: nn.Module, ids: list[int], soft: SoftPrompt, use_cache: bool) -> dict[str, Any]:
     """A forward's arguments for one row behind a soft prompt."""
     embed = model.get_input_embeddings()
     device = embed.weight.device
-    words = embed(torch.tensor(ids, dtype=torch.long, device=device))
-    if virtual is not None:
-        words = torch.cat([virtual.to(words.dtype), words])
-    first, cache = 0, None
-    if prefix is not None or use_cache:
-        cache = DynamicCache(config=model.config)
-    if prefix is not None:
-        first = prefix[0][0].shape[2]
-        for layer, (key, value) in enumerate(prefix):
-            cache.update(key.to(words.dtype), value.to(words.dtype), layer)
+    words = soft.prepend(embed(torch.tensor(ids, dtype=torch.long, device=device)))
+    first, layers = soft.prefix_length, len(soft.keys_values or ())
+    cache = DynamicCache(config=model.config) if layers or use_cache else None
+    for layer in range(layers):
+        cache.update(*soft.layer(layer, words.dtype), layer)
     total = first + len(words)
     return {
         "inputs_embeds": words[None],
@@ -148,20 +133,19 @@ def row_sample(
     sampling: Sampling,
     *,
     eos_ids: Sequence[int],
-    virtual: Tensor | None,
-    prefix: Prefix | None,
+    soft: SoftPrompt,
     seeds: Sequence[int] | None,
     check: Callable[[], None] = lambda: None,
 ) -> list[list[Completion]]:
     """As `sample`, one completion at a time through the model's own cache."""
     results = []
     for i, prompt in enumerate(prompts):
-        if not prompt and virtual is None:
+        if not prompt and not soft.virtual_tokens:
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
         check()
         seed = i if seeds is None else seeds[i]
         luck = [uniforms(sampling.seed, seed, j, sampling.max_new_tokens) for j in range(n)]
-        results.append([_draw(model, list(prompt), sampling, eos_ids, virtual, prefix, u) for u in luck])
+        results.append([_draw(model, list(prompt), sampling, eos_ids, soft, u) for u in luck])
     return results
 
 
@@ -170,12 +154,11 @@ def _draw(
     prompt: list[int],
     sampling: Sampling,
     eos_ids: Sequence[int],
-    virtual: Tensor | None,
-    prefix: Prefix | None,
+    soft: SoftPrompt,
     luck: list[float],
 ) -> Completion:
     """One completion; luck: a uniform number for each token it may have."""
-    logits, cache = _logits(model, prompt, virtual, prefix, keep=1, use_cache=True)
+    logits, cache = _logits(model, prompt, soft, keep=1, use_cache=True)
     device, at = logits.device, cache.get_seq_length()
     eos = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=device)
     eos[0, list(eos_ids)] = True

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model.attention import packed as attention
-from lowalign.model.attention.sampler_cache import KeysValues, SamplerCache
+from lowalign.model.attention.sampler_cache import SamplerCache
 from lowalign.model.attention.sampler_layout import Prompts, Tokens
+from lowalign.model.attention.soft_prompt import SoftPrompt
 from lowalign.model.sampling.draw import pick, uniforms
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward, or one prompt
@@ -67,15 +68,14 @@ class SampleBatcher:
         max_rows: int,
         sampling: Sampling,
         eos_ids: set[int],
-        virtual: Tensor | None,
-        prefix: list[KeysValues] | None,
+        soft: SoftPrompt,
         check: Callable[[], None],
     ) -> None:
-        self.model, self.sampling, self.eos_ids, self.virtual, self.check = model, sampling, eos_ids, virtual, check
+        self.model, self.sampling, self.eos_ids, self.soft, self.check = model, sampling, eos_ids, soft, check
         self.device = model.get_input_embeddings().weight.device
         self.waiting = deque(waiting)
         self.max_rows = min(max_rows, len(self.waiting))
-        self.rollout = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), prefix)
+        self.rollout = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), soft)
         self.rows: list[Row] = []
         self.live = 0  # how many the last forward was for, those that only began with it among them
         self.first: dict[int, Tensor] = {}  # (V,) logits of a prompt's first token, until all its samples have begun
@@ -130,9 +130,7 @@ class SampleBatcher:
     def _compute(self, prompts: list[PromptTask]) -> None:
         """One forward of whole prompts, end to end: their keys and values, and the logits of their first tokens."""
         embed = self.model.get_input_embeddings()
-        words = [embed(torch.tensor(p.ids, dtype=torch.long, device=self.device)) for p in prompts]
-        if self.virtual is not None:
-            words = [torch.cat([self.virtual.to(w), w]) for w in words]
+        words = [self.soft.prepend(embed(torch.tensor(p.ids, dtype=torch.long, device=self.device))) for p in prompts]
         lengths, spans = [len(w) for w in words], [p.length for p in prompts]
         self.rollout.now = Prompts([p.index for p in prompts], lengths, spans, self.device)
         positions = [torch.arange(span - length, span) for length, span in zip(lengths, spans, strict=True)]

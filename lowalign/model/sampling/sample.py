@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from lowalign.config.sections import Sampling
@@ -13,7 +13,7 @@ from lowalign.data.micro_batches import free_memory
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.rope import rope_scaling
-from lowalign.model.attention.sampler_cache import KeysValues
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.sampling.batcher import Completion, PromptTask, SampleBatcher
 
 
@@ -25,16 +25,15 @@ def sample(
     sampling: Sampling,
     *,
     eos_ids: Sequence[int],
-    virtual: Tensor | None = None,
-    prefix: list[KeysValues] | None = None,
+    soft: SoftPrompt = NO_SOFT_PROMPT,
     seeds: Sequence[int] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[list[Completion]]:
     """n completions of each prompt (token ids), by a causal language model whose attention is attention.NAME.
 
-    virtual (v, hidden): embeddings before each prompt. prefix: for each layer keys and values (1, kv_heads, v, head_dim)
-    before each prompt. seeds: one per prompt, its place when left out; sample j of a prompt depends on (sampling.seed, its
-    seed, j) alone. A completion ends at the model's last position at the latest. check: called before each forward.
+    soft: stands before each prompt. seeds: one per prompt, its place when left out; sample j of a prompt depends on
+    (sampling.seed, its seed, j) alone. A completion ends at the model's last position at the latest. check: called before
+    each forward.
 
     Where memory runs out, what is not done begins anew, half as many samples at a time. Raises UserError when one does
     not fit, for a prompt without a token, one that fills the model's positions, and logits that are not finite.
@@ -44,21 +43,20 @@ def sample(
         raise ValueError(
             f"n must be at least 1 and seeds one per prompt: n = {n}, {len(seeds)} seeds, {len(prompts)} prompts"
         )
-    ahead = (0 if virtual is None else len(virtual)) + (0 if prefix is None else prefix[0][0].shape[2])
     config = model.config.get_text_config()
     # Dynamic RoPE goes on past the positions the config names.
     last = None if rope_scaling(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
     positions = last or math.inf
     tasks = []
     for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        length = ahead + len(ids)
-        if not ids and virtual is None:
+        length = soft.length + len(ids)
+        if not ids and not soft.virtual_tokens:
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
         if length >= positions:
             raise UserError(f"prompt {i} takes {length} of the model's {positions} positions; shorten it")
         tasks.append(PromptTask(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
     results: list[list[Completion]] = [[] for _ in prompts]
-    options = {"sampling": sampling, "eos_ids": set(eos_ids), "virtual": virtual, "prefix": prefix, "check": check}
+    options = {"sampling": sampling, "eos_ids": set(eos_ids), "soft": soft, "check": check}
     begin = partial(SampleBatcher, model, **options)
     for group, max_rows in _groups(config, tasks, sampling.max_rows):
         done = _all_done(begin, [(task, j) for task in group for j in range(n)], max_rows)

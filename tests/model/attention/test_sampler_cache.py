@@ -14,6 +14,7 @@ from transformers import DynamicCache, GptOssConfig
 from lowalign.config.sections import Sampling
 from lowalign.model.attention import blockwise, sampler_cache
 from lowalign.model.attention import packed as attention
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.sampling import batcher
 from lowalign.model.sampling.sample import sample
 from tests.tiny import CONFIGS, tiny_model
@@ -45,29 +46,32 @@ def with_stock(model):
 
 
 def soft_prompt(kind, model):
-    """(virtual, prefix) of four tokens; large enough to matter."""
+    """Four virtual tokens, or a prefix of four, or none; large enough to matter."""
     torch.manual_seed(7)
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if kind == "prompt":
-        return torch.randn(4, config.hidden_size), None
+        return SoftPrompt(torch.randn(4, config.hidden_size))
     if kind == "prefix":
-        return None, [
-            (torch.randn(1, heads, 4, size), torch.randn(1, heads, 4, size)) for _ in range(config.num_hidden_layers)
-        ]
-    return None, None
+        return SoftPrompt(
+            keys_values=[
+                (torch.randn(1, heads, 4, size), torch.randn(1, heads, 4, size))
+                for _ in range(config.num_hidden_layers)
+            ]
+        )
+    return NO_SOFT_PROMPT
 
 
 @torch.no_grad()
-def teacher_forced(stock, prompt, completion, virtual=None, prefix=None):
+def teacher_forced(stock, prompt, completion, soft=NO_SOFT_PROMPT):
     """(len(completion), V) fp64 logits from one ordinary forward of the whole row."""
     words = stock.get_input_embeddings()(torch.tensor(prompt + completion[:-1], dtype=torch.long))
-    words = words if virtual is None else torch.cat([virtual.double(), words])
+    words = words if soft.embeddings is None else torch.cat([soft.embeddings.double(), words])
     cache, first = None, 0
-    if prefix is not None:
-        cache, first = DynamicCache(config=stock.config), prefix[0][0].shape[2]
-        for layer, (key, value) in enumerate(prefix):
+    if soft.keys_values is not None:
+        cache, first = DynamicCache(config=stock.config), soft.keys_values[0][0].shape[2]
+        for layer, (key, value) in enumerate(soft.keys_values):
             cache.update(key.double(), value.double(), layer)
     total = first + len(words)
     logits = stock(
@@ -79,8 +83,8 @@ def teacher_forced(stock, prompt, completion, virtual=None, prefix=None):
     return logits[-len(completion) :]
 
 
-def check_logprobs(stock, prompt, completion, temperature=1.0, **soft):
-    logp = (teacher_forced(stock, prompt, completion.ids, **soft) / temperature).log_softmax(-1)
+def check_logprobs(stock, prompt, completion, temperature=1.0, soft=NO_SOFT_PROMPT):
+    logp = (teacher_forced(stock, prompt, completion.ids, soft) / temperature).log_softmax(-1)
     want = logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
     assert completion.logprobs.dtype == torch.float32
     assert (completion.logprobs - want).abs().max() <= 1e-5
@@ -111,15 +115,13 @@ def test_greedy_equals_stock_generate(kind):
 def test_soft_prompts(kind, soft):
     """Greedy with a soft prompt: every token is the likeliest of a teacher-forced forward, also where no prompt follows."""
     model, stock = models(kind)
-    virtual, prefix = soft_prompt(soft, model)
+    learned = soft_prompt(soft, model)
     prompts = [*PROMPTS, []] if soft == "prompt" else PROMPTS
-    got = sample(
-        model, prompts, 1, Sampling(temperature=0, max_new_tokens=20), eos_ids=(), virtual=virtual, prefix=prefix
-    )
+    got = sample(model, prompts, 1, Sampling(temperature=0, max_new_tokens=20), eos_ids=(), soft=learned)
     for prompt, (completion,) in zip(prompts, got, strict=True):
-        logits = teacher_forced(stock, prompt, completion.ids, virtual, prefix)
+        logits = teacher_forced(stock, prompt, completion.ids, learned)
         assert logits.argmax(-1).tolist() == completion.ids
-        check_logprobs(stock, prompt, completion, virtual=virtual, prefix=prefix)
+        check_logprobs(stock, prompt, completion, soft=learned)
     (bare,) = sample(model, PROMPTS[3:4], 1, Sampling(temperature=0, max_new_tokens=20), eos_ids=())[0]
     assert (got[3][0].logprobs - bare.logprobs).abs().max() > 1e-2
 
@@ -128,12 +130,12 @@ def test_soft_prompts(kind, soft):
 def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     """Chunks shorter than the window, behind a prefix, several prompts to a forward, and to several."""
     model, stock = models(kind, torch.float32)
-    _, prefix = soft_prompt("prefix", model)
+    prefix = soft_prompt("prefix", model)
     monkeypatch.setattr(sampler_cache, "CHUNK", 5)
     monkeypatch.setattr(batcher, "PREFILL_TOKENS", 30)
-    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), prefix=prefix)
+    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), soft=prefix)
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
-        check_logprobs(stock, prompt, completion, prefix=prefix)
+        check_logprobs(stock, prompt, completion, soft=prefix)
 
 
 def test_a_learned_sink_takes_its_share():
@@ -211,8 +213,7 @@ def reference_varlen(
 def test_the_calls_of_the_ragged_kernel(kind, soft, monkeypatch):
     """The path that CUDA takes, with the flash kernel replaced by its definition."""
     model, _ = models(kind)
-    _, prefix = soft_prompt(soft, model)
-    how = {"eos_ids": range(0, 380, 12), "prefix": prefix}
+    how = {"eos_ids": range(0, 380, 12), "soft": soft_prompt(soft, model)}
     want = sample(model, PROMPTS, 3, Sampling(max_new_tokens=80, max_rows=5), **how)
     calls = []
     counted = lambda *args, **kw: calls.append(1) or reference_varlen(*args, **kw)  # noqa: E731

@@ -11,6 +11,7 @@ import torch
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model.attention.sampler_layout import Tokens
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT
 from lowalign.model.forward.unpacked import row_sample
 from lowalign.model.sampling.sample import sample
 from tests.model.attention.test_sampler_cache import (
@@ -36,12 +37,12 @@ from tests.tiny import tiny_model
 def test_samples_do_not_depend_on_what_else_is_sampled(kind, soft):
     """Alone or together, in any order, few rows at a time or many, with ends at different times, and whatever n."""
     model, _ = models(kind)
-    virtual, prefix = soft_prompt(soft, model)
+    learned = soft_prompt(soft, model)
     eos = list(range(0, 380, 12))
 
     def run(prompts, n, seeds, **options):
         how = Sampling(max_new_tokens=30, seed=1, **options)
-        return sample(model, prompts, n, how, eos_ids=eos, virtual=virtual, prefix=prefix, seeds=seeds)
+        return sample(model, prompts, n, how, eos_ids=eos, soft=learned, seeds=seeds)
 
     together = run(PROMPTS, 4, [5, 6, 7, 8])
     lengths = {len(c.ids) for cs in together for c in cs}
@@ -75,8 +76,7 @@ def small_device(model, rows: int, after: int = 0):
 def test_out_of_memory_costs_time_and_changes_no_sample(soft, after, capsys):
     """At the first token, or later, when some are done and stay so and a prompt is begun again at any of its samples."""
     model, _ = models("llama")
-    virtual, prefix = soft_prompt(soft, model)
-    how = {"eos_ids": range(0, 380, 12), "virtual": virtual, "prefix": prefix}
+    how = {"eos_ids": range(0, 380, 12), "soft": soft_prompt(soft, model)}
     run = lambda: sample(model, PROMPTS, 5, Sampling(max_new_tokens=30, seed=1), **how)  # noqa: E731
     want = run()
     with small_device(model, 3, after):
@@ -251,7 +251,7 @@ def test_longrope_keeps_short_and_long_apart():
     for prompt, completions in zip(prompts, got, strict=True):
         for completion in completions:
             check_logprobs(stock, prompt, completion)
-    how = {"eos_ids": range(0, 380, 12), "virtual": None, "prefix": None, "seeds": None}
+    how = {"eos_ids": range(0, 380, 12), "soft": NO_SOFT_PROMPT, "seeds": None}
     crossing = [model, [draw(26, 4)], 8, Sampling(max_new_tokens=20)]
     same(sample(*crossing, **how), row_sample(*crossing, **how))
 
