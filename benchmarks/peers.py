@@ -49,13 +49,16 @@ class Contestant:
     """A process that trains one step on request."""
 
     def __init__(
-        self, name: str, case: str, shape: str, folder: Path, rounds: int, settings: Settings, allocator: str, python: Path
-    ) -> None:  # fmt: skip
+        self, name: str, case: str, shape: str, folder: Path, options: argparse.Namespace, allocator: str
+    ) -> None:
         self.name, self.log, self.steps = name, folder / f"{name}.log", []
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "LD_PRELOAD"}
         environment |= ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-        command = [python, CONTESTANTS, name, case, shape, folder / "model", str(rounds), *astuple(settings)]
+        python = options.trl_python if name == "trl" else Path(sys.executable)
+        settings = Settings(options.checkpointing, options.attention)
+        rounds = str(options.warmup + options.pairs)
+        command = [python, CONTESTANTS, name, case, shape, folder / "model", rounds, *astuple(settings)]
         with self.log.open("w") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
@@ -125,15 +128,13 @@ def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, al
     names = ["lowalign", "trl"] if case == "ppo" else [n for n in NAMES if n != "plain-cached" or case == "dpo"]
     if options.tiny and case != "ppo":
         names.remove("trl")
-    rounds, settings = options.warmup + options.pairs, Settings(options.checkpointing, options.attention)
     running = []
     try:
         for name in names:
-            python = options.trl_python if name == "trl" else Path(sys.executable)
-            running.append(Contestant(name, case, shape, folder, rounds, settings, allocator, python))
+            running.append(Contestant(name, case, shape, folder, options, allocator))
         for contestant in running:
             contestant.ready()
-        for r in range(rounds):
+        for r in range(options.warmup + options.pairs):
             first = r % len(running)  # another one is first in each round
             for contestant in running[first:] + running[:first]:
                 contestant.step()

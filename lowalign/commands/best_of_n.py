@@ -152,7 +152,7 @@ def _check_kind(config: BestOfNConfig) -> None:
     configured = peft_config(config.sft.adapter)
     if type(adapter.config) is not type(configured):
         kinds = f"{adapter.config.peft_type.value}, not {configured.peft_type.value}"
-        raise UserError(f"--train goes on from --adapter {config.adapter[0]}, which is {kinds}; set --sft.adapter.kind to its kind")  # fmt: skip
+        raise UserError(f"--train continues training --adapter {config.adapter[0]}, which is {kinds}; set --sft.adapter.kind to its kind")  # fmt: skip
 
 
 def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) -> SFTConfig:

@@ -36,7 +36,7 @@ def ranks(scores: Sequence[float]) -> list[int]:
 
 
 def distinct(items: Sequence[Hashable], among: Iterable[int]) -> list[int]:
-    """The indices without those whose item stands at an earlier one of them."""
+    """The indices whose item did not occur at an earlier index."""
     first: dict[Hashable, int] = {}
     for i in among:
         first.setdefault(items[i], i)

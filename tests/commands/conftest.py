@@ -1,4 +1,4 @@
-"""The small base trained on real text by examples/small_base.py, made once and kept."""
+"""The small base trained on real text by examples/small_base.py, made once and cached."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ STEPS = 150
 
 @pytest.fixture(scope="session")
 def small_base(shared: Path) -> Path:
-    """Its folder. Made anew only when the script that makes it changes."""
+    """Its folder. It is made again only when the script changes."""
     script = ROOT / "examples" / "small_base.py"
     key = hashlib.sha256(script.read_bytes() + str(STEPS).encode()).hexdigest()[:12]
     folder = ROOT / ".cache" / f"small-base-{key}"

@@ -1,4 +1,4 @@
-"""`lowalign best-of-n` on a tiny base: a prefix policy with a LoRA reward, killing and resuming it, and its rounds."""
+"""`lowalign best-of-n` on a tiny base: a prefix policy with a LoRA reward, kill and resume, and its rounds."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
         assert [(c["stopped"], c["tokens"]) for c in completions] == [(c.stopped, len(c.ids)) for c in drawn]
 
 
-def test_what_is_picked(straight):
+def test_best_pairs_and_rankings(straight):
     rows, report = lines(straight / "candidates.jsonl"), json.loads((straight / "report.json").read_text())
     best, pairs, rankings = (lines(straight / f"{name}.jsonl") for name in ("best", "pairs", "rankings"))
     assert report["prompts"] == len(rows) == len(ASKED)
@@ -171,7 +171,7 @@ def test_blank_repeated_and_unfinished_completions(tmp_path):
     assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
 
 
-def test_a_history_is_not_learnt_again(tmp_path):
+def test_earlier_answers_of_a_prompt_are_not_supervised(tmp_path):
     from lowalign.rewards.selection import write_datasets
 
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
@@ -235,7 +235,7 @@ def weights(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_round_samples_from_what_the_last_one_trained(world, rounds):
+def test_a_round_samples_from_the_policy_of_the_round_before(world, rounds):
     assert weights(rounds / "round-1/sft") != weights(rounds / "round-2/sft")
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
@@ -251,8 +251,8 @@ def test_a_round_samples_from_what_the_last_one_trained(world, rounds):
         assert texts == [[host.base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in cs] for cs in drawn]
 
 
-def test_a_round_goes_on_training_the_last_ones_weights(world, rounds, tmp_path):
-    """At a learning rate of nothing, two rounds give back the bits of the policy they began with."""
+def test_a_round_continues_training_the_weights_of_the_round_before(world, rounds, tmp_path):
+    """With a learning rate of 0, two rounds return the policy they started from, bit for bit."""
     out = tmp_path / "still"
     assert main(flags(world, out, *ROUNDS, "--sft.train.learning-rate", "0")) == 0
     before = Host(load(world / "model"))
@@ -303,7 +303,7 @@ def test_wrong_use(world, straight, tmp_path, capsys):
 
 
 def test_a_signal_in_the_middle_of_training(world, rounds, tmp_path, monkeypatch):
-    """The second round's training is asked to stop after a step; it saves, and goes on where it was."""
+    """A signal after a step of the second round's training: it saves, and resumes from there."""
     out, publish, steps = tmp_path / "run", FlatWeights.publish, []
 
     def step(flat):
@@ -320,7 +320,7 @@ def test_a_signal_in_the_middle_of_training(world, rounds, tmp_path, monkeypatch
 
 
 def test_more_rounds_may_be_added(world, rounds, tmp_path):
-    """Three rounds, the third of which was asked for later, begin with the same two."""
+    """With a third round added later, the first two stay the same."""
     out = shutil.copytree(rounds, tmp_path / "run")
     assert main(flags(world, out, *ROUNDS, "--resume", "--rounds", "3")) == 0
     assert contents(out / "round-2") == contents(rounds / "round-2")

@@ -1,4 +1,4 @@
-"""The doctor must find what is there, and must be able to find that something is wrong."""
+"""The doctor reports what the machine has, and finds what is broken."""
 
 import importlib
 
@@ -10,7 +10,7 @@ from lowalign.commands import doctor
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "peft", "bitsandbytes", "datasets", "safetensors"])
-def test_versions_are_the_modules_own(name):
+def test_versions_are_those_of_the_modules(name):
     assert doctor.versions()[name] == importlib.import_module(name).__version__
 
 
@@ -28,7 +28,7 @@ def test_what_it_prints(capsys):
 
 
 def test_a_wrong_4_bit_kernel_fails(monkeypatch, capsys):
-    """Weights that come back 2 % too large, as a layer and its separate dequantization would then disagree."""
+    """Dequantized weights are 2 % too large, so that the layer and its separate dequantization disagree."""
     import bitsandbytes.functional as F
 
     right = F.dequantize_4bit
@@ -51,7 +51,7 @@ def test_a_requirement_that_is_not_met_fails(monkeypatch, capsys):
     assert "FAIL  versions" in capsys.readouterr().out
 
 
-def test_a_check_that_breaks_is_a_finding():
+def test_an_exception_in_a_check_is_a_finding():
     def broken():
         raise OSError("libcuda is gone")
 

@@ -1,4 +1,4 @@
-"""`lowalign judge`: verdicts against stock transformers, what the order of two answers does to them, and resuming."""
+"""`lowalign judge`: verdicts against stock transformers, the effect of the order of two answers, and resuming."""
 
 import itertools
 import json
@@ -103,8 +103,8 @@ def test_log_odds_equal_stock(adapter, config, model, tmp_path):
     assert max(abs(line["first"]) for line in lines) > 0.1  # so that 1e-5 means something
 
 
-def test_letters_stand_where_the_template_puts_them():
-    """What the template writes before an answer (a space, an empty thought) belongs to what the letter follows."""
+def test_letters_are_where_the_template_puts_them():
+    """Text that the template writes before an answer (a space, an empty thought) belongs to the prompt of the letter."""
     tokenizer = tiny_tokenizer()
     template = (
         "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %} {{ m.content }}"
@@ -128,7 +128,7 @@ def test_letters_stand_where_the_template_puts_them():
         (0.0, -1.0, 0.0, "tie"),
     ],
 )
-def test_what_two_orders_come_to(first, swapped, margin, expected):
+def test_the_verdict_of_two_orders(first, swapped, margin, expected):
     assert verdict(first, swapped, margin) == expected
 
 
@@ -145,7 +145,7 @@ TABLE = {  # log-odds of the first place
 
 
 def test_pairs_disagreements_and_counts(config, monkeypatch):
-    """A judge whose verdicts are a table: who wins, what is written aside, and how often the first place won."""
+    """With verdicts from a table: preferences, disagreements, and how often the first place won."""
     tokenizer = tiny_tokenizer()
 
     def look_up(host, questions, budget):
@@ -164,7 +164,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
     write(Path(config.data[0]), rows)
     config = replace(config, margin=0.3, max_length=200)
     assert judge(config) == 0
-    question = [{"role": "user", "content": "p"}]  # what was judged as a turn of a chat is to be learnt as one
+    question = [{"role": "user", "content": "p"}]  # plain text becomes messages: it was judged as turns of a chat
     good, bad, vain = ([{"role": "assistant", "content": text}] for text in ("good", "bad", "vain"))
     assert read(config.out / "pairs.jsonl") == [
         {"prompt": question, "chosen": good, "rejected": bad},
@@ -191,7 +191,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
 
 
 def test_cut_anywhere_and_resumed(config, monkeypatch):
-    """Whatever a kill left of verdicts.jsonl, the same command with --resume ends with the same bytes."""
+    """With any part of verdicts.jsonl left by a kill, the same command with --resume writes the same bytes."""
     monkeypatch.setattr(lowalign.commands.judge, "BLOCK", 3)
     assert judge(config) == 0
     whole = files(config.out)
@@ -212,7 +212,7 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
         counts.clear()
         assert judge(replace(config, resume=True)) == 0
         assert files(config.out) == whole, at
-        assert counts == questions, at  # two for each pair that was cut off, or shares its block with one that was
+        assert counts == questions, at  # two for each pair of every block that is not complete
     for tail in (b"\0" * 64, b'{"source"', b"[1]\n"):
         verdicts.write_bytes(raw[: ends[2]] + tail)
         assert judge(replace(config, resume=True)) == 0
@@ -297,7 +297,7 @@ def test_nothing_to_compare(config):
 
 
 def test_a_function_judges(config, tmp_path, capsys):
-    """Scores, each asked for once; no model is loaded, and no place is favoured."""
+    """Each answer is scored once; no model is loaded, and no place is favoured."""
     (tmp_path / "worth.py").write_text(
         "def shorter(prompts, completions):\n"
         "    with open(__file__ + '.asked', 'a') as file:\n"

@@ -1,4 +1,4 @@
-"""`lowalign ppo` end to end on a tiny 4-bit base: what a run writes, killing and resuming it, and what is wrong in words."""
+"""`lowalign ppo` end to end on a tiny 4-bit base: files of a run, kill and resume, and error messages."""
 
 import hashlib
 import json
@@ -55,8 +55,8 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model folder with many ends, so that random weights draw some; prompts (with line breaks that JSON leaves as they
-    are), rows and a reward function."""
+    """A model folder with many end tokens, so that random weights sample some; prompts (with line breaks that JSON does not
+    escape), rows and a reward function."""
     folder = tmp_path_factory.mktemp("world")
     tiny_folder(folder / "model", "llama")
     GenerationConfig(eos_token_id=list(range(2, 60))).save_pretrained(folder / "model")
@@ -87,7 +87,7 @@ def lines(out) -> list[dict]:
 
 
 def assert_same(out, straight) -> None:
-    """The adapter, the metrics but for the times, and the samples."""
+    """The adapter, the metrics without the times, and the samples."""
     strip = lambda log: [{k: v for k, v in line.items() if "per_second" not in k} for line in log]  # noqa: E731
     assert strip(lines(out)) == strip(lines(straight))
     assert (out / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
@@ -106,7 +106,7 @@ def straight(world, tmp_path_factory):
 
 @pytest.fixture
 def own_reward(world, tmp_path) -> Path:
-    """A copy of the reward function; what is written beside it as `trouble` it does once, in its second round."""
+    """A copy of the reward function. It runs the code in the file `trouble` beside it once, in the second round."""
     file = tmp_path / "reward" / "reward.py"
     file.parent.mkdir()
     file.write_text(REWARD)
@@ -127,7 +127,7 @@ def test_what_a_run_writes(world, straight):
     assert all(line["eos_share"] + line["truncated_share"] == pytest.approx(1) for line in log)
     rounds = [k for k, line in enumerate(log) if k == 0 or line["reward"] != log[k - 1]["reward"]]
     assert all(log[k]["approx_kl"] == 0 == log[k]["clipfrac"] for k in rounds)  # the policy that sampled
-    assert log[0]["kl"] == 0  # and at the very beginning it is its reference
+    assert log[0]["kl"] == 0  # at the start the policy equals its reference
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().split("\n")[:-1]]
     assert [s["round"] for s in samples] == [k for k in range(len(rounds)) for _ in range(2)] and len(rounds) >= 2
     assert all(
@@ -140,7 +140,7 @@ def test_what_a_run_writes(world, straight):
 
 
 def test_the_coefficient_and_the_end_of_rounds(straight):
-    """As the options have it: kl_coef follows the rounds' KL, and a round ends with the step that goes too far."""
+    """kl_coef follows the rounds' KL, and a round ends with the step that exceeds the KL limit."""
     log = lines(straight["gae"])
     rounds = []
     for line in log:
@@ -186,7 +186,7 @@ def test_killed_while_it_scores(world, straight, tmp_path, own_reward):
 @pytest.mark.parametrize(
     ("mode", "point", "left"),
     [
-        ("gae", "metrics-line:5", [3]),  # within a round, which is in the checkpoint
+        ("gae", "metrics-line:5", [3]),  # within a round; the checkpoint holds the round
         ("gae", "save-optimizer:2", [3]),
         ("group", "save-renamed:2", [2, 4]),
     ],
@@ -200,7 +200,7 @@ def test_killed_in_the_update_and_in_a_save(world, straight, tmp_path, mode, poi
 
 
 def test_sigterm_saves_the_round_and_leaves(world, straight, tmp_path, own_reward):
-    """It comes while the second round is sampled and scored, which is not done again."""
+    """The signal arrives while the second round is sampled and scored; on --resume this is not repeated."""
     out = tmp_path / "run"
     own_reward.with_name("trouble").write_text("os.kill(os.getpid(), 15)")
     assert child.run(flags(world, out, reward=own_reward), tmp_path / "said") == 128 + signal.SIGTERM
@@ -225,7 +225,7 @@ def test_killed_at_other_points(world, straight, tmp_path, mode, point):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_random_times(world, straight, tmp_path, mode):
-    """Again and again, at any moment, until it is through."""
+    """Killed at random times and resumed, until it ends by itself."""
     out, kills = tmp_path / "run", 0
     chance = torch.Generator().manual_seed(0)
     for attempt in range(40):
@@ -245,7 +245,7 @@ def test_killed_at_random_times(world, straight, tmp_path, mode):
 
 
 def refused(arguments, capfd) -> str:
-    """What it says before it leaves with exit code 1: its last words."""
+    """The error message of a run that ends with exit code 1."""
     capfd.readouterr()
     assert main(arguments) == 1
     stderr = capfd.readouterr().err
@@ -262,7 +262,7 @@ def refused(arguments, capfd) -> str:
     ],
 )
 def test_a_reward_function_that_fails_in_a_later_round(world, straight, tmp_path, own_reward, capfd, line, wrong, says):
-    """What was learned until then is saved; the function is mended, and the run goes on as if nothing had happened."""
+    """The steps so far are saved; with a corrected function the resumed run equals an uninterrupted one."""
     out = tmp_path / "run"
     own_reward.with_name("trouble").write_text(line)
     if wrong:
@@ -280,7 +280,7 @@ def test_a_reward_function_that_fails_in_a_later_round(world, straight, tmp_path
 
 
 def test_a_reward_function_that_fails_at_once(world, tmp_path, own_reward, capfd):
-    """Nothing was learned, so nothing is saved, and the same command begins anew."""
+    """Nothing was trained, so nothing is saved, and the same command starts from the beginning."""
     out = tmp_path / "run"
     own_reward.write_text(REWARD.replace("return [", "return 1 / 0, ["))
     message = refused(flags(world, out, reward=own_reward, steps=1), capfd)
@@ -326,7 +326,7 @@ def test_options_that_do_not_go_together(world, tmp_path, capfd, more):
     assert refused(flags(world, tmp_path / "a", *more), capfd) == "lowalign: " + WRONG[more].format(world=world)
 
 
-def test_nothing_to_score_with_or_to_ask(world, tmp_path, capfd):
+def test_without_rewards_or_prompts(world, tmp_path, capfd):
     bare = ["ppo", "--model", f"{world}/model", "--out", str(tmp_path / "a")]
     assert refused(bare, capfd) == "lowalign: no prompts: give --data FILE…"
     with_data = [*bare, "--data", f"{world}/prompts.jsonl"]
@@ -356,8 +356,8 @@ def sft(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["stack", "copy"])
-def test_dropout_of_what_it_starts_from_is_off(world, sft, tmp_path, mode):
-    """Every role is what it is; with noise the ratio of the first step would not be 1, and the first KL not 0."""
+def test_dropout_of_the_init_run_is_off(world, sft, tmp_path, mode):
+    """In every role: with noise, the ratio of the first step would not be 1, and the first KL not 0."""
     out = tmp_path / "run"
     assert main(flags(world, out, "--init", str(sft), "--init-mode", mode, "--train.token-budget", "40", steps=5)) == 0
     first = lines(out)[0]
@@ -400,11 +400,15 @@ def test_where_the_value_function_comes_from(tmp_path):
     rest = {f"base_model.model.{k}": v.tolist() for k, v in weights.items() if k != "score.weight"}
     assert rest == {k: v.tolist() for k, v in expected.items() if "score" not in k}
     head = expected["base_model.model.score.weight"]
-    assert torch.equal(weights["score.weight"], 0.5 * head)  # it is to predict half its scores
-    _, weights = added(f"0.5*{world}/reward", normalise="running")  # … or them over their spread, which is 2
+    assert torch.equal(weights["score.weight"], 0.5 * head)  # weight 0.5: the value function predicts half the scores
+    _, weights = added(
+        f"0.5*{world}/reward", normalise="running"
+    )  # … or the scores divided by their spread, which is 2
     assert torch.equal(weights["score.weight"], head / 2.0)
     for reward, kind in (((f"{world}/reward",), "prefix"), ((f"{world}/reward", f"{world}/other"), "lora")):
-        stack, weights = added(*reward, kind=kind)  # of another kind, or one of several: afresh, beginning at zero
+        stack, weights = added(
+            *reward, kind=kind
+        )  # of another kind, or one of several rewards: a fresh adapter, starting at zero
         assert stack == ("init", VALUE) and not weights["score.weight"].any()
     stack, weights = added(f"{world}/reward", share=True)
     assert stack == ("init", "policy") and not weights["score.weight"].any()

@@ -1,4 +1,4 @@
-"""`lowalign reward` and `lowalign dpo` end to end: what they write, reference values on disk, killing and resuming, real rows."""
+"""`lowalign reward` and `lowalign dpo` end to end: their files, cached reference log-probs, kill and resume, real rows."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def refused(capsys, arguments) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_run_tells_what_its_scores_are_worth(world, tmp_path, kind):
+def test_a_reward_run_saves_metrics_of_its_scores(world, tmp_path, kind):
     out = tmp_path / "run"
     assert main(flags(world, "reward", out, data="rankings", kind=kind)) == 0
     meta = json.loads((out / "adapter" / "lowalign.json").read_text())
@@ -96,7 +96,7 @@ def test_a_reward_run_tells_what_its_scores_are_worth(world, tmp_path, kind):
         assert host.scores([Example([5], [[6], [7]])], "judge")[0].shape == (2,)
 
 
-def test_a_reward_on_an_sft_run_carries_it_along(world, tmp_path):
+def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
     sft = flags(world, "sft", tmp_path / "sft", data="sft")
     assert main(sft) == 0
     assert main(flags(world, "reward", tmp_path / "reward", "--init", str(tmp_path / "sft"))) == 0
@@ -112,7 +112,7 @@ def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, cap
     assert "the reference's log-probs of 20 examples are computed once" in stderr
     first = lines(tmp_path / "a")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["eval/rewards/margins"] == 0
-    # Another run on the same rows finds them, and they are the same run.
+    # Another run on the same rows reads them, and has the same metrics.
     assert main(flags(world, "dpo", tmp_path / "b")) == 0
     stderr = capsys.readouterr().err
     assert "the reference's log-probs of 20 examples are known" in stderr
@@ -131,13 +131,13 @@ def test_another_reference_is_another_file(world, tmp_path, capsys):
     capsys.readouterr()
     assert len(list(cache_folder().glob("reference-*"))) == 4  # rows and held-out rows, twice
     assert main(flags(world, "dpo", tmp_path / "c", *stacked, "--reference", str(tmp_path / "sft"))) == 0
-    assert "are known" in capsys.readouterr().err  # by its weights, whatever its name
+    assert "are known" in capsys.readouterr().err  # the cache key is the weights, not the name
     assert digest(tmp_path / "c") == digest(tmp_path / "a") != digest(tmp_path / "b")
     assert lines(tmp_path / "a")[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert abs(lines(tmp_path / "b")[0]["eval/loss"] - math.log(2)) > 1e-5
 
 
-def test_reference_values_of_a_cut_off_computation_are_used(world, tmp_path, capsys):
+def test_reference_values_of_an_interrupted_computation_are_used(world, tmp_path, capsys):
     assert main(flags(world, "dpo", tmp_path / "a")) == 0
     (whole,) = (f for f in cache_folder().glob("reference-*") if len(load_file(f)["logps"]) == 40)
     from safetensors.torch import save_file
@@ -152,7 +152,7 @@ def test_reference_values_of_a_cut_off_computation_are_used(world, tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_a_fresh_soft_prompt_tells_its_divergence(world, tmp_path, kind, capsys):
+def test_a_fresh_soft_prompt_logs_its_divergence(world, tmp_path, kind, capsys):
     assert main(flags(world, "dpo", tmp_path / "a", kind=kind)) == 0
     assert "the fresh soft prompt starts at a divergence of " in capsys.readouterr().err
 
@@ -176,7 +176,7 @@ def test_killed_and_resumed_is_the_same_run(world, tmp_path, verb, data, more):
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
 
 
-def test_held_wrong(world, tmp_path, capsys):
+def test_wrong_use(world, tmp_path, capsys):
     stderr = refused(capsys, flags(world, "dpo", tmp_path / "a", "--adapter.dropout", "0.1"))
     assert "--adapter.dropout is 0.1: with dropout the policy is not its reference at the start" in stderr
     stderr = refused(capsys, flags(world, "dpo", tmp_path / "b", data="thumbs"))
@@ -200,7 +200,7 @@ LEARNING_RATE = {"lora": "2e-3", "prompt": "3e-2", "prefix": "1e-2"}
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("verb", ["reward", "dpo"])
 def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, capsys):
-    """Accuracy and margins on the rows themselves rise: all of them are in every step."""
+    """Accuracy and margins on the training rows rise; every step has all rows."""
     out, rows = tmp_path / "run", FILES[file]
     arguments = [
         verb, f"{kind}/{verb}", "--model", str(small_base), "--data", str(shared / "data" / file), "--out", str(out),

@@ -38,7 +38,7 @@ def test_held_out_loss_falls(file, kind, shared, small_base, tmp_path):
 
 @pytest.mark.parametrize("kind", LEARNING_RATE)
 def test_stock_peft_gives_equal_logits(kind, small_base, shared, tmp_path):
-    """A trained adapter through stock PeftModel and through the host, on the same 4-bit base: equal bit for bit."""
+    """A trained adapter in stock PeftModel and in the host, on the same 4-bit base: equal bit for bit."""
     out = tmp_path / "run"
     data = str(shared / "data" / "alpaca_en_demo.json")
     arguments = ["sft", f"{kind}/sft", "--model", str(small_base), "--data", data, "--out", str(out)]

@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(world) -> dict[tuple[str, str], float]:
-    """The score of each answer, computed by itself; it is read at the token that ends the turn."""
+    """The score of each answer, computed alone, at the token that ends the turn."""
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
     host.load("r", world / "reward")

@@ -1,4 +1,4 @@
-"""`lowalign sft` end to end on a tiny 4-bit base: what a run writes, killing and resuming it, and loading it in stock peft."""
+"""`lowalign sft` end to end on a tiny 4-bit base: files of a run, kill and resume, and its adapter in stock peft."""
 
 import hashlib
 import json
@@ -102,7 +102,7 @@ def test_what_a_run_writes(world, straight, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_gives_the_same_logits(world, straight, kind):
-    """The same 4-bit base, through stock PeftModel and through the host."""
+    """On the same 4-bit base, with stock PeftModel and with the host."""
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
     base = Base.load(world / "model", device="cpu", quiet=True)
     stock = PeftModel.from_pretrained(base.model, str(straight[kind] / "adapter")).eval()
@@ -125,7 +125,7 @@ def test_the_recipe_of_a_run_is_the_same_run(world, straight, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_is_the_same_run(world, straight, tmp_path, kind):
-    """SIGKILL in the middle of writing the checkpoint of step 4; the run goes on from step 2 and ends on the same bits."""
+    """SIGKILL in the middle of writing the checkpoint of step 4; the run resumes from step 2 and ends with the same bits."""
     out = tmp_path / "run"
     assert child.run(flags(world, out, kind=kind), LOWALIGN_KILL_AT="save-optimizer:2") == -signal.SIGKILL
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-000002"]
@@ -142,7 +142,7 @@ def test_signal_saves_and_leaves(world, straight, tmp_path):
         time.sleep(0.02)
     process.terminate()
     process.join()
-    if process.exitcode != 0:  # it may have been through before the signal came
+    if process.exitcode != 0:  # it may have ended before the signal came
         errors = (tmp_path / "stderr").read_text()
         assert process.exitcode == 143 and "--resume" in errors and "Traceback" not in errors
         assert main(flags(world, out, "--resume")) == 0
@@ -152,7 +152,7 @@ def test_signal_saves_and_leaves(world, straight, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_times(world, straight, tmp_path, kind):
-    """Again and again, at any moment, until it is through."""
+    """Killed at random times and resumed, until it ends by itself."""
     out, rng, kills = tmp_path / "run", random.Random(kind), 0
     while True:
         process = child.start(flags(world, out, "--resume", kind=kind))
@@ -174,19 +174,21 @@ def test_stacked_on_an_earlier_run(world, straight, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["rows.jsonl", "init"])
-def test_it_does_not_go_on_with_something_else(world, straight, tmp_path, capsys, which):
-    """The options are the same, but what they name has changed since."""
+def test_resume_with_changed_content_is_refused(world, straight, tmp_path, capsys, which):
+    """The options are the same, but the content of a file or adapter has changed."""
     rows, init, out = tmp_path / "rows.jsonl", tmp_path / "init", tmp_path / "run"
     shutil.copy(world / "rows.jsonl", rows)
     shutil.copytree(straight["lora"] / "adapter", init)
-    (init / "lowalign.json").unlink()  # as from stock peft: it would itself tell that the weights are other ones
+    (
+        init / "lowalign.json"
+    ).unlink()  # as in a folder of stock peft; its hash would already show that the weights changed
     model = str(world / "model")
     command = [
         "sft", "lora/sft", "--model", model, "--data", str(rows), "--init", str(init), "--out", str(out), "--resume",
         "--train.steps", "1", "--train.batch-size", "4", "--data.no-cache",
     ]  # fmt: skip
     assert main(command) == 0
-    assert main(command) == 0  # nothing to do any more
+    assert main(command) == 0  # nothing left to do
     if which == "rows.jsonl":
         rows.write_text(rows.read_text() + "\n")
     else:

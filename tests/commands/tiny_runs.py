@@ -1,4 +1,4 @@
-"""A tiny base with adapters on it that were never trained: a prefix to sample under, and a LoRA that scores."""
+"""A tiny base with untrained adapters: a prefix as policy, and LoRAs with a head as reward runs."""
 
 from pathlib import Path
 

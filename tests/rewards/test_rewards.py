@@ -1,4 +1,4 @@
-"""Rewards: scores against `host.scores` one completion at a time, weighted sums by hand, and what is wrong in words."""
+"""Rewards: scores against `host.scores` one completion at a time, weighted sums by hand, and error messages."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_a_single_run_gives_its_raw_scores(world, host):
 
 @pytest.mark.parametrize("budget", [1, 7, 9, 10, 14, 1000])
 def test_any_token_budget_gives_the_same_scores_in_order(world, host, budget, monkeypatch):
-    """And no forward has more tokens than the budget, unless it is a single completion."""
+    """No forward has more tokens than the budget, unless it is a single completion."""
     stack = load_reward_run(host, "r", f"{world}/reward")
     expected = alone(host, stack)
     seen, scores = [], host.scores
@@ -93,7 +93,7 @@ def test_out_of_memory_changes_no_score(world, host, monkeypatch, capsys, room, 
 
 
 def test_a_weighted_sum(world, host, tmp_path):
-    """Runs standardised with the mean and spread of their folders, a function as it is."""
+    """Scores of runs are standardized with mean and spread from their folders; a function is used as it is."""
     file = tmp_path / "length.py"
     file.write_text("def letters(prompts, completions):\n    return [len(c) for c in completions]\n")
     specs = (f"2*{world}/reward", f"{world}/other", f"-0.5*{file}:letters")
@@ -106,7 +106,7 @@ def test_a_weighted_sum(world, host, tmp_path):
             assert score.total == pytest.approx(2 * a + b - 0.5 * c, abs=1e-4)
 
 
-def test_a_function_is_given_a_prompt_for_each_completion_and_can_do_no_harm(host, tmp_path):
+def test_a_function_gets_copies_of_the_prompts_one_for_each_completion(host, tmp_path):
     file = tmp_path / "f.py"
     file.write_text(
         "import json, pathlib, torch\n"
@@ -140,7 +140,7 @@ def test_a_function_is_given_a_prompt_for_each_completion_and_can_do_no_harm(hos
         ("return {}['key'],", "f.py:2: KeyError: 'key'"),
     ],
 )
-def test_what_a_function_may_do_wrong(host, tmp_path, body, says):
+def test_errors_of_a_function(host, tmp_path, body, says):
     file = tmp_path / "f.py"
     file.write_text(f"def f(prompts, completions):\n    {body}\n")
     with pytest.raises(UserError) as error:
@@ -180,7 +180,7 @@ def test_what_cannot_be_loaded(world, host, tmp_path):
             host.delete(name)
 
 
-def test_a_relative_path_and_what_a_function_finds_around_it(host, tmp_path, monkeypatch):
+def test_a_relative_path_and_the_environment_of_a_function(host, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "deep/f.py"
     file.parent.mkdir()

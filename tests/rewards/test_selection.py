@@ -1,4 +1,4 @@
-"""The arithmetic of best-of-n against values worked by hand, every subset, and the exact law of a small distribution."""
+"""The arithmetic of best-of-n against values worked by hand, all subsets, and the exact law of a small distribution."""
 
 import itertools
 import math
@@ -27,8 +27,8 @@ def test_every_subset(n):
 
 
 def test_unbiased():
-    """Over all samples of 4 from {0, 1, 5} with probabilities 1/2, 1/3, 1/6 its mean is the true mean of the best of k:
-    Σ x (F(x)^k - F(x-)^k), in exact fractions on that side."""
+    """The mean over all samples of 4 from {0, 1, 5} with probabilities 1/2, 1/3, 1/6 is the true mean of the best of k,
+    Σ x (F(x)^k - F(x-)^k), which is computed in exact fractions."""
     law = {0: Fraction(1, 2), 1: Fraction(1, 3), 5: Fraction(1, 6)}
     for k in (1, 2, 3, 4):
         mean = sum(
@@ -48,8 +48,8 @@ def test_more_samples_than_there_are():
             expected_best([1, 2, 3], k)
 
 
-def test_divergence_is_what_the_law_of_the_best_has():
-    """Where all completions differ in reward, the best of k has the density k u^(k-1) on their quantiles u."""
+def test_kl_bound_equals_the_integral_over_the_law_of_the_best():
+    """When all rewards differ, the best of k has the density k u^(k-1) over their quantiles u."""
     for k in (1, 2, 8, 64):
         steps = 200_000
         grid = ((i + 0.5) / steps for i in range(steps))
