@@ -40,7 +40,7 @@ from lowalign.rewards.spec import files_and_runs
 from lowalign.train import checkpoint
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
-from lowalign.train.signals import Interrupted, stop_at_once
+from lowalign.train.signals import Interrupted, StopSignals
 
 BLOCK = 64  # prompts that are sampled, scored and written together
 
@@ -51,7 +51,7 @@ def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
     """Run the command; `base` is one that is loaded already. Returns the exit code."""
     try:
         # Only the block in progress is lost, so a signal may arrive anywhere.
-        with lock_folder(config.out), stop_at_once():
+        with lock_folder(config.out), StopSignals(at_once=True):
             return _run(config, base)
     except Interrupted as stopped:
         log(f"stopped by {stopped.signal.name}; go on with the same command and --resume")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.rows.answers import read_answers
-from lowalign.data.rows.turns import Message, Prompt
+from lowalign.data.rows.turns import Message, Prompt, as_messages
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -119,6 +119,5 @@ def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[Line]) -> N
 
 def _preference(prompt: Prompt, chosen: Prompt, rejected: Prompt) -> dict[str, list[Message]]:
     """A row of pairs.jsonl. All texts become messages: they were judged as turns of a chat."""
-    messages = lambda text, role: [{"role": role, "content": text}] if isinstance(text, str) else text  # noqa: E731
-    answers = {"chosen": messages(chosen, "assistant"), "rejected": messages(rejected, "assistant")}
-    return {"prompt": messages(prompt, "user"), **answers}
+    answers = {"chosen": as_messages(chosen, "assistant"), "rejected": as_messages(rejected, "assistant")}
+    return {"prompt": as_messages(prompt), **answers}

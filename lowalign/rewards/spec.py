@@ -44,11 +44,5 @@ def parse_spec(text: str) -> RewardSpec:
 
 def files_and_runs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The Python files, and the reward runs, that the specs name. Raises UserError like RewardSpec.function."""
-    files, runs = [], []
-    for spec in map(parse_spec, specs):
-        function = spec.function()
-        if function:
-            files.append(str(function[0]))
-        else:
-            runs.append(spec.name)
-    return files, runs
+    functions = {spec.name: spec.function() for spec in map(parse_spec, specs)}
+    return [str(f[0]) for f in functions.values() if f], [name for name, f in functions.items() if not f]

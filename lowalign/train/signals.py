@@ -1,15 +1,14 @@
-"""Handling of SIGINT and SIGTERM: `StopSignals` lets a loop save and stop; `stop_at_once` raises immediately."""
+"""Handling of SIGINT and SIGTERM: a loop saves and stops at the first one, and the process ends at the second one."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from types import FrameType
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked to stop. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must not catch it."""
+    """SIGINT or SIGTERM asked to stop. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must
+    not catch it."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
@@ -17,20 +16,29 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Within it, the first SIGINT or SIGTERM is noted in `received` and `check` raises Interrupted; a second one ends the
-    process."""
+    """Within it, SIGINT and SIGTERM are noted in `received` and `check` raises Interrupted.
 
-    def __init__(self) -> None:
+    at_once: raise Interrupted wherever the signal arrives instead. Python handles signals only in the main thread; in
+    another one nothing is installed.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._restore = _install(self._note)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.at_once:
+            raise Interrupted(signal.Signals(number))
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
@@ -41,31 +49,3 @@ class StopSignals:
         """Raise Interrupted when a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
-
-
-@contextlib.contextmanager
-def stop_at_once() -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM raise Interrupted wherever they arrive."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number))
-
-    restore = _install(leave)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _install(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Install a handler of both signals -> a function that restores the earlier ones. Python allows this only in the main
-    thread; in another one it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    return restore
