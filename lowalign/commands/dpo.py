@@ -34,9 +34,7 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
                 for part in (rows, heldout):
                     fill_reference_logps(host, reference, part, settings, stop)
         if kto:
-            return KTO(
-                host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed, settings.token_budget
-            )
-        return DPO(host, rows, stack, reference, config.dpo, settings.batch_size, settings.seed)
+            return KTO(host, rows, stack, reference, config.dpo, settings)
+        return DPO(host, rows, stack, reference, config.dpo, settings)
 
     return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))

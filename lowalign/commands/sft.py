@@ -16,6 +16,6 @@ def sft(config: SFTConfig, base: Base | None = None) -> int:
 
     def start(host: Host, rows: list[Example], heldout: list[Example], stack: Stack, reference: Stack) -> SFT:
         check_and_log_start(host, stack, reference, rows, config)
-        return SFT(host, rows, stack, config.train.batch_size, config.train.seed)
+        return SFT(host, rows, stack, config.train)
 
     return run(config, "sft", partial(read_rows, config, load_examples), start, base)
