@@ -7,18 +7,18 @@ from lowalign.config.training import DPOConfig
 from lowalign.data.dataset import Dataset
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
-from lowalign.methods.dpo import DPO, REFERENCE_FREE
+from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.train.reference_cache import fill_reference_logps
-from lowalign.train.run import Stack, check_and_log_start, named_run, read_rows, reference_stack, run
+from lowalign.train.run import Job, Stack, check_and_log_start, named_run, read_rows, reference_stack, run
 from lowalign.train.signals import StopSignals
 
 
 def dpo(config: DPOConfig, base: Base | None = None) -> int:
     """Run `lowalign dpo`; `base` is one that is loaded already. Returns the exit code."""
-    kto, loop = config.dpo.loss == "kto", config.train
+    kto = config.dpo.loss == "kto"
 
     def load(*args: Any, **options: Any) -> Dataset:
         data = load_preferences(*args, **options)
@@ -29,12 +29,12 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> DPO | KTO:
         check_and_log_start(host, policy, initial, rows, config)
         reference = reference_stack(host, config.reference, initial, config.allow_base_mismatch)
-        if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
+        method = (KTO if kto else DPO)(host, rows, policy, reference, config.dpo, config.train)
+        if config.reference_cache == "on" and method.needs_reference:
             with StopSignals() as stop:
                 for part in (rows, heldout):
-                    fill_reference_logps(host, reference, part, loop, stop)
-        if kto:
-            return KTO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed, loop.token_budget)
-        return DPO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed)
+                    fill_reference_logps(host, reference, part, config.train, stop)
+        return method
 
-    return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))
+    job = Job("dpo", partial(read_rows, config, load), start, adapters=named_run(config.reference))
+    return run(config, job, base)

@@ -11,11 +11,11 @@ from lowalign.data.dataset import Dataset
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
 from lowalign.log import log
-from lowalign.methods.reward_model import Reward, reward_metrics, scored
+from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.rewards.reward_run import score_examples
-from lowalign.train.run import Stack, read_rows, run
+from lowalign.train.run import Job, Stack, read_rows, run
 
 EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
 
@@ -30,13 +30,13 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         )
         return replace(data, examples=[scored(e) for e in data.examples])
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Reward:
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> RewardModel:
         if not host.has_head(policy[-1]):
             host.add_head(policy[-1])
         ties = config.data.ties == "keep"
-        return Reward(host, rows, policy, config.reward, config.train.batch_size, config.train.seed, ties)
+        return RewardModel(host, rows, policy, config.reward, config.train, ties)
 
-    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_evaluate)
+    return run(config, Job("reward", partial(read_rows, config, load), start, finish=_evaluate), base)
 
 
 def _evaluate(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
