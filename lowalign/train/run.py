@@ -84,7 +84,7 @@ def run(
             )
             return 128 + result.stopped_by
         save_adapter(host, policy, chat, config, result, name, finish(host, policy, heldout or rows, config))
-        for adapter in tuple(host.configs):
+        for adapter in tuple(host.adapters):
             host.delete(adapter)
     return 0
 

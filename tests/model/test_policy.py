@@ -6,7 +6,8 @@ import torch
 from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
-from lowalign.model.policy import POLICY, check_start, load_stack, mean_kl, peft_config, start_policy
+from lowalign.model.adapters.kinds import peft_config
+from lowalign.model.policy import POLICY, check_start, load_stack, mean_kl, start_policy
 from tests.tiny import tiny_folder
 
 EXAMPLES = [Example([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), Example([14, 15], [[16, 17, 18, 19]])]
