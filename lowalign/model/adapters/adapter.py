@@ -69,10 +69,9 @@ class Adapter:
     def init_from_text(self, text: str) -> None:
         """Start from a text under the active adapters, where the config alone cannot do it."""
 
-    @property
-    def exact_at_start(self) -> bool:
-        """Whether a fresh one changes no bit of what the base computes."""
-        return self.identity_at_start
+    def is_identity(self, logps: Tensor, base_logps: Tensor) -> bool:
+        """Whether it changes nothing, given log-probs (N,) of the same tokens with and without it, in evaluation mode."""
+        return torch.equal(logps, base_logps)
 
     def soft_prompt(self) -> SoftPrompt:
         """What it puts before every prompt."""
