@@ -34,7 +34,7 @@ from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig, TrainConfig
 from lowalign.errors import UserError
 from lowalign.methods.sft import SFT
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from lowalign.train import optim
 from lowalign.train.engine import train
 

@@ -68,7 +68,7 @@ def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
     pages = [chat.document(page) for page in world.pretraining_text(48, seed=99)]
     with host.use(*stack):
         logps = torch.cat([logp for row in host.logprobs(pages, supervised_only=True) for logp in row])
-    for name in tuple(host.configs):
+    for name in tuple(host.adapters):
         host.delete(name)
     return -logps.sum().item() / sum(page.supervised for page in pages)
 

@@ -30,10 +30,11 @@ from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.files import adapter_template
+from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.policy import load_policy, peft_config
+from lowalign.model.policy import load_policy
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.selection import choice_lines, report, write_datasets
 from lowalign.rewards.spec import files_and_runs
@@ -104,7 +105,7 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
                 block = range(start, min(start + BLOCK, total))
                 journal.add(_candidates(config, host, stack, rewards, prompts, block))
                 bar.update(len(block))
-        for name in tuple(host.configs):
+        for name in tuple(host.adapters):
             host.delete(name)
     figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
     write_json(folder / "report.json", figures)
@@ -149,9 +150,9 @@ def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
 def _check_kind(config: BestOfNConfig) -> None:
     """Raises UserError when --sft.adapter is of another kind than --adapter, whose weights it continues."""
     adapter, _ = adapter_files.read(adapter_files.locate(config.adapter[0]))
-    configured = peft_config(config.sft.adapter)
-    if type(adapter.config) is not type(configured):
-        kinds = f"{adapter.config.peft_type.value}, not {configured.peft_type.value}"
+    kind = BY_OPTION[config.sft.adapter.kind]
+    if adapter.kind is not kind:
+        kinds = f"{adapter.kind.peft_type}, not {kind.peft_type}"
         raise UserError(f"--train continues training --adapter {config.adapter[0]}, which is {kinds}; set --sft.adapter.kind to its kind")  # fmt: skip
 
 

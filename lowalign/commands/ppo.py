@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.training import PPOConfig
@@ -21,9 +20,10 @@ from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.methods.rollout import Rollout
 from lowalign.model.adapters import files as adapter_files
+from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.model.policy import add_fresh, load_stack, peft_config
+from lowalign.model.policy import add_fresh, load_stack
 from lowalign.rewards.reward_run import RunReward
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
@@ -114,19 +114,18 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
     if config.value.share:
         host.add_head(policy[-1], zero=True)
         return policy
-    configured = peft_config(config.value.adapter)
+    kind = BY_OPTION[config.value.adapter.kind]
     spec, *others = map(parse_spec, config.reward)
     if not others and spec.function() is None:
         adapter, meta = adapter_files.read(adapter_files.locate(spec.name))
-        if type(adapter.config) is type(configured):
+        if adapter.kind is kind:
             stack = load_stack(host, VALUE, spec.name, config.allow_base_mismatch)
             weight = spec.weight
             if config.rollout.normalise == "running":  # the rewards are divided by their spread
                 weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
             host.head(VALUE).data.mul_(weight)
             return stack
-    soft = not isinstance(configured, LoraConfig)
-    under = tuple(name for name in initial if not soft or isinstance(host.configs[name], LoraConfig))  # one at a time
+    under = tuple(name for name in initial if not (kind.soft and host.adapters[name].soft))  # one soft prompt at a time
     add_fresh(host, VALUE, config.value.adapter, under)
     host.add_head(VALUE, zero=True)
     return (*under, VALUE)
@@ -134,7 +133,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
 
 def _log_roles(host: Host, policy: Stack, reference: Stack, value: Stack | None, rewards: Rewards) -> None:
     """Log which adapters each role has."""
-    kind = lambda stack: " + ".join(host.configs[name].peft_type.value for name in stack) or "the bare base"  # noqa: E731
+    kind = lambda stack: " + ".join(host.adapters[name].peft_type for name in stack) or "the bare base"  # noqa: E731
     log(f"policy: {kind(policy)}; reference: {kind(reference)}; value: {kind(value) if value else 'none'}")
     for name, (weight, reward) in rewards.parts.items():
         what = kind(reward.stack) if isinstance(reward, RunReward) else "a function"

@@ -75,7 +75,7 @@ def measure(
     if reference:
         examples = [Example(p, [c.ids]) for p, c in zip(ids, chosen, strict=True)]
         kl = completion_kl(host, stack, load_stack(host, "reference", reference), examples)
-    for each in tuple(host.configs):
+    for each in tuple(host.adapters):
         host.delete(each)
     answers = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in chosen]
     scores = [world.score(m, text, c.stopped) for m, text, c in zip(asked, answers, chosen, strict=True)]

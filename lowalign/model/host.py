@@ -7,13 +7,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
-from peft import PrefixTuningConfig
 from torch import Tensor, nn
 
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
-from lowalign.model.adapters import soft
 from lowalign.model.adapters.adapters import Adapters
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base
@@ -59,16 +57,10 @@ class Host(Adapters):
 
     def tokens(self, examples: Sequence[Example], wanted: TokenRequest) -> TokenOutputs:
         """Log-probabilities, entropies and values of the completion tokens under the active adapters, in one forward."""
-        soft_prompt = self.soft_states()
+        soft_prompt = self.soft_prompt()
         compute = packed_tokens if self.base.packed else unpacked.row_tokens
         with self._activations():
             return compute(self.base.model, examples, soft_prompt, wanted)
-
-    def head(self, name: str) -> nn.Parameter:
-        """The scalar head (1, hidden) of an adapter. Raises UserError when it has none."""
-        if not self.has_head(name):
-            raise UserError(f'adapter "{name}" has no scalar head; give one that `lowalign reward` trained')
-        return self._heads[name]
 
     def scores(self, examples: Sequence[Example], name: str) -> list[Tensor]:
         """Scores under the active adapters: for each example (its completions,) in fp32.
@@ -77,7 +69,7 @@ class Host(Adapters):
         adapter has no head.
         """
         head = self.head(name)
-        soft_prompt = self.soft_states()
+        soft_prompt = self.soft_prompt()
         compute = packed_scores if self.base.packed else unpacked.row_scores
         with self._activations():
             return compute(self.base.model, examples, soft_prompt, head)
@@ -95,7 +87,7 @@ class Host(Adapters):
         seeds: one per prompt; a sample depends on (sampling.seed, its prompt's seed, its number) and on nothing else in
         the batch. Where memory runs out, what is not done begins anew, half as many at a time.
         """
-        soft_prompt = self.soft_states()
+        soft_prompt = self.soft_prompt()
         run = sample if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
@@ -107,29 +99,11 @@ class Host(Adapters):
         finally:
             self.base.model.train(was_training)
 
-    def set_prefix(self, name: str, text: str) -> None:
-        """Start a prefix at the keys and values of a text under the active adapters, repeated or cut to its length.
-
-        It then acts as that text in front of the prompt would (arXiv 2101.00190, section 7.4). Raises UserError when the
-        adapter is no plain prefix, or the text is empty.
-        """
-        config = self.configs[name]
-        if not isinstance(config, PrefixTuningConfig) or config.prefix_projection:
-            raise UserError(
-                f'adapter "{name}": only a prefix without a projection can start from the keys and values of a text'
-            )
-        ids = soft.text_ids(name, text, config.num_virtual_tokens, self.base.tokenizer)
-        soft.set_prefix(self._encoders[name], unpacked.keys_values(self.base.model, ids))
-
-    def soft_states(self) -> SoftPrompt:
+    def soft_prompt(self) -> SoftPrompt:
         """The active soft prompt, or NO_SOFT_PROMPT."""
-        for name in self.active:
-            if name in self._encoders:
-                module, config = self._encoders[name], self.configs[name]
-                if isinstance(config, PrefixTuningConfig):
-                    return SoftPrompt(keys_values=soft.prefix_states(module, config))
-                return SoftPrompt(soft.virtual_embeddings(module, config))
-        return NO_SOFT_PROMPT
+        return next(
+            (self.adapters[name].soft_prompt() for name in self.active if self.adapters[name].soft), NO_SOFT_PROMPT
+        )
 
     def _activations(self) -> contextlib.AbstractContextManager:
         """Where a forward keeps what its backward needs."""

@@ -107,7 +107,7 @@ def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
 def _key(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, asdict(host.base.identity), str(host.base.dtype)]).encode())
     for name in reference:
-        digest.update(json.dumps(host.configs[name].to_dict(), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(host.adapters[name].config.to_dict(), sort_keys=True, default=str).encode())
         for key, tensor in sorted(host.weights(name).items()):
             digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     for e in examples:

@@ -87,7 +87,7 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
             return 128 + result.stopped_by
         metadata = job.finish(host, policy, heldout or rows, config)
         save_adapter(host, policy, chat, config, result, job.name, metadata)
-        for adapter in tuple(host.configs):
+        for adapter in tuple(host.adapters):
             host.delete(adapter)
     return 0
 

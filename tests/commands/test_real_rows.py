@@ -48,7 +48,7 @@ def test_stock_peft_gives_equal_logits(kind, small_base, shared, tmp_path):
     host = Host(Base.load(small_base, device="cpu", quiet=True))
     host.load("a", out)
     with host.use("a"), torch.no_grad():
-        soft = host.soft_states()
+        soft = host.soft_prompt()
         row = pack_behind(soft, [Example(ids[:1], [ids[1:]])], host.base.model)
         hidden = hidden_states(host.base.model, row, soft)
         got = host.base.model.lm_head(hidden[-24:])

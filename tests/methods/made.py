@@ -4,7 +4,7 @@ import torch
 
 from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 
 
 def host_with(folder, kind: str = "lora", head: bool = False, noise: float = 0.1) -> Host:

@@ -16,7 +16,7 @@ from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig, Va
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.model.adapters.files import HEAD
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from lowalign.rewards.reward_run import score_examples
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals

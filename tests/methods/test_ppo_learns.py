@@ -15,7 +15,7 @@ from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.demo import run as demo
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from lowalign.train.engine import train
 from tests.tiny import tiny_folder
 

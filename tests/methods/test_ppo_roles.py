@@ -12,7 +12,7 @@ from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from lowalign.rewards.reward_run import score_examples
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
@@ -84,11 +84,11 @@ def reference_logps(host: Host) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_updates_change_policy_and_value_alone(folder, kinds, tmp_path):
     host, method = four_roles(folder, kinds)
-    before = {name: bits(host.weights(name).values()) for name in host.configs}
+    before = {name: bits(host.weights(name).values()) for name in host.adapters}
     base, logps = base_bits(host), reference_logps(host)
     result = train(host, method, method.config.train, tmp_path)
     assert result.step == 5 and method.round == 2 and result.metrics["kl"] != 0
-    after = {name: bits(host.weights(name).values()) for name in host.configs}
+    after = {name: bits(host.weights(name).values()) for name in host.adapters}
     assert {name for name in after if after[name] != before[name]} == {"policy", "value"}
     assert base_bits(host) == base
     assert all(map(torch.equal, reference_logps(host), logps))

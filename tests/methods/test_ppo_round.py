@@ -15,7 +15,7 @@ from lowalign.errors import UserError
 from lowalign.methods import ppo_round
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
 from lowalign.train.signals import Interrupted, StopSignals
@@ -40,7 +40,7 @@ def host(base):
         host.add(name, peft_config(AdapterConfig(r=4)))
     host.add_head("value", zero=True)
     yield host
-    for name in tuple(host.configs):
+    for name in tuple(host.adapters):
         host.delete(name)
 
 

@@ -220,7 +220,7 @@ def test_the_head_is_trained_in_fp32_and_deleted_with_its_adapter(folder):
     before = host.weights("policy")["score.weight"].clone()
     flat.master.data += 1e-7  # bf16 would not see it
     flat.publish()
-    assert host._heads["policy"].dtype == torch.float32
-    assert torch.equal(host._heads["policy"], before + 1e-7) and not torch.equal(before + 1e-7, before)
+    assert host.head("policy").dtype == torch.float32
+    assert torch.equal(host.head("policy"), before + 1e-7) and not torch.equal(before + 1e-7, before)
     host.delete("policy")
     assert not host.has_head("policy")

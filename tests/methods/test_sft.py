@@ -8,7 +8,7 @@ from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig, TrainConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.methods.sft import SFT
-from lowalign.model.policy import peft_config
+from lowalign.model.adapters.kinds import peft_config
 from tests.tiny import tiny_folder
 
 

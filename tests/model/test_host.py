@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lowalign import Base, Example, Host
 from lowalign.errors import UserError
+from lowalign.model.adapters.adapter import Adapter
 from tests.tiny import tiny_folder
 
 LORA = {"target_modules": "all-linear", "init_lora_weights": False}
@@ -223,7 +224,7 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
         save_file(tensors, tmp_path / "b" / "adapter_model.safetensors")
         with pytest.raises(UserError, match=message):
             host.load("b", tmp_path / "b")
-        assert "b" not in host.configs
+        assert "b" not in host.adapters
 
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     rewritten(lambda t: t.pop(first), "1 weights are missing")
@@ -254,7 +255,7 @@ def test_flat_weights_train_what_the_model_uses(folder):
     with torch.no_grad():
         flat.master.add_(flat.master.grad, alpha=1e-3)
     flat.publish()
-    for key, p in host._named("reward").items():
+    for key, p in host.adapters["reward"].named().items():
         assert p.dtype == torch.bfloat16
         assert torch.equal(p, host.weights("reward")[key].bfloat16())
         assert host.weights("reward")[key].dtype == torch.float32
@@ -265,9 +266,9 @@ def test_parked_and_brought_back(folder, monkeypatch):
     host = four_adapters(folder)
     host.flat("policy")
     moves = []
-    move = Host._move
+    move = Adapter.move
     monkeypatch.setattr(
-        Host, "_move", lambda self, name, device: moves.append((name, device.type)) or move(self, name, device)
+        Adapter, "move", lambda self, device: moves.append((self.name, device.type)) or move(self, device)
     )
     for name in ("policy", "prefix"):
         with host.use(name), torch.no_grad():

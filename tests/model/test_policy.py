@@ -1,12 +1,16 @@
 """What a run starts from, and the check before its first step."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 
-from lowalign import Base, Example, Host
+from lowalign import Base, Example, Host, demo
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
-from lowalign.model.policy import POLICY, check_start, load_stack, mean_kl, peft_config, start_policy
+from lowalign.model.adapters.kinds import peft_config
+from lowalign.model.policy import POLICY, check_start, load_stack, mean_kl, start_policy
 from tests.tiny import tiny_folder
 
 EXAMPLES = [Example([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), Example([14, 15], [[16, 17, 18, 19]])]
@@ -46,6 +50,37 @@ def test_a_policy_that_is_not_its_reference_is_caught(host):
     shaken(host, POLICY)
     with pytest.raises(RuntimeError, match="must equal its reference"):
         check_start(host, policy, reference, EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def demo_base():
+    return Base.load(Path(demo.__file__).parent / "base", device="cpu", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "equal"),
+    [
+        ("lora_B", lambda p: p, True),
+        ("lora_B", lambda p: p.fill_(1e-6), False),
+        ("lora_magnitude_vector", lambda p: p.mul_(1.15), False),
+    ],
+    ids=["fresh", "B is not zero", "magnitudes are not the norms"],
+)
+def test_dora_starts_as_the_base_within_rounding(demo_base, part, change, equal):
+    """bf16 moves single log-probs by 0.2 nats here, which is rounding; what is wrong is seen all the same."""
+    host = Host(demo_base)
+    policy, reference = start_policy(host, AdapterConfig(dora=True, dropout=0.1), None, "stack", 0)
+    host.training("off")  # with dropout on, which the check must switch off
+    with torch.no_grad():
+        for key, p in host.weights(POLICY).items():
+            if part in key:
+                change(p)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(5, len(demo_base.tokenizer), (n,), generator=g).tolist()  # noqa: E731
+    examples = [Example(draw(20), [draw(60)]) for _ in range(4)]
+    with contextlib.nullcontext() if equal else pytest.raises(RuntimeError, match="must equal its reference"):
+        check_start(host, policy, reference, examples)
+    host.delete(POLICY)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -89,6 +124,18 @@ def test_starting_from_an_earlier_adapter(host, tmp_path, init, new, mode):
     stack = load_stack(host, "again", str(tmp_path / "two"))
     assert len(stack) == len(policy)
     assert torch.equal(values(host, stack), want)
+
+
+def test_a_copy_of_a_dora_equals_it_bit_for_bit(host, tmp_path):
+    host.add("first", peft_config(AdapterConfig(dora=True)))
+    shaken(host, "first")
+    host.save("first", tmp_path)
+    policy, reference = start_policy(host, AdapterConfig(dora=True), str(tmp_path), "copy", 0)
+    assert torch.equal(values(host, policy), values(host, reference))
+    check_start(host, policy, reference, EXAMPLES)
+    shaken(host, POLICY)
+    with pytest.raises(RuntimeError, match="must equal its reference"):
+        check_start(host, policy, reference, EXAMPLES)
 
 
 def test_what_does_not_go_together_is_refused(host, tmp_path):

@@ -34,7 +34,7 @@ def base(world):
 def host(base):
     host = Host(base)
     yield host
-    for name in tuple(host.configs):
+    for name in tuple(host.adapters):
         host.delete(name)
 
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_loaded(world, host, tmp_path):
         with pytest.raises(UserError) as error:
             rewards(host, *specs)
         assert says in str(error.value)
-        for name in tuple(host.configs):
+        for name in tuple(host.adapters):
             host.delete(name)
 
 

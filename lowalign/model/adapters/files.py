@@ -11,34 +11,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowalign.durable import file_hash, new_folder
 from lowalign.errors import UserError
+from lowalign.model.adapters.adapter import SCALAR_HEAD, Adapter
+from lowalign.model.adapters.kinds import BY_PEFT_TYPE
 from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
 
-PREFIX = "base_model.model."  # of a LoRA's keys; without "model." for what stands beside a soft prompt
-SOFT_PREFIX = "base_model."
-HEAD = "score.weight"  # the scalar head, as stock peft names that of a sequence classifier
 HEAD_MODULES = ["classifier", "score"]
 _WANTED = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
-_KINDS = {"LORA": LoraConfig, "PROMPT_TUNING": PromptTuningConfig, "PREFIX_TUNING": PrefixTuningConfig}
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """What a folder holds: peft's config and the weights under their names in the file."""
+class StoredAdapter:
+    """What a folder holds: the kind, peft's config, and the weights by their names in the file."""
 
+    kind: type[Adapter]
     config: PeftConfig
     tensors: dict[str, Tensor]
 
 
 def write(
-    folder: Path, adapter: Adapter, identity: Identity, parents: Sequence[Adapter], files: dict[str, str], meta: dict
+    folder: Path,
+    adapter: StoredAdapter,
+    identity: Identity,
+    parents: Sequence[StoredAdapter],
+    files: dict[str, str],
+    meta: dict,
 ) -> None:
     """Write an adapter folder, whole or not at all; an older one of that name is replaced.
 
@@ -57,7 +61,7 @@ def write(
         raise UserError(f"the adapter could not be written to {folder}: {error}") from error
 
 
-def _write_one(folder: Path, adapter: Adapter, identity: Identity, meta: dict) -> None:
+def _write_one(folder: Path, adapter: StoredAdapter, identity: Identity, meta: dict) -> None:
     bad = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(f"the adapter is not saved: {bad[0]} holds numbers that are not finite")
@@ -74,7 +78,7 @@ def locate(folder_or_hub_id: str | Path) -> Path:
     return resolve(str(run if run.is_dir() else folder_or_hub_id), None, _WANTED)[0]
 
 
-def read(folder: Path) -> tuple[Adapter, dict]:
+def read(folder: Path) -> tuple[StoredAdapter, dict]:
     """-> the adapter and its lowalign.json ({} in a folder stock peft wrote).
 
     Raises UserError for anything but LoRA, prompt or prefix tuning in safetensors.
@@ -84,17 +88,17 @@ def read(folder: Path) -> tuple[Adapter, dict]:
         raw = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not an adapter folder: adapter_config.json: {error}") from error
-    kind = raw.get("peft_type")
-    if kind not in _KINDS:
-        raise UserError(f"{folder} holds a {kind} adapter; lowalign knows LoRA, prompt tuning and prefix tuning")
+    kind = BY_PEFT_TYPE.get(raw.get("peft_type"))
+    if kind is None:
+        raise UserError(f"{folder} holds a {raw.get('peft_type')} adapter; lowalign knows {', '.join(BY_PEFT_TYPE)}")
     if raw.get("auto_mapping"):
         raise UserError(f"{folder} names classes to import (auto_mapping), which is not done")
     if not file.exists():
         raise UserError(f"{folder} has no adapter_model.safetensors; files that can hold code (.bin, .pt) are not read")
     if set(raw.get("modules_to_save") or ()) <= set(HEAD_MODULES):
         raw["modules_to_save"] = None  # a head is told by its weights
-    known = _KINDS[kind].__dataclass_fields__
-    config = _KINDS[kind](**{k: v for k, v in raw.items() if k in known and k not in ("peft_type", "auto_mapping")})
+    fields = kind.config_class.__dataclass_fields__.keys() - {"peft_type", "auto_mapping"}
+    config = kind.config_class(**{k: v for k, v in raw.items() if k in fields})
     try:
         tensors = load_file(file)
         meta = read_meta(folder)
@@ -104,7 +108,7 @@ def read(folder: Path) -> tuple[Adapter, dict]:
         raise UserError(
             f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
         )
-    return Adapter(config, tensors), meta
+    return StoredAdapter(kind, config, tensors), meta
 
 
 def read_meta(folder: Path) -> dict:
@@ -150,17 +154,16 @@ def weights_hash(folder: Path) -> str:
     return file_hash(folder / "adapter_model.safetensors")
 
 
-def _plain(adapter: Adapter, identity: Identity) -> dict[str, object]:
+def _plain(adapter: StoredAdapter, identity: Identity) -> dict[str, object]:
     raw = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.config.to_dict().items()}
-    head = any(key.endswith(HEAD) for key in adapter.tensors)
+    head = any(key.endswith(SCALAR_HEAD) for key in adapter.tensors)
     raw |= {"task_type": "SEQ_CLS", "modules_to_save": HEAD_MODULES} if head else {"task_type": "CAUSAL_LM"}
     raw |= {"inference_mode": True, "base_model_name_or_path": identity.name}
     if raw.get("tokenizer_name_or_path"):
         raw["tokenizer_name_or_path"] = identity.name
     if identity.revision:
         raw["revision"] = identity.revision
-    # The projection is computed away in the file; what is left is a plain prefix, which stock peft can load and train.
-    return raw | ({"prefix_projection": False} if "prefix_projection" in raw else {})
+    return raw
 
 
 def _write_json(file: Path, content: dict) -> None:

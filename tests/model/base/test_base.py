@@ -13,6 +13,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from lowalign import Base
 from lowalign.errors import UserError
+from lowalign.model.adapters.lora import linear_names
 from lowalign.model.base import hub
 from lowalign.model.base.base import NF4_BYTES
 from tests.tiny import tiny_folder, tiny_tokenizer
@@ -190,7 +191,6 @@ def test_refused_without_safetensors_or_memory(folder, tmp_path, monkeypatch):
 def test_mixture_of_experts_says_what_stays_in_16_bit(tmp_path):
     import transformers
 
-    from lowalign import Host
     from tests.tiny import _SHAPE
 
     config = transformers.MixtralConfig(**_SHAPE | {"num_local_experts": 4, "sliding_window": None})
@@ -199,4 +199,4 @@ def test_mixture_of_experts_says_what_stays_in_16_bit(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     base = Base.load(tmp_path, device="cpu", quiet=True)
     assert base.unquantized > 0.5  # the experts
-    assert Host(base)._all_linear == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert linear_names(base.model) == ["k_proj", "o_proj", "q_proj", "v_proj"]

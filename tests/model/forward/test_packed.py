@@ -94,7 +94,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
             for n, p in stock.named_parameters()
             if p.requires_grad
         }
-        for key, p in host._named("a").items():
+        for key, p in host.adapters["a"].named().items():
             assert (theirs[key] - p.grad).norm() <= 1e-5 * theirs[key].norm() + 1e-7
     else:
         assert (a - b).norm() <= 1e-5 * a.norm()
@@ -111,7 +111,7 @@ def test_prefix_with_projection_equals_stock(folders):
     host = Host(base)
     host.add("a", config())
     theirs = dict(stock.prompt_encoder["default"].named_parameters())
-    for key, p in host._named("a").items():
+    for key, p in host.adapters["a"].named().items():
         p.data.copy_(theirs[key])
     host.train_only("a")
     host.training("on")
@@ -121,7 +121,7 @@ def test_prefix_with_projection_equals_stock(folders):
     assert (want - got).abs().max() <= 1e-5
     want.sum().backward()
     got.sum().backward()
-    for key, p in host._named("a").items():
+    for key, p in host.adapters["a"].named().items():
         assert (theirs[key].grad - p.grad).norm() <= 1e-5 * theirs[key].grad.norm()
 
 
