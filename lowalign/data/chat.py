@@ -178,9 +178,8 @@ class Chat:
         """Raise RowError when a text of the row forms a special token with what the template writes next to it."""
         special_tokens = self._encoder.special_tokens
         fenced = special_tokens.fenced([messages, tools])
-        if fenced is not None and special_tokens.count(
-            self._template.render(*fenced, generation)
-        ) != special_tokens.count(full):
+        rendered = full if fenced is None else self._template.render(*fenced, generation)
+        if special_tokens.count(rendered) != special_tokens.count(full):
             raise RowError("one of its texts forms a special token with what the chat template writes next to it")
 
     def _turn(self, messages: list[Message], i: int, tools: Tools) -> tuple[str, Piece]:
@@ -206,24 +205,24 @@ class Chat:
     def _pieces(self, full: str, messages: list[Message], tools: Tools) -> list[Piece] | None:
         """`full` cut at the assistant turns, up to the end of the last; None when `full` does not hold every turn as it is
         rendered without the turns after it. An assistant turn at the very beginning stays part of the prompt."""
-        pieces, at = [], 0
+        pieces, end = [], 0
         for i in range(1, len(messages)):
             if messages[i]["role"] == "assistant":
                 try:
                     prompt, turn = self._turn(messages, i, tools)
                 except Unrenderable:
                     return None
-                if len(prompt) < at or not full.startswith(prompt + turn.text):
+                if len(prompt) < end or not full.startswith(prompt + turn.text):
                     return None
-                pieces += [Piece(full[at : len(prompt)]), turn]
-                at = len(prompt) + len(turn.text)
+                pieces += [Piece(full[end : len(prompt)]), turn]
+                end = len(prompt) + len(turn.text)
         return pieces
 
     def _prompt_pieces(self, full: str, messages: list[Message], tools: Tools) -> list[Piece]:
         """`full` (rendered with the generation prompt) cut at the assistant turns; one piece where `_pieces` finds none."""
         pieces = self._pieces(full, messages, tools) or []
-        at = sum(len(piece.text) for piece in pieces)
-        return [*(replace(piece, supervised=False) for piece in pieces), Piece(full[at:])]
+        end = sum(len(piece.text) for piece in pieces)
+        return [*(replace(piece, supervised=False) for piece in pieces), Piece(full[end:])]
 
     def _ids(self, pieces: list[Piece], hidden: list[str]) -> tuple[list[int], list[bool]]:
         """The ids of all pieces, and whether each is supervised."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from lowalign.config.sections import PreferenceConfig
 from lowalign.data.chat import Chat
@@ -24,6 +25,7 @@ from lowalign.data.truncate import fit
 from lowalign.errors import UserError
 
 REPEATED_NOTE = "repeated answers of one rank kept once"
+R = TypeVar("R", Preference, Example)
 SWAPPED = {"a": "b", "b": "a", "tie": "tie"}
 
 
@@ -51,14 +53,11 @@ def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConf
         case _:
             preference = rows[0]
     count = len(preference.completions)
-    kept = _distinct(map(_json, preference.completions), preference.rank)
-    if len(kept) < count:
-        completions, rank = preference.completions, preference.rank
-        preference = replace(preference, completions=[completions[i] for i in kept], rank=[rank[i] for i in kept])
+    preference = _without_repeats(preference, map(_json, preference.completions))
     notes = chat.notes.copy()
     example = _example(preference, chat)
     chat.notes = notes + Counter(dict.fromkeys(chat.notes - notes, len(rows)))  # once per row, not once per answer
-    example = _without_repeats(example)
+    example = _without_repeats(example, map(tuple, example.completions))
     if config.ties == "drop" and example.rank and len(set(example.rank)) == 1:
         raise RowDropped("none of its answers is better than another")
     stats.measure(example)
@@ -66,7 +65,9 @@ def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConf
     if fitted is None:
         return []
     if cut:
-        fitted = _without_repeats(fitted, f" once they are cut to {config.max_length:,} tokens")
+        fitted = _without_repeats(
+            fitted, map(tuple, fitted.completions), f" once they are cut to {config.max_length:,} tokens"
+        )
         stats.cut[cut] += len(rows)
     if len(fitted.completions) < count:
         stats.notes[REPEATED_NOTE] += len(rows)
@@ -95,28 +96,20 @@ def _from_verdicts(rows: list[VerdictRow], config: PreferenceConfig, stats: File
     return Preference(first.prompt, first.completions, first.tools, rank=rank, weight=weight)
 
 
-def _distinct(answers: Iterable[Hashable], rank: Sequence[float] | None, when: str = "") -> list[int]:
-    """The indices of the answers without repeats. when: added to the reason.
+def _without_repeats(ranked: R, answers: Iterable[Hashable], when: str = "") -> R:
+    """The Preference or Example with the first of equal answers only. answers: what decides that; when: for the reason.
 
     Raises RowDropped when all are the same, or the same answer has two ranks.
     """
-    answers = list(answers)
     first_index: dict[Hashable, int] = {}
     first = [first_index.setdefault(answer, i) for i, answer in enumerate(answers)]
-    if rank is not None and len(first_index) == 1:
+    if ranked.rank is not None and len(first_index) == 1:
         raise RowDropped(f"its answers are the same{when}")
-    if rank is not None and any(rank[i] != rank[k] for i, k in enumerate(first)):
+    if ranked.rank is not None and any(ranked.rank[i] != ranked.rank[k] for i, k in enumerate(first)):
         raise RowDropped(f"one answer has two ranks{when}")
-    return list(first_index.values())
-
-
-def _without_repeats(example: Example, when: str = "") -> Example:
-    kept = _distinct(map(tuple, example.completions), example.rank, when)
-    if len(kept) == len(example.completions):
-        return example
-    take = lambda values: [values[i] for i in kept]  # noqa: E731
-    completions, masks, rank = map(take, (example.completions, example.masks, example.rank))
-    return replace(example, completions=completions, masks=masks, rank=rank)
+    lists = {name: getattr(ranked, name, None) for name in ("completions", "masks", "rank")}
+    kept = {name: [values[i] for i in first_index.values()] for name, values in lists.items() if values is not None}
+    return replace(ranked, **kept)
 
 
 def _example(preference: Preference, chat: Chat) -> Example:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
@@ -22,9 +23,9 @@ from lowalign.data.rows.turns import (
     as_messages,
     closest,
     expected,
-    is_supervised,
     read_tools,
     read_turns,
+    require_answer,
 )
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -76,31 +77,22 @@ def _sharegpt(data: dict[str, Any]) -> Preference:
     return _pairs(data | {"prompt": prompt})
 
 
-def _whole_messages(data: dict[str, Any]) -> Preference:
-    return _whole(data, "chosen_messages", "rejected_messages")
-
-
-def _whole_pairs(data: dict[str, Any]) -> Preference:
-    return _whole(data, "chosen", "rejected")
-
-
-def _whole(data: dict[str, Any], *names: str) -> Preference:
+def _whole(data: dict[str, Any], chosen: str = "chosen", rejected: str = "rejected") -> Preference:
     """Two whole conversations; the prompt is their common beginning, found later."""
-    conversations = [_conversation(data, name) for name in names]
+    conversations = [_conversation(data, name) for name in (chosen, rejected)]
     return Preference([], conversations, read_tools(data.get("tools")), rank=[0, 1], margin=_margin(data))
 
 
 def _conversation(data: dict[str, Any], name: str) -> list[Message]:
     value = data[name]
     if not isinstance(value, str):
-        return _with_answer(read_turns(value, name), name)
+        return require_answer(read_turns(value, name), name)
     parts = TRANSCRIPT.split(value)
     if not parts[0].strip() and parts[1:2] == ["Human"]:
         roles = {"Human": "user", "Assistant": "assistant"}
-        turns = zip(parts[1::2], parts[2::2], strict=True)
-        return _with_answer(
-            read_turns([{"role": roles[role], "content": text.strip()} for role, text in turns], name), name
-        )
+        pairs = zip(parts[1::2], parts[2::2], strict=True)
+        value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in pairs]
+        return require_answer(read_turns(value, name), name)
     others = [key for key in data if key not in ("chosen", "rejected")]
     if closest("prompt", others):
         raise RowError(expected("prompt", others))
@@ -164,19 +156,12 @@ def _prompt_and_completions(data: dict[str, Any], *names: str) -> dict[str, Any]
             turns = turns[len(prompt) :]
         if turns and turns[0]["role"] != "assistant":
             raise RowError(f"{name} begins with a turn of the {turns[0]['role']}, not of the assistant")
-        completions.append(_with_answer(turns, name))
+        completions.append(require_answer(turns, name))
     return {"prompt": prompt, "completions": completions, "tools": read_tools(data.get("tools"))}
 
 
 def _turns(value: Any, role: str) -> Any:
     return [value] if isinstance(value, dict) else as_messages(value, role)
-
-
-def _with_answer(turns: list[Message], name: str) -> list[Message]:
-    """The turns. Raises RowError when no assistant turn among them is supervised."""
-    if not any(map(is_supervised, turns)):
-        raise RowError(f"{name}: no assistant turn to learn from")
-    return turns
 
 
 def _margin(data: dict[str, Any]) -> float:
@@ -199,13 +184,14 @@ def _other_command_columns(data: dict[str, Any]) -> tuple[str, ...]:
     return sft_format.required if sft_format else ()
 
 
+_whole_messages = partial(_whole, chosen="chosen_messages", rejected="rejected_messages")
 # A row with the columns of several formats gets the first.
 PREFERENCE_ROWS = RowFormats(
     [
         RowFormat("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
         RowFormat("pairs", ("prompt", "chosen", "rejected"), ("tools", "margin"), _pairs),
         RowFormat("pairs", ("chosen_messages", "rejected_messages"), ("tools", "margin"), _whole_messages),
-        RowFormat("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole_pairs),
+        RowFormat("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole),
         RowFormat("verdicts", ("prompt", "completion_a", "completion_b", "annotator", "verdict"), ("tools",), _verdict),
         RowFormat("ranking", ("prompt", "completions"), ("ranks", "tools"), _ranking),
         RowFormat("scores", ("prompt", "completion", "score"), ("tools",), _score),

@@ -6,15 +6,7 @@ from typing import Any
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.strict_json import kind_of
-from lowalign.data.rows.turns import (
-    Message,
-    Tools,
-    as_messages,
-    is_supervised,
-    read_tools,
-    read_turns,
-    unsupervised,
-)
+from lowalign.data.rows.turns import Message, Tools, as_messages, read_tools, read_turns, require_answer, unsupervised
 
 
 @dataclass(frozen=True)
@@ -51,9 +43,7 @@ def string(data: dict[str, Any], name: str, empty: bool = False) -> str:
 
 
 def _conversation(messages: list[Message], tools: Any) -> Conversation:
-    if not any(map(is_supervised, messages)):
-        raise RowError("no assistant turn to learn from")
-    return Conversation(messages, read_tools(tools))
+    return Conversation(require_answer(messages), read_tools(tools))
 
 
 def _messages(data: dict[str, Any]) -> Conversation:

@@ -47,6 +47,13 @@ def is_supervised(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+def require_answer(messages: list[Message], column: str = "") -> list[Message]:
+    """The messages. Raises RowError when no assistant turn among them is supervised."""
+    if not any(map(is_supervised, messages)):
+        raise RowError(f"{column}: no assistant turn to learn from".removeprefix(": "))
+    return messages
+
+
 def unsupervised(messages: list[Message]) -> list[Message]:
     """The messages with "weight": 0 on all assistant turns, as in a prompt."""
     return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
