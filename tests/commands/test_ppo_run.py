@@ -161,15 +161,15 @@ def test_the_coefficient_and_the_end_of_rounds(straight):
 @pytest.mark.parametrize("mode", MODES)
 def test_stock_peft_gives_the_same_log_probs(world, straight, mode):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
-    stock = Base.load(world / "model", device="cpu", quiet=True).model
+    stock = Base.load(world / "model", dtype="float32", device="cpu", quiet=True).model
     stock = PeftModel.from_pretrained(stock, str(straight[mode] / "adapter")).eval()
     with torch.no_grad():
         want = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -7:-1].float().log_softmax(-1)
     want = want.gather(1, ids[0, 2:, None])[:, 0]
-    host = Host(Base.load(world / "model", device="cpu", quiet=True))
+    host = Host(Base.load(world / "model", dtype="float32", device="cpu", quiet=True))
     with host.use(*load_stack(host, "a", str(straight[mode]))), torch.no_grad():
         ((got,),) = host.logprobs([Example([5, 6], [ids[0, 2:].tolist()])])
-    assert (want - got).abs().max() < 0.06  # other attention shapes, so bf16 rounds differently, as for any run
+    assert (want - got).abs().max() <= 1e-4  # 1e-6 seen
 
 
 # -- interrupted ------------------------------------------------------------------------------------------------------
@@ -359,11 +359,11 @@ def sft(world, tmp_path_factory):
 def test_dropout_of_the_init_run_is_off(world, sft, tmp_path, mode):
     """In every role: with noise, the ratio of the first step would not be 1, and the first KL not 0."""
     out = tmp_path / "run"
-    assert main(flags(world, out, "--init", str(sft), "--init-mode", mode, "--train.token-budget", "40", steps=5)) == 0
+    more = ("--init", str(sft), "--init-mode", mode, "--train.token-budget", "40", "--base.dtype", "float32")
+    assert main(flags(world, out, *more, steps=1)) == 0
     first = lines(out)[0]
     assert first["approx_kl"] == 0
-    # A trained copy computes in 16 bit, the frozen original in 32: 0.03 nats for about 5 tokens measured.
-    assert first["kl"] == 0 if mode == "stack" else abs(first["kl"]) < 0.1
+    assert first["kl"] == 0 if mode == "stack" else abs(first["kl"]) < 1e-4  # 1e-6 seen
 
 
 def test_pretraining_mix_and_a_shared_value(world, sft, tmp_path):

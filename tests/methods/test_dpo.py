@@ -106,7 +106,7 @@ def test_packed_equals_separate_rows(folder, name, kind):
         parts = [method.loss(group, normalizers)[0] for group in micro_batches(examples, budget)]
         sum(parts).backward()
         assert abs(sum(parts) - want) <= 1e-5 * abs(want)
-        assert relative(gradient(host), want_gradient) <= 1e-5
+        assert relative(gradient(host), want_gradient) <= 5e-5  # 1.4e-6 seen
     host.training(None)
 
 

@@ -354,7 +354,7 @@ def test_an_update_is_that_of_four_padded_models(folder, name, tmp_path):
             got = flats[adapter].gradients()
             assert got.keys() == plain.keys()
             whole = lambda tensors, keys=plain: torch.cat([tensors[k].flatten() for k in keys])  # noqa: E731
-            assert relative(whole(got), whole(plain)) <= 1e-5
+            assert relative(whole(got), whole(plain)) <= 1e-4  # 5.8e-6 seen
         if step == 0:
             assert sums["approx_kl"] == 0 and sums["clipfrac"] == 0  # the very policy that sampled
         if step == 3:

@@ -66,7 +66,7 @@ def test_packed_equals_separate_rows(folder, kind):
         parts = [method.loss(group, normalizers) for group in micro_batches(examples, budget)]
         sum(loss for loss, _ in parts).backward()
         assert abs(sum(loss for loss, _ in parts) - want) <= 1e-5 * want
-        assert relative(gradient(host), want_gradient) <= 1e-5
+        assert relative(gradient(host), want_gradient) <= 5e-5  # 3.2e-6 seen
     host.training(None)
 
 

@@ -166,11 +166,12 @@ def test_prefix_from_a_text(tmp_path, kind):
         want = torch.cat([t for row in host.logprobs(behind) for t in row])
         bare = values(host, ())
     got = values(host, policy)
-    assert (got - want).abs().max() <= 2e-5 < 0.1 < (bare - want).abs().max()
+    assert (got - want).abs().max() <= 1e-4 < 0.1 < (bare - want).abs().max()  # 1.9e-6 seen
 
 
-def test_prefix_from_a_text_on_an_adapter(host, tmp_path):
+def test_prefix_from_a_text_on_an_adapter(folder, tmp_path):
     """The keys and values are those that the text has under the adapter the prefix is put on."""
+    host = Host(Base.load(folder, dtype="float32", device="cpu", quiet=True))
     host.add("first", peft_config(AdapterConfig()))
     shaken(host, "first")
     host.save("first", tmp_path)
@@ -181,7 +182,7 @@ def test_prefix_from_a_text_on_an_adapter(host, tmp_path):
     behind = [Example(ids + e.prompt, e.completions) for e in EXAMPLES]
     with host.use(*reference), torch.no_grad():
         want = torch.cat([t for row in host.logprobs(behind) for t in row])
-    assert (values(host, policy) - want).abs().max() < 0.06  # bf16, in other packs
+    assert (values(host, policy) - want).abs().max() <= 1e-4  # 1e-6 seen
 
 
 @pytest.mark.parametrize(

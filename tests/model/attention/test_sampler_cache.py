@@ -87,13 +87,13 @@ def check_logprobs(stock, prompt, completion, temperature=1.0, soft=NO_SOFT_PROM
     logp = (teacher_forced(stock, prompt, completion.ids, soft) / temperature).log_softmax(-1)
     want = logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
     assert completion.logprobs.dtype == torch.float32
-    assert (completion.logprobs - want).abs().max() <= 1e-5
+    assert (completion.logprobs - want).abs().max() <= 1e-4  # 6.2e-6 seen in fp32
 
 
 def same(a, b) -> None:
     assert [[c.ids for c in cs] for cs in a] == [[c.ids for c in cs] for cs in b]
     for x, y in zip(chain(*a), chain(*b), strict=True):
-        assert (x.logprobs - y.logprobs).abs().max() <= 1e-5
+        assert (x.logprobs - y.logprobs).abs().max() <= 1e-5  # fp64 handed over as fp32: one unit in the last place
         assert x.stopped == y.stopped
 
 

@@ -12,6 +12,9 @@ from lowalign.model.attention import packed as attention
 from lowalign.model.base import probe
 from tests.tiny import CONFIGS, tiny_folder
 
+# Largest seen with three sets of CPU kernels: 3.9e-6 in log-probs, 1.9e-6 of a gradient's norm. A wrong mask, window or
+# position shows from 1e-2.
+ROUNDING = 1e-4
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3"]
 ADAPTERS = {
     "none": None,
@@ -78,7 +81,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
     host.training("on")
     with host.use(*names):
         got = host.logprobs(examples())
-    assert (flatten(want) - flatten(got)).abs().max() <= 1e-5
+    assert (flatten(want) - flatten(got)).abs().max() <= ROUNDING
     if not names:
         return
     weight = torch.randn(len(flatten(got)), generator=torch.Generator().manual_seed(2))
@@ -87,7 +90,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
     a = torch.cat([p.grad.flatten() for p in parameters])
     b = torch.cat([p.grad.flatten() for p in host.parameters("a")])
     # LoRA's A and B come in another order in each library, so compare what does not depend on it, then each by name.
-    assert torch.allclose(a.norm(), b.norm(), rtol=1e-5)
+    assert torch.allclose(a.norm(), b.norm(), rtol=ROUNDING)
     if adapter == "lora":
         theirs = {
             n.replace("base_model.model.", "").replace(".default", ""): p.grad
@@ -95,9 +98,9 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
             if p.requires_grad
         }
         for key, p in host.adapters["a"].named().items():
-            assert (theirs[key] - p.grad).norm() <= 1e-5 * theirs[key].norm() + 1e-7
+            assert (theirs[key] - p.grad).norm() <= ROUNDING * theirs[key].norm() + 1e-7
     else:
-        assert (a - b).norm() <= 1e-5 * a.norm()
+        assert (a - b).norm() <= ROUNDING * a.norm()
 
 
 def test_prefix_with_projection_equals_stock(folders):
@@ -118,18 +121,18 @@ def test_prefix_with_projection_equals_stock(folders):
     want = flatten(stock_logprobs(stock, examples()))
     with host.use("a"):
         got = flatten(host.logprobs(examples()))
-    assert (want - got).abs().max() <= 1e-5
+    assert (want - got).abs().max() <= ROUNDING
     want.sum().backward()
     got.sum().backward()
     for key, p in host.adapters["a"].named().items():
-        assert (theirs[key].grad - p.grad).norm() <= 1e-5 * theirs[key].grad.norm()
+        assert (theirs[key].grad - p.grad).norm() <= ROUNDING * theirs[key].grad.norm()
 
 
 def test_first_token_without_a_prompt_is_zero(folders):
     host = Host(load(folders["llama"]))
     (logp,), (other,) = host.logprobs([Example([], [[5, 6, 7]]), Example([5], [[6, 7]])])
     assert logp[0] == 0.0
-    assert torch.equal(logp[1:], other)
+    assert (logp[1:] - other).abs().max() <= ROUNDING
 
 
 def test_supervised_only_zeroes_the_rest(folders):
@@ -137,7 +140,8 @@ def test_supervised_only_zeroes_the_rest(folders):
     mask = [[True, False, True, True, False]]
     whole = host.logprobs([Example([5, 6], [[7, 8, 9, 10, 11]], masks=mask)])[0][0]
     part = host.logprobs([Example([5, 6], [[7, 8, 9, 10, 11]], masks=mask)], supervised_only=True)[0][0]
-    assert torch.equal(part, torch.where(torch.tensor(mask[0]), whole, 0.0))
+    # Not bit for bit: a product of fewer rows may be summed in another order.
+    assert (part == 0).tolist() == [not m for m in mask[0]] and (part - whole)[mask[0]].abs().max() <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -179,15 +183,15 @@ def test_rows_fall_back_gives_the_same(adapter, folders, tmp_path):
         logp.sum().backward()
         results.append((logp.detach(), torch.cat([p.grad.flatten() for p in host.parameters("a")])))
     (a, ga), (b, gb) = results
-    assert (a - b).abs().max() <= 1e-5
-    assert (ga - gb).norm() <= 1e-5 * ga.norm()
+    assert (a - b).abs().max() <= ROUNDING
+    assert (ga - gb).norm() <= ROUNDING * ga.norm()
 
 
 def test_a_model_without_the_attention_interface_takes_rows(tmp_path):
     base = load(tiny_folder(tmp_path, "bloom"))
     assert not base.packed and base.why_not
     got = Host(base).logprobs(examples())
-    assert (flatten(got) - flatten(stock_logprobs(base.model, examples()))).abs().max() <= 1e-5
+    assert (flatten(got) - flatten(stock_logprobs(base.model, examples()))).abs().max() <= ROUNDING
 
 
 def test_longrope_keeps_short_and_long_apart(tmp_path):
@@ -198,10 +202,10 @@ def test_longrope_keeps_short_and_long_apart(tmp_path):
     host = Host(base)
     short, long = Example([5] * 4, [[6, 7, 8]]), Example(list(range(4, 44)), [[9, 10]])
     together, alone = host.logprobs([short, long]), [host.logprobs([e])[0] for e in (short, long)]
-    assert torch.equal(flatten(together), flatten(alone))
+    assert (flatten(together) - flatten(alone)).abs().max() <= ROUNDING
     stock = base.model
     stock.set_attn_implementation("eager")
-    assert (flatten(alone) - flatten(stock_logprobs(stock, [short, long]))).abs().max() <= 1e-5
+    assert (flatten(alone) - flatten(stock_logprobs(stock, [short, long]))).abs().max() <= ROUNDING
 
 
 def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -239,7 +243,7 @@ def test_varlen_layout(kind, adapter, torch_211, folders, monkeypatch):
             kernel.__signature__ = inspect.signature(lambda query, key, value: None)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
         got = flatten(host.logprobs(examples()))
-    assert (want - got).abs().max() <= 1e-5
+    assert (want - got).abs().max() <= ROUNDING
 
 
 def test_peft_folder_written_here_loads_in_stock(folders, tmp_path):
@@ -252,4 +256,4 @@ def test_peft_folder_written_here_loads_in_stock(folders, tmp_path):
         stock = PeftModel.from_pretrained(stock_base, str(tmp_path / adapter)).eval()
         with host.use("a"), torch.no_grad():
             got, want = host.logprobs(examples()), stock_logprobs(stock, examples())
-        assert (flatten(want) - flatten(got)).abs().max() <= 1e-5
+        assert (flatten(want) - flatten(got)).abs().max() <= ROUNDING

@@ -47,7 +47,7 @@ def test_greedy_takes_the_likeliest_at_temperature_one():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
     tokens, logp = pick(logits, torch.full((50,), 0.9), temperature=0)
     assert torch.equal(tokens, logits.argmax(-1))
-    assert (logp - logits.double().log_softmax(-1).amax(-1)).abs().max() <= 1e-6
+    assert (logp - logits.double().log_softmax(-1).amax(-1)).abs().max() <= 1e-5  # 4.3e-7 seen
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (50, 1.0), (0, 0.9999999), (30, 0.999)])

@@ -74,7 +74,7 @@ def test_a_stack_and_its_samples(folders):
     for completions, logps in zip(got, forced, strict=True):
         assert len({tuple(c.ids) for c in completions}) == 3
         for c, logp in zip(completions, logps, strict=True):
-            assert (c.logprobs - logp.detach()).abs().max() <= 1e-5
+            assert (c.logprobs - logp.detach()).abs().max() <= 1e-4  # 5.8e-6 seen
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
