@@ -15,7 +15,7 @@ from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig, ValueConfig
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.model.adapters.files import HEAD
+from lowalign.model.adapters.adapter import SCALAR_HEAD
 from lowalign.model.adapters.kinds import peft_config
 from lowalign.rewards.reward_run import score_examples
 from lowalign.train.accumulate import MicroBatches
@@ -107,14 +107,14 @@ class Copies:
                 p.copy_(host.weights(role)[name])
         holder = "policy" if case.share else "value"
         if host.has_head(holder):
-            self.head.copy_(host.weights(holder)[HEAD])
+            self.head.copy_(host.weights(holder)[SCALAR_HEAD])
 
     def gradients(self, case: Case) -> dict[str, dict[str, Tensor]]:
         found = {"policy": {n: p.grad for n, p in self.weights(self.policy).items()}}
         if case.ppo.get("advantage", "gae") == "gae":
             found.setdefault("value", {n: p.grad for n, p in self.weights(self.value).items()})
             holder = "policy" if case.share else "value"
-            found[holder] = found[holder] | {HEAD: self.head.grad}
+            found[holder] = found[holder] | {SCALAR_HEAD: self.head.grad}
             if case.share:
                 del found["value"]
         return found
