@@ -46,11 +46,11 @@ def read(recipe: Path, config: type) -> list[Flag]:
         if _is_null(value) and (section or name in keys):
             continue  # a key without a value keeps its default, a section without keys all of them
         if section:
-            raise UserError(f"{place}: {name} is a section; its keys stand below it, one a line")
+            raise UserError(f"{place}: {name} is a section: write its keys below it, one per line")
         if name not in keys:
             raise UserError(f"{place}: there is no key {name}{suggest(name, [*keys, VERB])}")
         if name in flags:
-            raise UserError(f"{place}: {name} stands here again (it stands in line {flags[name].line} already)")
+            raise UserError(f"{place}: {name} is set twice (first in line {flags[name].line})")
         flags[name] = _flag(name, keys[name], key.start_mark.line + 1, value, recipe)
     return list(flags.values())
 
@@ -127,7 +127,7 @@ def _entries(node: yaml.Node | None, recipe: Path, prefix: str = "") -> Iterator
             raise UserError(f"{_at(recipe, key)}: a key is one word")
         name = prefix + key.value.replace("-", "_")
         if name in lines:
-            raise UserError(f"{_at(recipe, key)}: {name} stands here again (it stands in line {lines[name]} already)")
+            raise UserError(f"{_at(recipe, key)}: {name} is set twice (first in line {lines[name]})")
         lines[name] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
             yield from _entries(value, recipe, f"{name}.")

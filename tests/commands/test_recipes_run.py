@@ -27,8 +27,12 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    said = [("What is the capital of France?", "Paris."), ("Who jumps?", "The quick brown fox."), ("Where?", "There.")]
-    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said * 4]
+    dialogues = [
+        ("What is the capital of France?", "Paris."),
+        ("Who jumps?", "The quick brown fox."),
+        ("Where?", "There."),
+    ]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in dialogues * 4]
     path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     return path
 

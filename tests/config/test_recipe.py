@@ -83,9 +83,9 @@ def test_flags_overrule_the_recipe(tmp_path):
         ("modle: m", "r.yaml:1: there is no key modle; did you mean model?"),
         ("class_path: evil.Evil", "r.yaml:1: there is no key class_path"),
         ("model: {name: m}", "r.yaml:1: there is no key model.name; did you mean model?"),
-        ("train: 3", "r.yaml:1: train is a section; its keys stand below it, one a line"),
-        ("model: m\nout: o\nmodel: n", "r.yaml:3: model stands here again (it stands in line 1 already)"),
-        ("{model: m, model: n}", "r.yaml:1: model stands here again (it stands in line 1 already)"),
+        ("train: 3", "r.yaml:1: train is a section: write its keys below it, one per line"),
+        ("model: m\nout: o\nmodel: n", "r.yaml:3: model is set twice (first in line 1)"),
+        ("{model: m, model: n}", "r.yaml:1: model is set twice (first in line 1)"),
         ("train:\n  betas: [0.9, -0.1]", "r.yaml:2: train.betas: an item may not begin with '-': -0.1"),
         ("data: [a, --model, evil]", "r.yaml:1: data.files: an item may not begin with '-': --model"),
         ("data: [a, null]", "r.yaml:1: data.files is a list of plain values"),
@@ -157,7 +157,7 @@ def test_old_keys_work_with_a_notice(tmp_path, capsys):
     assert notices[0] == f"{path}:4: ppo.lam is now ppo.gae_lambda; the old name will stop working in the next release"
     assert len(notices) == 3
     path.write_text("ppo:\n  lam: 0.5\n  gae_lambda: 0.5")
-    with pytest.raises(UserError, match=r"r.yaml:3: ppo.gae_lambda stands here again \(it stands in line 2 already\)"):
+    with pytest.raises(UserError, match=r"r.yaml:3: ppo.gae_lambda is set twice \(first in line 2\)"):
         recipe.parse(PPOConfig, [], path)
 
 
