@@ -33,7 +33,7 @@ from lowalign.config.training import DPOLossConfig, PPOConfig, PPOLossConfig, Re
 from lowalign.methods.dpo import DPO, reference_logps
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
-from lowalign.methods.reward_model import Reward
+from lowalign.methods.reward_model import RewardModel
 from lowalign.methods.sft import SFT
 from lowalign.rewards.reward_run import score_examples
 from lowalign.train.engine import train
@@ -65,26 +65,26 @@ class PacedInOrder(Paced):
     """Its batches are the rows in order."""
 
     def examples(self, step: int) -> list[Example]:
-        size = self.method.batch_size
+        size = self.method.train.batch_size
         return self.method.examples[step * size : (step + 1) * size]
 
 
 def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, settings: Settings, meter: Meter) -> None:
     """`lowalign sft`, `dpo` or `reward`, from the loaded base on."""
-    host, batch = Host(Base.load(folder, quiet=True)), CASES[case].batch
+    host, config = Host(Base.load(folder, quiet=True)), loop(steps, CASES[case].batch, CLIP, settings)
     host.add("policy", lora("CAUSAL_LM"))
     if case == "sft":
-        method = SFT(host, rows, ("policy",), batch, seed=0)
+        method = SFT(host, rows, ("policy",), config)
     elif case == "dpo":
         for row in rows:
             row.reference = reference_logps(host, (), [row]).tolist()
-        method = DPO(host, rows, ("policy",), (), DPOLossConfig(beta=BETA), batch, seed=0)
+        method = DPO(host, rows, ("policy",), (), DPOLossConfig(beta=BETA), config)
     else:
         host.add_head("policy")
-        method = Reward(host, rows, ("policy",), RewardLossConfig(), batch, seed=0)
+        method = RewardModel(host, rows, ("policy",), RewardLossConfig(), config)
     set_start(host.weights("policy").items())
     with tempfile.TemporaryDirectory() as out:
-        train(host, PacedInOrder(method, meter), loop(steps, batch, CLIP, settings), Path(out))
+        train(host, PacedInOrder(method, meter), config, Path(out))
 
 
 def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:

@@ -93,10 +93,10 @@ def measure(base: Base, adapter: PeftConfig, length: int, checkpointing: str, st
     vocabulary = base.model.config.vocab_size
     row = lambda: torch.randint(4, vocabulary, (length,), generator=generator).tolist()  # noqa: E731
     rows = [Example((ids := row())[: length // 2], [ids[length // 2 :]]) for _ in range(8)]
-    method = SFT(host, rows, ("policy",), batch_size=2, seed=0)
     config = TrainConfig(
         steps=steps, batch_size=2, token_budget=length, checkpointing=checkpointing, save_every=0, warmup=0.0
     )
+    method = SFT(host, rows, ("policy",), config)
     result = {"tokens": length, "checkpointing": checkpointing}
     release()
     try:

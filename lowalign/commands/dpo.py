@@ -34,7 +34,7 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
                 for part in (rows, heldout):
                     fill_reference_logps(host, reference, part, loop, stop)
         if kto:
-            return KTO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed, loop.token_budget)
-        return DPO(host, rows, policy, reference, config.dpo, loop.batch_size, loop.seed)
+            return KTO(host, rows, policy, reference, config.dpo, loop)
+        return DPO(host, rows, policy, reference, config.dpo, loop)
 
     return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))

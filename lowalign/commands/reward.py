@@ -11,7 +11,7 @@ from lowalign.data.dataset import Dataset
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
 from lowalign.log import log
-from lowalign.methods.reward_model import Reward, reward_metrics, scored
+from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.rewards.reward_run import score_examples
@@ -30,11 +30,11 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         )
         return replace(data, examples=[scored(e) for e in data.examples])
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Reward:
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> RewardModel:
         if not host.has_head(policy[-1]):
             host.add_head(policy[-1])
         ties = config.data.ties == "keep"
-        return Reward(host, rows, policy, config.reward, config.train.batch_size, config.train.seed, ties)
+        return RewardModel(host, rows, policy, config.reward, config.train, ties)
 
     return run(config, "reward", partial(read_rows, config, load), start, base, finish=_evaluate)
 

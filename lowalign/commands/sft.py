@@ -16,6 +16,6 @@ def sft(config: SFTConfig, base: Base | None = None) -> int:
 
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> SFT:
         check_and_log_start(host, policy, initial, rows, config)
-        return SFT(host, rows, policy, config.train.batch_size, config.train.seed)
+        return SFT(host, rows, policy, config.train)
 
     return run(config, "sft", partial(read_rows, config, load_examples), start, base)

@@ -12,20 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
-from lowalign.data.pack import Example, step_order
+from lowalign.data.pack import Example
 from lowalign.methods import losses
+from lowalign.methods.fixed_data import FixedDataMethod
 from lowalign.methods.pairs import all_pairs, count
 from lowalign.model.host import Host, completion_logps
 
 REFERENCE_FREE = ("simpo", "orpo")
 
 
-class DPO:
+class DPO(FixedDataMethod):
     """The method of `lowalign dpo`.
 
-    stack: the policy; its last adapter is trained. reference: the stack that is the reference. An Example that does not
-    bring its reference's log-probs has them computed beside the policy's, in the same pack.
+    reference: the stack of the reference. Log-probs of the reference that an Example does not bring (Example.reference)
+    are computed in each step, in the policy's packs.
     """
 
     def __init__(
@@ -35,17 +37,10 @@ class DPO:
         stack: tuple[str, ...],
         reference: tuple[str, ...],
         config: DPOLossConfig,
-        batch_size: int,
-        seed: int,
+        train: TrainConfig,
     ) -> None:
-        self.host, self.examples, self.config = host, examples, config
-        self.stack, self.reference = stack, reference
-        self.lr_multipliers = {stack[-1]: 1.0}
-        self.batch_size, self.seed = batch_size, seed
-
-    def batch(self, step: int) -> list[Example]:
-        """The rankings of optimizer step `step`, counted from 0."""
-        return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
+        super().__init__(host, examples, stack, train)
+        self.reference, self.config = reference, config
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """What the means are over."""
@@ -93,13 +88,6 @@ class DPO:
     def _rewards(self, logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
         """The reward that the loss implies."""
         return self.config.beta * (logp / length if ref is None else logp - ref)
-
-    def state(self) -> dict:
-        """Nothing but the step: the order of the data follows from it."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Nothing to take up."""
 
 
 def reference_logps(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> Tensor:

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import in_micro_batches
-from lowalign.data.pack import Example, step_order
+from lowalign.data.pack import Example
 from lowalign.methods import losses
 from lowalign.methods.dpo import reference_logps
+from lowalign.methods.fixed_data import FixedDataMethod
 from lowalign.model.host import Host, completion_logps
 
 
-class KTO:
-    """The method of `lowalign dpo --dpo.loss kto`. Of a ranking the best are thumbs up, the others thumbs down.
+class KTO(FixedDataMethod):
+    """The method of `lowalign dpo --dpo.loss kto`. The best completions of a ranking are thumbs up, the others down."""
 
-    token_budget: most tokens at a time where z0 is computed.
-    """
+    needs_reference = True
 
     def __init__(
         self,
@@ -32,18 +33,10 @@ class KTO:
         stack: tuple[str, ...],
         reference: tuple[str, ...],
         config: DPOLossConfig,
-        batch_size: int,
-        seed: int,
-        token_budget: int,
+        train: TrainConfig,
     ) -> None:
-        self.host, self.examples, self.config = host, examples, config
-        self.stack, self.reference = stack, reference
-        self.lr_multipliers = {stack[-1]: 1.0}
-        self.batch_size, self.seed, self.token_budget = batch_size, seed, token_budget
-
-    def batch(self, step: int) -> list[Example]:
-        """The Examples of optimizer step `step`, counted from 0."""
-        return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
+        super().__init__(host, examples, stack, train)
+        self.reference, self.config = reference, config
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """The completions, how many of them are up and down, their weight, and z0."""
@@ -85,13 +78,6 @@ class KTO:
             "kl": normalizers["z0"] * len(ratio) / normalizers["completions"],
         }
         return loss, metrics
-
-    def state(self) -> dict:
-        """Nothing but the step: the order of the data follows from it."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Nothing to take up."""
 
 
 def labels(examples: Sequence[Example]) -> list[bool]:

@@ -12,18 +12,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import RewardLossConfig
-from lowalign.data.pack import Example, step_order
+from lowalign.data.pack import Example
 from lowalign.methods import losses
+from lowalign.methods.fixed_data import FixedDataMethod
 from lowalign.methods.pairs import all_pairs, compare, count
 from lowalign.model.host import Host
 
 
-class Reward:
-    """The method of `lowalign reward`.
+class RewardModel(FixedDataMethod):
+    """The method of `lowalign reward`. The last adapter of the stack has the scalar head, which is trained with it.
 
-    stack: the adapters that act; the last one has the head and is trained, head and all. ties: pairs without a winner
-    count as half a win for each.
+    ties: a pair without a winner counts as half a win for each.
     """
 
     def __init__(
@@ -32,17 +33,11 @@ class Reward:
         examples: Sequence[Example],
         stack: tuple[str, ...],
         config: RewardLossConfig,
-        batch_size: int,
-        seed: int,
+        train: TrainConfig,
         ties: bool = False,
     ) -> None:
-        self.host, self.examples, self.stack, self.config = host, examples, stack, config
-        self.lr_multipliers = {stack[-1]: 1.0}
-        self.batch_size, self.seed, self.ties = batch_size, seed, ties
-
-    def batch(self, step: int) -> list[Example]:
-        """The rankings of optimizer step `step`, counted from 0."""
-        return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, self.seed, step)]
+        super().__init__(host, examples, stack, train)
+        self.config, self.ties = config, ties
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """What the means are over."""
@@ -74,13 +69,6 @@ class Reward:
             "rewards/mean": flat.detach().sum() / normalizers["completions"],
         }
         return loss, metrics
-
-    def state(self) -> dict:
-        """Nothing but the step: the order of the data follows from it."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Nothing to take up."""
 
 
 def scored(example: Example) -> Example:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lowalign import Example
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
@@ -98,7 +99,7 @@ def test_packed_equals_separate_rows(folder, name, kind):
     want.backward()
     want_gradient = gradient(host)
     host.training("on")
-    method = DPO(host, examples, ("policy",), (), config, len(examples), 0)
+    method = DPO(host, examples, ("policy",), (), config, TrainConfig(batch_size=len(examples)))
     normalizers = method.normalizers(examples)
     for budget in (10_000, 60):  # however the step is cut
         parts = [method.loss(group, normalizers)[0] for group in micro_batches(examples, budget)]
@@ -110,7 +111,7 @@ def test_packed_equals_separate_rows(folder, name, kind):
 
 def test_known_reference_values_are_used(folder):
     host, examples = host_with(folder), rankings((2, 2))
-    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 2, 0)
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), TrainConfig(batch_size=2))
     computed, _ = method.loss(examples, method.normalizers(examples))
     with torch.no_grad():
         for e in examples:
@@ -125,7 +126,7 @@ def test_known_reference_values_are_used(folder):
 
 def test_a_fresh_lora_begins_at_ln_2(folder):
     host, examples = host_with(folder, noise=0.0), rankings((2, 2, 4))
-    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), 3, 0)
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(), TrainConfig(batch_size=3))
     loss, metrics = method.loss(examples, method.normalizers(examples))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0  # the very same forward: no rounding either
@@ -133,8 +134,8 @@ def test_a_fresh_lora_begins_at_ln_2(folder):
 
 def test_the_reference_may_be_another_adapter(folder):
     host, examples = host_with(folder), rankings((2,))
-    against_base = DPO(host, examples, ("policy",), (), DPOLossConfig(), 1, 0)
-    against_itself = DPO(host, examples, ("policy",), ("policy",), DPOLossConfig(), 1, 0)
+    against_base = DPO(host, examples, ("policy",), (), DPOLossConfig(), TrainConfig(batch_size=1))
+    against_itself = DPO(host, examples, ("policy",), ("policy",), DPOLossConfig(), TrainConfig(batch_size=1))
     assert against_itself.loss(examples, {"rankings": 1, "pairs": 1})[0].item() == pytest.approx(math.log(2), rel=1e-6)
     assert abs(against_base.loss(examples, {"rankings": 1, "pairs": 1})[0].item() - math.log(2)) > 1e-3
 
@@ -163,7 +164,7 @@ def test_kto(folder, kind):
     want = total / 6
     want.backward()
     want_gradient = gradient(host)
-    method = KTO(host, examples, ("policy",), (), config, len(examples), 0, token_budget=40)
+    method = KTO(host, examples, ("policy",), (), config, TrainConfig(batch_size=len(examples), token_budget=40))
     host.training("on")
     normalizers = method.normalizers(examples)
     assert normalizers["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-6)

@@ -233,7 +233,7 @@ def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host
     """Where memory ran out in the update, later rounds are evaluated in the packs that the update has now."""
     method = ppo(host)
     loss, evaluated, trained = method.loss, [], []
-    evaluate = ppo_round.evaluate
+    evaluate = ppo_round.compute_logps_and_values
 
     def small(examples, normalizers):
         if sum(e.length for e in examples) > 30:
@@ -245,7 +245,7 @@ def test_a_smaller_budget_of_the_loop_is_that_of_the_next_rounds_evaluation(host
         evaluated.append(evaluate(*arguments))
         return evaluated[-1]
 
-    monkeypatch.setattr(ppo_round, "evaluate", look)
+    monkeypatch.setattr(ppo_round, "compute_logps_and_values", look)
     method.loss = small
     train(host, method, replace(method.config.train, steps=8, checkpointing="off"), tmp_path)
     first, second = (packs for _, packs in evaluated)

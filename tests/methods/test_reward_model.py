@@ -16,11 +16,12 @@ from peft import (
 from transformers import AutoModelForSequenceClassification
 
 from lowalign import Base, Example, Host
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import RewardLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.pairs import all_pairs, compare, count
-from lowalign.methods.reward_model import Reward, reward_metrics, scored
+from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
 
@@ -32,8 +33,10 @@ def folder(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def method_on(host, examples, ties=False, **options) -> Reward:
-    return Reward(host, examples, ("policy",), RewardLossConfig(**options), len(examples), 0, ties)
+def method_on(host, examples, ties=False, **options) -> RewardModel:
+    return RewardModel(
+        host, examples, ("policy",), RewardLossConfig(**options), TrainConfig(batch_size=len(examples)), ties
+    )
 
 
 def rows_loss(host, examples) -> torch.Tensor:

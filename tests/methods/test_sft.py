@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lowalign import Base, Example, Host
-from lowalign.config.sections import AdapterConfig
+from lowalign.config.sections import AdapterConfig, TrainConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.methods.sft import SFT
 from lowalign.model.policy import peft_config
@@ -60,7 +60,7 @@ def gradient(host) -> torch.Tensor:
 
 def test_equals_full_logits(folder):
     host, examples = host_with(folder, "lora"), rows()
-    method = SFT(host, examples, ("policy",), batch_size=9, seed=0)
+    method = SFT(host, examples, ("policy",), TrainConfig(batch_size=9))
     want = plain_loss(host, examples)
     want.backward()
     want_gradient = gradient(host)
@@ -76,7 +76,7 @@ def test_equals_full_logits(folder):
 def test_the_micro_batch_changes_nothing(folder, kind):
     host = host_with(folder, kind)
     host.training("on")
-    method = SFT(host, rows(), ("policy",), batch_size=9, seed=0)
+    method = SFT(host, rows(), ("policy",), TrainConfig(batch_size=9))
     examples = method.batch(0)
     found = []
     for budget in (1000, 60, 1):
@@ -95,7 +95,7 @@ def test_the_micro_batch_changes_nothing(folder, kind):
 
 
 def test_each_pass_sees_every_row_once(folder):
-    method = SFT(None, rows(), ("policy",), batch_size=4, seed=3)
+    method = SFT(None, rows(), ("policy",), TrainConfig(batch_size=4, seed=3))
     seen = [id(e) for step in range(9) for e in method.batch(step)]  # 36 = 4 passes over 9 rows
     for k in range(4):
         assert len(set(seen[9 * k : 9 * k + 9])) == 9

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lowalign import Base, Example, Host
+from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig, RewardLossConfig
 from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO
-from lowalign.methods.reward_model import Reward
+from lowalign.methods.reward_model import RewardModel
 from tests.tiny import tiny_folder
 
 pytest.importorskip("trl", minversion="1.16")
@@ -111,7 +112,7 @@ def test_dpo_of_a_whole_model(folder, host, tmp_path, kind, options, ours):
         for row in trainer.train_dataset
     ]
     config = DPOLossConfig(**{"loss": kind, "beta": 0.3} | ours)
-    assert_same(DPO(host, examples, ("policy",), (), config, len(ROWS), seed=0), examples, trainer)
+    assert_same(DPO(host, examples, ("policy",), (), config, TrainConfig(batch_size=len(ROWS))), examples, trainer)
 
 
 def test_kto_of_a_whole_model(folder, host, tmp_path):
@@ -124,7 +125,7 @@ def test_kto_of_a_whole_model(folder, host, tmp_path):
         Example(row["prompt_ids"], [row["completion_ids"]], label=row["label"]) for row in trainer.train_dataset
     ]
     config = DPOLossConfig(loss="kto", beta=0.3, desirable=1.5)
-    method = KTO(host, examples, ("policy",), (), config, len(rows), seed=0, token_budget=1000)
+    method = KTO(host, examples, ("policy",), (), config, TrainConfig(batch_size=len(rows), token_budget=1000))
     assert_same(method, examples, trainer)
 
 
@@ -155,7 +156,9 @@ def test_reward_model_of_a_whole_model(folder, host, tmp_path, margins, centring
         examples.append(Example(prompt, [chosen, rejected], rank=[0.0, 1.0], margin=margin))
     trainer = reward_trainer(folder, tmp_path, rows, center_rewards_coefficient=centring or None)
     config = RewardLossConfig(centring=centring)
-    assert_same(Reward(host, examples, ("policy",), config, len(examples), seed=0), examples, trainer)
+    assert_same(
+        RewardModel(host, examples, ("policy",), config, TrainConfig(batch_size=len(examples))), examples, trainer
+    )
 
 
 def test_a_ranking_is_its_pairs(folder, host, tmp_path):
@@ -170,4 +173,6 @@ def test_a_ranking_is_its_pairs(folder, host, tmp_path):
         rows += [{"chosen_ids": prompt + a, "rejected_ids": prompt + b} for a, b in combinations(answers, 2)]
         examples.append(Example(prompt, answers, rank=[0.0, 1.0, 2.0, 3.0]))
     trainer = reward_trainer(folder, tmp_path, rows)
-    assert_same(Reward(host, examples, ("policy",), RewardLossConfig(), 2, seed=0), examples, trainer)
+    assert_same(
+        RewardModel(host, examples, ("policy",), RewardLossConfig(), TrainConfig(batch_size=2)), examples, trainer
+    )

@@ -1,0 +1,33 @@
+"""What the methods on fixed data share: SFT, reward model, DPO and KTO."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lowalign.config.sections import TrainConfig
+from lowalign.data.pack import Example, step_order
+from lowalign.model.host import Host
+
+
+class FixedDataMethod:
+    """Trains one adapter on Examples that stay the same for the whole run.
+
+    stack: the active adapters; the last one is trained, those before it stay frozen. train: its batch size and seed
+    decide the order of the data.
+    """
+
+    def __init__(self, host: Host, examples: Sequence[Example], stack: tuple[str, ...], train: TrainConfig) -> None:
+        self.host, self.examples, self.stack, self.train = host, examples, stack, train
+        self.lr_multipliers = {stack[-1]: 1.0}
+        self.token_budget = train.token_budget
+
+    def batch(self, step: int) -> list[Example]:
+        """The Examples of optimizer step `step`, counted from 0."""
+        order = step_order(len(self.examples), self.train.batch_size, self.train.seed, step)
+        return [self.examples[i] for i in order]
+
+    def state(self) -> dict[str, Any]:
+        """Empty: the order of the data follows from the step."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
