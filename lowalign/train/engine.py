@@ -1,6 +1,6 @@
-"""The one loop. It knows no method and no kind of adapter; methods know no engine.
+"""The training loop of every method. It knows a method and a host only by the protocols of lowalign.train.method.
 
-Left out on purpose: several processes, callbacks, and a state of random generators (they are seeded from (seed, step)).
+Left out on purpose: several processes, callbacks, and saved random states (torch is seeded from (seed, step)).
 """
 
 import math
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.train import checkpoint
 from lowalign.train.accumulate import MicroBatches
-from lowalign.train.guards import assert_all_reached, assert_base_unchanged, refuse_not_finite
+from lowalign.train.guards import assert_all_have_gradients, assert_base_unchanged, refuse_not_finite
 from lowalign.train.lock import lock_folder
-from lowalign.train.method import Method
-from lowalign.train.metrics import Track
+from lowalign.train.method import Method, TrainableHost
+from lowalign.train.metrics import MetricsLog
 from lowalign.train.optim import load_state, make_optimizer, read_state, schedule, state_bytes
 from lowalign.train.signals import Interrupted, StopSignals
 
@@ -34,8 +33,8 @@ from lowalign.train.signals import Interrupted, StopSignals
 class Result:
     """How a run ended.
 
-    step: optimizer steps done. metrics: the last step's and the last evaluation's (eval/…). best_step: of the weights in
-    checkpoints/best, None without held-out rows. stopped_by: the signal after which it saved and left.
+    step: optimizer steps done. metrics: of the last step and the last evaluation (eval/…). best_step: step of the weights
+    in checkpoints/best, None without held-out rows. stopped_by: the signal that stopped the run; None: it is complete.
     """
 
     step: int
@@ -45,7 +44,7 @@ class Result:
 
 
 def train(
-    host: Any,
+    host: TrainableHost,
     method: Method,
     config: TrainConfig,
     out: Path,
@@ -53,50 +52,56 @@ def train(
     heldout: Sequence[Example] = (),
     resume: bool = False,
 ) -> Result:
-    """Train the method's adapters for `config.steps` optimizer steps; the weights end up in the host.
+    """Train the method's adapters for `config.steps` optimizer steps; the host then holds the trained weights.
 
-    Writes out/metrics.jsonl and out/checkpoints/. With `resume` it goes on from the newest valid checkpoint and reaches
-    the very bits of a run that was not interrupted. Raises UserError for all that the user can mend: a loss that is not
-    finite, memory or disk that do not suffice, a folder in use or already trained in.
+    Writes out/metrics.jsonl and out/checkpoints/. With `resume` it continues from the newest valid checkpoint; the result
+    is bit-identical to an uninterrupted run. Raises UserError for a loss that is not finite, too little memory or disk
+    space, and a folder that is in use or holds checkpoints of an earlier run.
     """
     if config.steps is None:
-        raise ValueError("config.steps must be set; epochs are turned into steps by the caller")
+        raise ValueError("config.steps must be set; the caller converts epochs to steps")
     with lock_folder(out), StopSignals() as stop:
         run = _Run(host, method, config, out, heldout, stop)
-        found = _starting_point(out, resume)
+        start = _starting_point(out, resume)
         checkpoint.check_space(out, run.checkpoint_bytes(), config.keep)
-        if found is not None:
-            run.restore(found)
+        if start is not None:
+            run.restore(start)
         redo_eval = run.evaluated != run.step
-        with Track(out, config.track, config.steps, None if found is None else run.step, redo_eval) as track:
+        with MetricsLog(out, config.track, config.steps, None if start is None else run.step, redo_eval) as metrics_log:
             host.training(config.checkpointing)
             host.check = stop.check
             try:
-                return run.loop(track)
+                return run.loop(metrics_log)
             finally:
                 host.check = lambda: None
                 host.training(None)
 
 
 def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from; None: from the beginning, in a folder without checkpoints."""
-    found = checkpoint.newest_valid(out) if resume else None
-    if found is not None:
-        log(f"resuming from {found.folder}")
+    """The checkpoint to continue from; None to start from the beginning. Raises UserError unless OUT fits `resume`."""
+    newest = checkpoint.newest_valid(out) if resume else None
+    if newest is not None:
+        log(f"resuming from {newest.folder}")
     elif checkpoint.steps(out):
         why = "no checkpoint is whole" if resume else "there are checkpoints of an earlier run: go on with --resume"
         raise UserError(f"{out}: {why}; or choose another --out")
     elif resume:
         log(f"{out} has no checkpoint to resume: starting from the beginning")
-    checkpoint.clean(out, best=found is None)
-    return found
+    checkpoint.clean(out, best=newest is None)
+    return newest
 
 
 class _Run:
-    """The state of a run between two optimizer steps, and what moves it on."""
+    """The state of a run between two optimizer steps, and the steps."""
 
     def __init__(
-        self, host: Any, method: Method, config: TrainConfig, out: Path, heldout: Sequence[Example], stop: StopSignals
+        self,
+        host: TrainableHost,
+        method: Method,
+        config: TrainConfig,
+        out: Path,
+        heldout: Sequence[Example],
+        stop: StopSignals,
     ) -> None:
         self.host, self.method, self.config = host, method, config
         self.out, self.heldout, self.stop = out, heldout, stop
@@ -106,34 +111,34 @@ class _Run:
         self.base_checksum = host.base.checksum()
         self.step = 0  # optimizer steps done
         self.micro_batches = MicroBatches(method, self.flats, config.token_budget, stop)
-        self.saved: int | None = None  # steps at which these were last done
-        self.evaluated: int | None = None
+        self.saved: int | None = None  # step of the last checkpoint
+        self.evaluated: int | None = None  # step of the last evaluation
         self.best: dict[str, float] | None = None  # {"step", "loss"}
         self.metrics: dict[str, float] = {}
-        self.proved = False
+        self.first_step_checked = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def loop(self, track: Track) -> Result:
+    def loop(self, metrics_log: MetricsLog) -> Result:
         config, stopped_by = self.config, None
         tokens, since = 0, time.perf_counter()
         try:
             while True:
                 paused = time.perf_counter()
                 if self._evaluation_due():
-                    self.evaluate(track)
+                    self.evaluate(metrics_log)
                 if self._save_due():
                     self.save()
                 since += time.perf_counter() - paused
                 if self.step >= config.steps:
                     break
-                metrics, seen = self.optimizer_step()
+                metrics, step_tokens = self.optimizer_step()
                 self.step += 1
-                tokens += seen
+                tokens += step_tokens
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
                 log_due = self.step % config.log_every == 0 or self.step == config.steps
                 self.metrics |= metrics
-                track.step(self.step, metrics, log_due)
+                metrics_log.step(self.step, metrics, log_due)
                 if log_due:
                     tokens, since = 0, time.perf_counter()
         except Interrupted:
@@ -156,7 +161,7 @@ class _Run:
         return self.step == self.config.steps or (every > 0 and self.step > 0 and self.step % every == 0)
 
     def optimizer_step(self) -> tuple[dict[str, float], int]:
-        """One step on all trained adapters. Returns its metrics and the number of tokens it saw."""
+        """One step on all trained adapters. -> its metrics and its number of tokens."""
         self.stop.check()
         seed = (self.config.seed * 1_000_003 + self.step) % 2**63
         torch.manual_seed(seed)
@@ -165,8 +170,8 @@ class _Run:
         norms = [torch.linalg.vector_norm(flat.master.grad) for flat in self.flats.values()]
         metrics = _numbers(sums | {"grad_norm": torch.linalg.vector_norm(torch.stack(norms))})
         refuse_not_finite(self.step + 1, metrics, examples, self.out)
-        if not self.proved:
-            assert_all_reached(self.flats)
+        if not self.first_step_checked:
+            assert_all_have_gradients(self.flats)
         clip = self.config.clip
         if 0 < clip < metrics["grad_norm"]:
             for flat in self.flats.values():
@@ -177,13 +182,13 @@ class _Run:
         self.optimizer.step()
         for flat in self.flats.values():
             flat.publish()
-        if not self.proved:
+        if not self.first_step_checked:
             assert_base_unchanged(self.base_checksum, self.host.base.checksum())
-            self.proved = True
+            self.first_step_checked = True
         return metrics | {"lr": self.config.learning_rate * factor}, sum(e.length for e in examples)
 
     def _batch(self) -> list[Example]:
-        """The examples of the next step. Where the method cannot give them, what was done so far is saved."""
+        """The examples of the next step. When the method raises UserError, the finished steps are saved first."""
         self.method.token_budget = self.micro_batches.budget
         try:
             return self.method.batch(self.step)
@@ -192,8 +197,8 @@ class _Run:
                 self.save()
             raise
 
-    def evaluate(self, track: Track) -> None:
-        """Loss and metrics of the held-out rows; the adapters are kept when they are the best so far."""
+    def evaluate(self, metrics_log: MetricsLog) -> None:
+        """Loss and metrics of the held-out rows; the weights with the lowest loss so far are saved."""
         self.host.training(None)
         try:
             sums = self.micro_batches.metrics(self.heldout)
@@ -205,7 +210,7 @@ class _Run:
             checkpoint.save_best(self.out, self.step, self._weights())
             self.best = {"step": self.step, "loss": loss}
         self.metrics |= metrics
-        track.evaluation(self.step, metrics)
+        metrics_log.evaluation(self.step, metrics)
         self.evaluated = self.step
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -213,41 +218,41 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
         tensors, numbers = read_state(self.optimizer)
-        method = self.method.state()
-        held = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in method.items() if isinstance(v, Tensor)}
+        values = self.method.state()
+        method = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items() if isinstance(v, Tensor)}
         state = {
             "token_budget": {"asked": self.config.token_budget, "now": self.micro_batches.budget},
             "optimizer": numbers,
-            "method": {k: v for k, v in method.items() if k not in held},
+            "method": {k: v for k, v in values.items() if k not in method},
             "evaluated": self.evaluated,
             "best": self.best,
             "metrics": {k: v for k, v in self.metrics.items() if math.isfinite(v)},
             "versions": {"lowalign": __version__, "torch": version("torch"), "bitsandbytes": version("bitsandbytes")},
         }
-        parts = {"weights": self._weights(), "optimizer": tensors, "method": held}
+        parts = {"weights": self._weights(), "optimizer": tensors, "method": method}
         checkpoint.save(self.out, self.step, parts, state, self.config.keep)
         self.saved = self.step
 
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Take up a checkpoint. Raises UserError when it is of other adapters or another optimizer."""
+    def restore(self, start: checkpoint.Checkpoint) -> None:
+        """Load a checkpoint. Raises UserError when it is of other adapters or another optimizer."""
         weights: dict[str, dict[str, Tensor]] = {}
-        for full, tensor in found.read("weights").items():
+        for full, tensor in start.read("weights").items():
             adapter, _, name = full.partition("/")
             weights.setdefault(adapter, {})[name] = tensor
         if weights.keys() != self.flats.keys():
-            raise UserError(f"{found.folder} is of the adapters {', '.join(weights)}, not of {', '.join(self.flats)}")
+            raise UserError(f"{start.folder} is of the adapters {', '.join(weights)}, not of {', '.join(self.flats)}")
         for adapter, tensors in weights.items():
             self.flats[adapter].load(tensors)
-        state = found.state
-        load_state(self.optimizer, found.read("optimizer"), state["optimizer"])
-        self.method.load_state(found.read("method") | state["method"])
-        self.step = self.saved = found.step
+        state = start.state
+        load_state(self.optimizer, start.read("optimizer"), state["optimizer"])
+        self.method.load_state(start.read("method") | state["method"])
+        self.step = self.saved = start.step
         if state["token_budget"]["asked"] == self.config.token_budget:
             self.micro_batches.budget = state["token_budget"]["now"]
         self.evaluated, self.best, self.metrics = state["evaluated"], state["best"], state["metrics"]
 
     def checkpoint_bytes(self) -> int:
-        """About what one checkpoint takes."""
+        """Approximate size of one checkpoint."""
         numel = sum(flat.master.numel() for flat in self.flats.values())
         return 4 * numel + state_bytes(self.config, numel)
 
@@ -260,5 +265,5 @@ class _Run:
 
 
 def _numbers(sums: dict[str, Tensor]) -> dict[str, float]:
-    """All of them to the CPU at once: the only place where a step waits for the device."""
+    """As floats, in one transfer: the only place where a step waits for the device."""
     return dict(zip(sums, torch.stack([value.double() for value in sums.values()]).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What must hold in every run, or the run stops."""
+"""Checks that stop a run: finite loss and gradients, a gradient for every trained tensor, an unchanged base."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from lowalign.train import checkpoint
 
 
 def refuse_not_finite(step: int, metrics: Mapping[str, float], examples: Sequence[Example], out: Path) -> None:
-    """Raises UserError, before the weights are touched, when loss or gradient norm of step `step` is NaN or infinite."""
+    """Raises UserError when loss or gradient norm is NaN or infinite. Called before the weights change."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return
     sources = [e.source for e in examples if e.source]
@@ -23,15 +23,15 @@ def refuse_not_finite(step: int, metrics: Mapping[str, float], examples: Sequenc
     )
 
 
-def assert_all_reached(flats: Mapping[str, FlatWeights]) -> None:
-    """Raises RuntimeError when a backward produced no gradient (not even a zero one) for some trained tensor."""
+def assert_all_have_gradients(flats: Mapping[str, FlatWeights]) -> None:
+    """Raises RuntimeError when a trained tensor got no gradient in backward; a gradient of zero is one."""
     for adapter, flat in flats.items():
-        missed = sorted(flat.tensors().keys() - flat.reached)
-        if missed:
-            raise RuntimeError(f'no gradient reached {len(missed)} tensors of "{adapter}": {", ".join(missed[:5])}')
+        missing = sorted(flat.tensors().keys() - flat.reached)
+        if missing:
+            raise RuntimeError(f'no gradient reached {len(missing)} tensors of "{adapter}": {", ".join(missing[:5])}')
 
 
 def assert_base_unchanged(before: int, now: int) -> None:
-    """Raises RuntimeError when the base's checksum is not what it was."""
+    """Raises RuntimeError when the base's checksum has changed."""
     if before != now:
         raise RuntimeError("the base's weights have changed during training; they must not")

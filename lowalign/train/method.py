@@ -1,38 +1,63 @@
-"""What the loop asks of a method."""
+"""What the engine asks of a method and of a host."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lowalign.data.pack import Example
+from lowalign.model.adapters.flat import FlatWeights
 
 
 class Method(Protocol):
-    """The engine knows a method only by this, and methods know no engine."""
+    """A training method: the engine uses nothing else of it, and a method does not import the engine."""
 
     lr_multipliers: dict[str, float]
-    """Adapter name -> what its learning rate is multiplied by."""
+    """Learning-rate multiplier of each trained adapter, by name."""
     token_budget: int
-    """Most tokens of a micro-batch; the loop sets it before each `batch`, because it shrinks when memory runs out."""
+    """Most tokens of a micro-batch. The engine sets it before each `batch`; it shrinks when memory runs out."""
 
     def batch(self, step: int) -> list[Example]:
-        """The examples of optimizer step `step`, counted from 0.
+        """The examples of optimizer step `step`, counted from 0. torch is seeded from (seed, step) before the call.
 
-        Asked again for the same step, also after `load_state` of a `state` taken since, it gives the same examples and
-        changes nothing: a step that a signal cut short is begun anew. Before it torch is seeded from (seed, step).
+        Idempotent per step, also across save and restore: a step that a signal interrupted is repeated.
         """
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """The counts that means are over, such as {"tokens": …}."""
+        """Denominators of the step's means, such as {"tokens": …}."""
 
     def loss(
         self, examples: Sequence[Example], normalizers: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Loss and metrics of some of the step's examples: sums divided by the STEP's normalizers, so that they add up."""
+        """Loss and metrics of a micro-batch, divided by the normalizers of the whole STEP, so that they add up."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs besides `step`: tensors, and values that JSON holds."""
+        """What a resumed run needs besides the step: tensors and JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
+
+
+class FrozenBase(Protocol):
+    """The base under the adapters."""
+
+    def checksum(self) -> int:
+        """Changes when a weight of the base changes."""
+
+
+@runtime_checkable
+class TrainableHost(Protocol):
+    """What the engine uses of a host."""
+
+    base: FrozenBase
+    check: Callable[[], None]
+    """Interrupt hook between no-grad forwards; raises to abort."""
+
+    def train_only(self, *names: str) -> None:
+        """Only these adapters get gradients."""
+
+    def flat(self, name: str) -> FlatWeights:
+        """The weights of an adapter in one buffer."""
+
+    def training(self, checkpointing: str | None) -> None:
+        """Train mode with activation checkpointing "on", "off" or "offload"; None: evaluation mode."""

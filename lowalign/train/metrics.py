@@ -1,4 +1,4 @@
-"""Metrics: DIR/metrics.jsonl, one line or a progress bar on the terminal, and tensorboard on request."""
+"""Metrics: OUT/metrics.jsonl, a line or a progress bar on the terminal, and tensorboard on request."""
 
 import contextlib
 import json
@@ -16,18 +16,18 @@ from lowalign.errors import UserError
 from lowalign.log import log
 
 
-class Track:
-    """Writes what was measured at a step.
+class MetricsLog:
+    """Writes the metrics of steps and evaluations.
 
-    done: steps already behind us; None for a fresh run, whose metrics.jsonl starts empty. On a resume the lines after
-    that step are cut off, and with drop_eval the evaluation at that step too, because it is about to be made again.
-    Raises UserError when metrics.jsonl cannot be written, or tensorboard is asked for and not installed.
+    done: finished steps of a resumed run; lines after it are removed from metrics.jsonl. None: a new run with an empty
+    file. drop_eval: also remove the evaluation at step `done`, because it is repeated. Raises UserError when metrics.jsonl
+    cannot be written, or tensorboard is requested but not installed.
     """
 
     def __init__(self, out: Path, kind: str, steps: int, done: int | None, drop_eval: bool = False) -> None:
         self._path = out / "metrics.jsonl"
-        self._steps, self._begin = steps, done or 0
-        self._board = _tensorboard(out, self._begin) if kind == "tensorboard" else None
+        self._steps, self._first = steps, done or 0
+        self._board = _tensorboard(out, self._first) if kind == "tensorboard" else None
         with self._explained():
             if done is None:
                 self._path.unlink(missing_ok=True)
@@ -35,20 +35,20 @@ class Track:
                 write_file(self._path, _kept(self._path, done, drop_eval), "metrics-cut")
             self._file = self._path.open("a", encoding="utf-8")
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=self._begin, unit="step", file=sys.stderr) if terminal else None
+        self._bar = tqdm(total=steps, initial=self._first, unit="step", file=sys.stderr) if terminal else None
         self._started = time.monotonic()
 
-    def __enter__(self) -> "Track":
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         for part in (self._file, self._bar, self._board):
             if part is not None:
-                with contextlib.suppress(OSError):  # a line that did not fit was told when it was written
+                with contextlib.suppress(OSError):  # a failed write was already reported
                     part.close()
 
     def step(self, step: int, metrics: dict[str, float], log_due: bool) -> None:
-        """An optimizer step is done; with `log_due` it is written down."""
+        """After an optimizer step; written and logged when `log_due`."""
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {metrics['loss']:.4g}, {metrics['tokens_per_second']:,.0f} tokens/s", False
@@ -58,19 +58,19 @@ class Track:
             return
         self._write(step, metrics)
         if self._bar is None:
-            left = (time.monotonic() - self._started) / (step - self._begin) * (self._steps - step)
+            left = (time.monotonic() - self._started) / (step - self._first) * (self._steps - step)
             log(
                 f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  grad_norm {metrics['grad_norm']:.3g}  "
                 f"lr {metrics['lr']:.3g}  {metrics['tokens_per_second']:,.0f} tokens/s  ETA {tqdm.format_interval(left)}"
             )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """The held-out rows were evaluated after `step` steps; names begin with eval/."""
+        """After an evaluation on held-out rows; the names begin with eval/."""
         self._write(step, metrics)
         log(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        # JSON knows neither NaN nor infinity.
+        # JSON has neither NaN nor infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._explained():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -89,7 +89,7 @@ class Track:
 
 
 def _kept(path: Path, done: int, drop_eval: bool) -> bytes:
-    """The lines up to step `done`. A line that a crash left incomplete is dropped."""
+    """The lines up to step `done`, without those that a crash left incomplete."""
     kept = []
     for line in path.read_bytes().splitlines():
         try:

@@ -13,12 +13,17 @@ from lowalign.errors import UserError
 from lowalign.train import checkpoint
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
+from lowalign.train.method import TrainableHost
 from lowalign.train.signals import StopSignals
 from tests.train import toy
 
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_toy_host_fits_the_protocol():
+    assert isinstance(toy.ToyHost(), TrainableHost)
 
 
 # -- gradients and the step -----------------------------------------------------------------------------------------------

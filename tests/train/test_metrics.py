@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowalign.errors import UserError
-from lowalign.train.metrics import Track
+from lowalign.train.metrics import MetricsLog
 from tests.train import toy
 
 STEP = {"loss": 1.5, "grad_norm": 0.25, "lr": 1e-4, "tokens_per_second": 1234.5}
@@ -42,8 +42,8 @@ def test_tokens_per_second_counts_all_tokens_since_the_last_line(tmp_path, monke
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    with Track(tmp_path, "none", 3, None) as track:
-        track.step(1, STEP | {"explained_variance": float("nan"), "kl": float("inf")}, log_due=True)
+    with MetricsLog(tmp_path, "none", 3, None) as metrics_log:
+        metrics_log.step(1, STEP | {"explained_variance": float("nan"), "kl": float("inf")}, log_due=True)
     (line,) = lines(tmp_path)
     assert line["explained_variance"] is None and line["kl"] is None and line["loss"] == 1.5
 
@@ -61,26 +61,26 @@ def test_a_resume_cuts_what_comes_after_its_step(tmp_path, drop_eval):
     # a crash can leave half a line, and a file system can fill a block with zeros
     for tail in ("", '{"step": 2, "lo', '{"step": 4, "loss": 0.1', "\0\0\0\0"):
         (tmp_path / "metrics.jsonl").write_text(text + tail)
-        Track(tmp_path, "none", 4, 2, drop_eval).__exit__()
+        MetricsLog(tmp_path, "none", 4, 2, drop_eval).__exit__()
         assert lines(tmp_path) == (before[:-1] if drop_eval else before)
         assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 3.0}\n')
-    with Track(tmp_path, "none", 3, None) as track:
-        track.step(1, STEP, log_due=True)
+    with MetricsLog(tmp_path, "none", 3, None) as metrics_log:
+        metrics_log.step(1, STEP, log_due=True)
     assert lines(tmp_path) == [{"step": 1, **STEP}]
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 110.0, 120.0])
     monkeypatch.setattr("lowalign.train.metrics.time.monotonic", lambda: next(clock))
-    with Track(tmp_path, "none", 100, 40) as track:
-        track.step(41, STEP, log_due=True)
-        track.step(42, STEP, log_due=False)
-        track.step(44, STEP, log_due=True)
-        track.evaluation(44, {"eval/loss": 2.25})
+    with MetricsLog(tmp_path, "none", 100, 40) as metrics_log:
+        metrics_log.step(41, STEP, log_due=True)
+        metrics_log.step(42, STEP, log_due=False)
+        metrics_log.step(44, STEP, log_due=True)
+        metrics_log.evaluation(44, {"eval/loss": 2.25})
     # one step in 10 s: 59 more take 590 s; four steps in 20 s: 56 more take 280 s
     assert capsys.readouterr().err.splitlines() == [
         "step 41/100  loss 1.5000  grad_norm 0.25  lr 0.0001  1,234 tokens/s  ETA 09:50",
@@ -91,9 +91,9 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Track(tmp_path, "none", 8, 4) as track:
+    with MetricsLog(tmp_path, "none", 8, 4) as metrics_log:
         for step in (5, 6, 7, 8):
-            track.step(step, STEP, log_due=True)
+            metrics_log.step(step, STEP, log_due=True)
     text = capsys.readouterr().err
     assert "8/8" in text and "loss 1.5, 1,234 tokens/s" in text and "grad_norm" not in text
     assert len(lines(tmp_path)) == 4
@@ -133,9 +133,9 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
             written.append(("close",))
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    with Track(tmp_path, "tensorboard", 8, 4) as track:
-        track.step(5, STEP, log_due=True)
-        track.evaluation(5, {"eval/loss": 2.0})
+    with MetricsLog(tmp_path, "tensorboard", 8, 4) as metrics_log:
+        metrics_log.step(5, STEP, log_due=True)
+        metrics_log.evaluation(5, {"eval/loss": 2.0})
     opened = ("open", str(tmp_path / "tensorboard"), 5)
     assert written == [opened, *((name, value, 5) for name, value in STEP.items()), ("eval/loss", 2.0, 5), ("close",)]
 

@@ -45,6 +45,7 @@ class ToyHost:
             p.requires_grad_(False)
         self.adapters = nn.ModuleDict({name: _mlp(width, dropout, working_dtype) for name in ("policy", "value")})
         self.modes: list[str | None] = []
+        self.check = lambda: None
         frozen = [self.embedding.weight, self.head.weight, self.head.bias]
         self.base = SimpleNamespace(checksum=lambda: sum(int(t.detach().view(torch.int32).sum()) for t in frozen))
         self._working, self._flat = working_dtype, {}
