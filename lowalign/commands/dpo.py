@@ -7,7 +7,7 @@ from lowalign.config.training import DPOConfig
 from lowalign.data.dataset import Dataset
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences, refuse_labels
-from lowalign.methods.dpo import DPO, REFERENCE_FREE
+from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
@@ -29,12 +29,11 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> DPO | KTO:
         check_and_log_start(host, policy, initial, rows, config)
         reference = reference_stack(host, config.reference, initial, config.allow_base_mismatch)
-        if config.reference_cache == "on" and config.dpo.loss not in REFERENCE_FREE:
+        method = (KTO if kto else DPO)(host, rows, policy, reference, config.dpo, loop)
+        if config.reference_cache == "on" and method.needs_reference:
             with StopSignals() as stop:
                 for part in (rows, heldout):
                     fill_reference_logps(host, reference, part, loop, stop)
-        if kto:
-            return KTO(host, rows, policy, reference, config.dpo, loop)
-        return DPO(host, rows, policy, reference, config.dpo, loop)
+        return method
 
     return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))

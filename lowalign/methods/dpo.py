@@ -1,13 +1,14 @@
-"""DPO and its kin: the policy learns straight from preferences, without a reward model.
+"""DPO and related losses: the policy learns directly from preferences, without a reward model.
 
 h = [log π(y_w|x) - log π_ref(y_w|x)] - [log π(y_l|x) - log π_ref(y_l|x)]        r(x, y) = β log π/π_ref (y|x)
 L = -1/N Σ log σ(β h)                                                            arXiv 2305.18290 eq. 7
-and, with the same h or without a reference, the losses that lowalign.methods.losses names.
+The other losses, with the same h or without a reference, are the entries of PAIR_LOSSES.
 
-Both completions of a prompt (or all K of a ranking) go through the model together, the prompt once.
+Both completions of a prompt (or all K of a ranking) share one forward, in which the prompt is computed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +21,34 @@ from lowalign.methods.fixed_data import FixedDataMethod
 from lowalign.methods.pairs import all_pairs, count
 from lowalign.model.host import Host, completion_logps
 
-REFERENCE_FREE = ("simpo", "orpo")
+
+@dataclass(frozen=True)
+class PairLoss:
+    """One value of --dpo.loss.
+
+    loss: (scores of the better completions (P,), of the worse (P,), options) -> (P,). The score of a completion is
+    log π - log π_ref, or log π when reference_free; with per_token it is divided by the completion's supervised tokens.
+    sft: weight of the best completions' own loss when --dpo.sft is 0.
+    """
+
+    loss: Callable[[Tensor, Tensor, DPOLossConfig], Tensor]
+    reference_free: bool = False
+    per_token: bool = False
+    sft: float = 0.0
+
+
+PAIR_LOSSES = {
+    "sigmoid": PairLoss(lambda better, worse, c: losses.dpo(better - worse, c.beta, c.label_smoothing, c.robust)),
+    "hinge": PairLoss(lambda better, worse, c: losses.hinge(better - worse, c.beta)),
+    "ipo": PairLoss(lambda better, worse, c: losses.ipo(better - worse, c.beta), per_token=True),
+    "simpo": PairLoss(
+        lambda better, worse, c: losses.simpo(better, worse, c.beta, c.gamma), reference_free=True, per_token=True
+    ),
+    "orpo": PairLoss(
+        lambda better, worse, c: c.beta * losses.odds_ratio(better, worse), reference_free=True, per_token=True, sft=1.0
+    ),
+}
+"""A new loss is a function in lowalign.methods.losses, an entry here, and its name in DPOLossConfig.loss."""
 
 
 class DPO(FixedDataMethod):
@@ -40,37 +68,32 @@ class DPO(FixedDataMethod):
         train: TrainConfig,
     ) -> None:
         super().__init__(host, examples, stack, train)
-        self.reference, self.config = reference, config
+        self.reference, self.config, self.pair_loss = reference, config, PAIR_LOSSES[config.loss]
+        self.needs_reference = not self.pair_loss.reference_free
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """What the means are over."""
+        """Rankings and pairs of the step."""
         return count(examples)
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the step's loss."""
-        free = self.config.loss in REFERENCE_FREE
-        ref = None if free else reference_logps(self.host, self.reference, examples)
+        """Loss and metrics of one micro-batch, as its share of the step's."""
+        ref = reference_logps(self.host, self.reference, examples) if self.needs_reference else None
         with self.host.use(*self.stack):
             logp = completion_logps(self.host, examples)
         length = torch.tensor([max(1, sum(e.mask(i))) for e in examples for i in range(len(e.completions))])
         length = length.to(logp.device)
         pairs = all_pairs(examples, logp.device)
         w, l = pairs.better, pairs.worse  # noqa: E741  y_w and y_l of the papers
-        c, reward = self.config, self._rewards(logp, ref, length)
-        match c.loss:
-            case "sigmoid":
-                each = losses.dpo((logp - ref)[w] - (logp - ref)[l], c.beta, c.label_smoothing, c.robust)
-            case "hinge":
-                each = losses.hinge((logp - ref)[w] - (logp - ref)[l], c.beta)
-            case "ipo":
-                ratio = (logp - ref) / length
-                each = losses.ipo(ratio[w] - ratio[l], c.beta)
-            case "simpo":
-                each = losses.simpo((logp / length)[w], (logp / length)[l], c.beta, c.gamma)
-            case "orpo":
-                each = c.beta * losses.odds_ratio((logp / length)[w], (logp / length)[l])
-        summed = (pairs.weight * each).sum()
-        sft = c.sft or (1.0 if c.loss == "orpo" else 0.0)
+        c, per_token = self.config, length if self.pair_loss.per_token else 1
+        if ref is None:
+            better, worse = (logp / per_token)[w], (logp / per_token)[l]
+            reward = c.beta * (logp / per_token)
+        else:
+            score = (logp - ref) / per_token
+            better, worse = score[w], score[l]
+            reward = c.beta * (logp - ref)
+        summed = (pairs.weight * self.pair_loss.loss(better, worse, c)).sum()
+        sft = c.sft or self.pair_loss.sft
         nll = (best_weights(examples, logp.device) * -logp / length).sum()
         loss = (summed + sft * nll) / normalizers["rankings"] if sft else summed / normalizers["rankings"]
         mean = lambda values: values.detach().sum() / normalizers["pairs"]  # noqa: E731
@@ -85,13 +108,9 @@ class DPO(FixedDataMethod):
         }
         return loss, metrics | ({"nll": nll.detach() / normalizers["rankings"]} if sft else {})
 
-    def _rewards(self, logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
-        """The reward that the loss implies."""
-        return self.config.beta * (logp / length if ref is None else logp - ref)
-
 
 def reference_logps(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> Tensor:
-    """As completion_logps, under the reference and without gradient; known ones are taken from the Examples."""
+    """completion_logps under the reference, without gradient: (C,). Taken from Example.reference where all have it."""
     if all(e.reference is not None for e in examples):
         return torch.tensor([value for e in examples for value in e.reference], device=host.base.device)
     with torch.no_grad(), host.use(*reference):
@@ -99,7 +118,7 @@ def reference_logps(host: Host, reference: tuple[str, ...], examples: Sequence[E
 
 
 def best_weights(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """(C,): the Example's weight on the best completion (shared out where several are), 0 on the others."""
+    """(C,): each Example's weight on its best completion (divided equally among several), 0 on the others."""
     weights = []
     for e in examples:
         best = [rank == min(e.rank) for rank in e.rank]

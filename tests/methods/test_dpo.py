@@ -1,6 +1,7 @@
 """DPO and its kin: packed against separate rows with a plain loss, for pairs and rankings and every kind of adapter."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
-from lowalign.methods.dpo import DPO
+from lowalign.methods.dpo import DPO, PAIR_LOSSES
 from lowalign.methods.kto import KTO, labels, mismatched
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
@@ -107,6 +108,10 @@ def test_packed_equals_separate_rows(folder, name, kind):
         assert abs(sum(parts) - want) <= 1e-5 * abs(want)
         assert relative(gradient(host), want_gradient) <= 1e-5
     host.training(None)
+
+
+def test_every_name_of_the_option_has_a_loss():
+    assert set(get_args(get_type_hints(DPOLossConfig)["loss"])) == {*PAIR_LOSSES, "kto"}
 
 
 def test_known_reference_values_are_used(folder):
