@@ -12,7 +12,7 @@ from lowalign.methods.kto import KTO
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.train.reference_cache import fill_reference_logps
-from lowalign.train.run import Stack, check_and_log_start, named_run, read_rows, reference_stack, run
+from lowalign.train.run import Job, Stack, check_and_log_start, named_run, read_rows, reference_stack, run
 from lowalign.train.signals import StopSignals
 
 
@@ -36,4 +36,5 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
                     fill_reference_logps(host, reference, part, loop, stop)
         return method
 
-    return run(config, "dpo", partial(read_rows, config, load), start, base, adapters=named_run(config.reference))
+    job = Job("dpo", partial(read_rows, config, load), start, adapters=named_run(config.reference))
+    return run(config, job, base)

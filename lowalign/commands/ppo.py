@@ -27,7 +27,7 @@ from lowalign.model.policy import add_fresh, load_stack, peft_config
 from lowalign.rewards.reward_run import RunReward
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
-from lowalign.train.run import check_and_log_start, named_run, reference_stack, run
+from lowalign.train.run import Job, check_and_log_start, named_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
 VALUE = "value"
@@ -40,9 +40,8 @@ def ppo(config: PPOConfig, base: Base | None = None) -> int:
     setup = PPOSetup(config)
     _, runs = files_and_runs(config.reward)  # the files may change: functions can be corrected before --resume
     adapters = (*named_run(config.reference), *runs)
-    return run(
-        config, "ppo", setup.read, setup.start, base, data=config.ppo.ptx_data, adapters=adapters, steps=setup.steps
-    )
+    job = Job("ppo", setup.read, setup.start, data=config.ppo.ptx_data, adapters=adapters, steps=setup.steps)
+    return run(config, job, base)
 
 
 class PPOSetup:

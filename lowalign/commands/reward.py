@@ -15,7 +15,7 @@ from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.rewards.reward_run import score_examples
-from lowalign.train.run import Stack, read_rows, run
+from lowalign.train.run import Job, Stack, read_rows, run
 
 EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
 
@@ -36,7 +36,7 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         ties = config.data.ties == "keep"
         return RewardModel(host, rows, policy, config.reward, config.train, ties)
 
-    return run(config, "reward", partial(read_rows, config, load), start, base, finish=_evaluate)
+    return run(config, Job("reward", partial(read_rows, config, load), start, finish=_evaluate), base)
 
 
 def _evaluate(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:

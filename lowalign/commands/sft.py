@@ -8,7 +8,7 @@ from lowalign.data.pack import Example
 from lowalign.methods.sft import SFT
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.train.run import Stack, check_and_log_start, read_rows, run
+from lowalign.train.run import Job, Stack, check_and_log_start, read_rows, run
 
 
 def sft(config: SFTConfig, base: Base | None = None) -> int:
@@ -18,4 +18,4 @@ def sft(config: SFTConfig, base: Base | None = None) -> int:
         check_and_log_start(host, policy, initial, rows, config)
         return SFT(host, rows, policy, config.train)
 
-    return run(config, "sft", partial(read_rows, config, load_examples), start, base)
+    return run(config, Job("sft", partial(read_rows, config, load_examples), start), base)

@@ -1,11 +1,11 @@
-"""A round of PPO before its update: sample, score, compare with the reference, and work out the advantages.
+"""A round of PPO before its updates: sample, score, compare with the reference, compute advantages.
 
     reward of token t    r_t = -β (log π - log π_ref)(y_t) + [t is the last] (R(x, y) - penalties)     arXiv 1909.08593 eq. 2
     gae                  A_t from r and V                                                             arXiv 1506.02438
-    group, rloo          A_t = the completion's lead over the other samples of its prompt
+    group, rloo          A_t = the completion's reward compared with the other samples of its prompt
 
-Old log-probs, reference log-probs and values come from forwards over the very packs that the update trains on, not from
-the sampling pass, which differs by up to 0.03 in 16 bit: so the ratio is exactly 1 until the first step.
+Old log-probs, reference log-probs and values are computed in the packs that the updates train on, not while sampling,
+which differs by up to 0.03 in 16 bit. So in the first step the ratio is exactly 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ ScoreFunction = Callable[[Sequence[int], list[list[list[int]]]], list[list[float
 
 @dataclass(frozen=True)
 class Roles:
-    """Who acts in PPO: stacks of adapters on one base. value: None without a value function; its last adapter has the
-    head, and it is the policy itself where the head is shared."""
+    """Stacks of adapters on one base. value: its last adapter has the scalar head; the policy's stack when the head is
+    on the policy, None without a value function."""
 
     policy: Stack
     reference: Stack
@@ -40,12 +40,12 @@ class Roles:
 def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequence[int]], number: int) -> list[Rollout]:
     """Completions of these prompts under the policy in round `number`."""
     n = config.rollout.samples
-    # Each time that a prompt is asked it has its own luck: in other rounds, and twice in one where there are few.
+    # Seeds by round and place: a prompt gets new samples in each round, and twice in a round that repeats it.
     seeds = range(number * len(prompts), (number + 1) * len(prompts))
     with host.use(*roles.policy):
-        found = host.generate(prompts, n, config.sampling, seeds=seeds)
+        samples = host.generate(prompts, n, config.sampling, seeds=seeds)
     rollouts = []
-    for prompt, completions in zip(prompts, found, strict=True):
+    for prompt, completions in zip(prompts, samples, strict=True):
         supervised = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
         masks = [[keep] * len(c.ids) for keep, c in zip(supervised, completions, strict=True)]
         stopped = [c.stopped for c in completions]
@@ -60,13 +60,13 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
 
 
 def shape_rewards(
-    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
+    rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
 ) -> None:
-    """Set each completion's reward: normalised, clipped, less the penalties."""
+    """Set each completion's reward: its score, normalised and clipped, minus the penalties."""
     c = config.rollout
     if c.normalise == "running":
-        moments.update([x for values in raw for x in values])
-    for r, values in zip(rollouts, raw, strict=True):
+        moments.update([x for values in scores for x in values])
+    for r, values in zip(rollouts, scores, strict=True):
         r.rewards = []
         for value, ids, stopped in zip(values, r.completions, r.stopped, strict=True):
             value = value / moments.std if c.normalise == "running" else value
@@ -79,9 +79,9 @@ def shape_rewards(
 def compute_logps_and_values(
     host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
 ) -> tuple[float, set[tuple[int, ...]]]:
-    """Set old and reference log-probs and values, in the packs of the update.
+    """Set old and reference log-probs and values, in the packs of the updates.
 
-    Returns the policy's mean entropy, and the packs: of each the ids of its rollouts.
+    -> the policy's mean entropy in nats per token, and the packs, each as the id() of its rollouts.
     """
     shared = roles.value == roles.policy
     entropies, packs = [], set()
@@ -108,37 +108,37 @@ def compute_logps_and_values(
 
 
 def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
-    """V(s_t) of each token by the value adapter's head, for each completion of each rollout."""
+    """V(s_t) by the value adapter's head: for each rollout, for each completion, (its length,)."""
     with host.use(*roles.value):
-        wanted = TokenRequest(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
-        return host.tokens(pack, wanted).values
+        request = TokenRequest(logps=False, head=host.head(roles.value[-1]), supervised_only=True)
+        return host.tokens(pack, request).values
 
 
 def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> float:
-    """The constant b with which V + b is right on average: the mean over all tokens of what was still to come, less V.
+    """The constant b that makes V + b right on average: the mean over all supervised tokens of return - V.
 
-    A value function that begins at 0 would need rounds to learn the mere level of the rewards, as it is clipped, and until
-    then whatever stands near the end of a completion would seem better than what stands before it.
+    A value function that starts at 0 is clipped, so it needs rounds to learn the level of the rewards. Until then GAE
+    would over-credit late tokens.
     """
-    left = []
+    errors = []
     for r in rollouts:
-        to_come = [gae(x, torch.zeros_like(x), config.ppo.gamma, 1.0)[1] for x in _rewards(r, config, beta)]
-        left.append(supervised(r, to_come) - supervised(r, r.values))
-    return torch.cat(left).mean().item()
+        returns = [gae(x, torch.zeros_like(x), config.ppo.gamma, 1.0)[1] for x in _rewards(r, config, beta)]
+        errors.append(supervised(r, returns) - supervised(r, r.values))
+    return torch.cat(errors).mean().item()
 
 
-def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias: float = 0.0) -> None:
-    """Set advantages, and with gae the returns that the value function learns; bias: what is added to its values."""
+def set_advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias: float = 0.0) -> None:
+    """Set advantages, and with gae the values (plus bias) and the returns that the value function is trained on."""
     c = config.ppo
     for r in rollouts:
         if c.advantage == "gae":
             r.values = [v + bias for v in r.values]
-            found = [gae(x, v, c.gamma, c.gae_lambda) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
-            r.advantages, r.returns = [a for a, _ in found], [ret for _, ret in found]
+            pairs = [gae(x, v, c.gamma, c.lam) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
+            r.advantages, r.returns = [a for a, _ in pairs], [ret for _, ret in pairs]
         else:
-            whole = torch.stack([x.sum() for x in _rewards(r, config, beta)])
-            lead = group(whole, c.group_std) if c.advantage == "group" else rloo(whole)
-            r.advantages = [torch.full_like(o, x) for o, x in zip(r.old, lead.tolist(), strict=True)]
+            totals = torch.stack([x.sum() for x in _rewards(r, config, beta)])
+            advantages = group(totals, c.group_std) if c.advantage == "group" else rloo(totals)
+            r.advantages = [torch.full_like(o, x) for o, x in zip(r.old, advantages.tolist(), strict=True)]
     if c.advantage == "gae" and c.whiten:
         white = iter(whiten([a[torch.tensor(r.mask(i))] for r in rollouts for i, a in enumerate(r.advantages)]))
         for r in rollouts:
@@ -147,18 +147,18 @@ def advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, bias
 
 
 def round_metrics(
-    rollouts: Sequence[Rollout], raw: Sequence[Sequence[float]], beta: float, entropy: float
+    rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]], beta: float, entropy: float
 ) -> dict[str, float]:
-    """The round in numbers: what every of its steps logs."""
+    """Metrics of the round, which each of its steps logs. kl is the sum over a completion in nats, length in tokens."""
     completions = [(i, r) for r in rollouts for i in range(len(r.completions))]
-    scores = [x for values in raw for x in values]
+    flat_scores = [x for values in scores for x in values]
     lengths = [len(r.completions[i]) for i, r in completions]
     ended = sum(r.stopped[i] for i, r in completions) / len(completions)
-    supervised = [(i, r) for i, r in completions if any(r.mask(i))]  # of the others no log-prob was computed
+    supervised = [(i, r) for i, r in completions if any(r.mask(i))]  # the others have no log-probs
     kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in supervised]
-    found = {
-        "reward": sum(scores) / len(scores),
-        "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(scores),
+    metrics = {
+        "reward": sum(flat_scores) / len(flat_scores),
+        "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(flat_scores),
         "kl": sum(kl) / len(kl),
         "kl_coef": beta,
         "entropy": entropy,
@@ -169,15 +169,15 @@ def round_metrics(
     if rollouts[0].returns:
         returns, values = flat(rollouts, "returns"), flat(rollouts, "values")
         spread = returns.var().item() if len(returns) > 1 else 0.0
-        found["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
-    return found
+        metrics["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
+    return metrics
 
 
 def _rewards(rollout: Rollout, config: PPOConfig, beta: float) -> list[Tensor]:
-    """r_t of each completion: what its token pays for its divergence, and on the last one the completion's reward."""
+    """r_t of each completion: each token's KL penalty, plus the completion's reward on the last token."""
     if config.ppo.kl_in == "loss":
         beta = 0.0
-    found = [-beta * (old - ref) for old, ref in zip(rollout.old, rollout.reference_logps, strict=True)]
-    for per_token, reward in zip(found, rollout.rewards, strict=True):
+    rewards = [-beta * (old - ref) for old, ref in zip(rollout.old, rollout.reference_logps, strict=True)]
+    for per_token, reward in zip(rewards, rollout.rewards, strict=True):
         per_token[-1] += reward
-    return found
+    return rewards

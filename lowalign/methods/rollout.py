@@ -1,4 +1,4 @@
-"""One round's experience: sampled completions, what they earned, and what is learned from each of their tokens."""
+"""Rollouts: sampled completions with their rewards, log-probs, values and advantages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ SIGNALS = ("old", "reference_logps", "values", "advantages", "returns")
 
 @dataclass
 class Rollout(Example):
-    """A prompt with its sampled completions. Every signal has a (length,) tensor for each completion.
+    """A prompt with its sampled completions. SIGNALS have a (length,) tensor for each completion.
 
-    old, reference_logps: log-probabilities under the policy that sampled, and under the reference. values: V(s_t) before
-    each token. rewards: of each completion as a whole. stopped: whether it ended by itself.
+    old, reference_logps: log-probs under the policy that sampled, and under the reference. values: V(s_t), before each
+    token. rewards: one per completion. stopped: whether the completion ended with an end token, not at the length limit.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -30,12 +30,12 @@ class Rollout(Example):
 
 
 def flat(rollouts: Sequence[Rollout], name: str) -> Tensor:
-    """A signal of all supervised tokens, on end: (N,)."""
+    """A signal of all supervised tokens, concatenated: (N,)."""
     return torch.cat([supervised(r, getattr(r, name)) for r in rollouts])
 
 
 def supervised(example: Example, per_completion: Sequence[Tensor]) -> Tensor:
-    """The supervised tokens' numbers of one Example, on end."""
+    """The values of one Example's supervised tokens, concatenated: (N,)."""
     parts = []
     for i, values in enumerate(per_completion):
         mask = torch.tensor(example.mask(i), device=values.device)
@@ -47,7 +47,7 @@ def to_tensors(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Rollouts as tensors and plain values, for a checkpoint."""
     ids = [t for r in rollouts for part in (r.prompt, *r.completions) for t in part]
     sizes = [n for r in rollouts for n in (len(r.completions), len(r.prompt), *map(len, r.completions))]
-    held: dict[str, Any] = {
+    tensors: dict[str, Any] = {
         "ids": torch.tensor(ids, dtype=torch.int32),
         "sizes": torch.tensor(sizes, dtype=torch.int32),
         "masks": torch.tensor([m for r in rollouts for i in range(len(r.completions)) for m in r.mask(i)]),
@@ -56,15 +56,15 @@ def to_tensors(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     }
     for name in SIGNALS:
         if all(getattr(r, name) for r in rollouts):
-            held[name] = torch.cat([t.cpu() for r in rollouts for t in getattr(r, name)])
-    return held
+            tensors[name] = torch.cat([t.cpu() for r in rollouts for t in getattr(r, name)])
+    return tensors
 
 
-def from_tensors(held: dict[str, Any], device: torch.device) -> list[Rollout]:
-    """What to_tensors was given."""
-    ids, masks = held["ids"].tolist(), held["masks"].tolist()
-    rewards, stopped = iter(held["rewards"].tolist()), iter(held["stopped"].tolist())
-    sizes = iter(held["sizes"].tolist())
+def from_tensors(tensors: dict[str, Any], device: torch.device) -> list[Rollout]:
+    """The inverse of to_tensors."""
+    ids, masks = tensors["ids"].tolist(), tensors["masks"].tolist()
+    rewards, stopped = iter(tensors["rewards"].tolist()), iter(tensors["stopped"].tolist())
+    sizes = iter(tensors["sizes"].tolist())
     at = token = 0
     rollouts = []
     for n in sizes:
@@ -77,7 +77,7 @@ def from_tensors(held: dict[str, Any], device: torch.device) -> list[Rollout]:
             mask.append(masks[token : token + length])
             spans.append(slice(token, token + length))
             at, token = at + length, token + length
-        signals = {name: [held[name][s].to(device) for s in spans] for name in SIGNALS if name in held}
+        signals = {name: [tensors[name][s].to(device) for s in spans] for name in SIGNALS if name in tensors}
         outcome = {"rewards": [next(rewards) for _ in lengths], "stopped": [next(stopped) for _ in lengths]}
         rollouts.append(Rollout(own[0], own[1:], mask, **outcome, **signals))
     return rollouts

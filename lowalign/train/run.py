@@ -1,16 +1,16 @@
-"""From a configuration to a finished run: base, data, host, method, engine, and what is written down.
+"""A training run: data, base, host, method, engine, saved adapter.
 
-OUT/recipe.yaml        the whole configuration; rerunning it is the same run
-OUT/inputs.json        input_hashes of the files and adapters it names
-OUT/data_report.json   what was read, cut and dropped
-OUT/metrics.jsonl      one line a step
+OUT/recipe.yaml        the complete configuration, which reproduces the run
+OUT/inputs.json        hashes of the files and adapters that it names
+OUT/data_report.json   rows read, truncated and dropped
+OUT/metrics.jsonl      one line per step
 OUT/checkpoints/       to resume from; best/ has the lowest held-out loss
-OUT/adapter/           the adapter as stock peft reads it, its chat template, and lowalign.json
+OUT/adapter/           the adapter in peft's format, its chat template, and lowalign.json
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,73 +36,76 @@ from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_
 from lowalign.train.signals import Interrupted
 
 Stack = tuple[str, ...]
-Read = Callable[[PreTrainedTokenizerBase, Chat], tuple[list, list]]
 
 
-def run(
-    config: RunConfig,
-    name: str,
-    read: Read,
-    start: Callable[[Host, list, list, Stack, Stack], Method],
-    base: Base | None,
-    *,
-    data: Sequence[str] = (),
-    adapters: Sequence[str] = (),
-    steps: Callable[[int], int] | None = None,
-    finish: Callable[[Host, Stack, list, Any], dict] = lambda *_: {},
-) -> int:
-    """What all methods share. Returns the exit code.
+@dataclass(frozen=True)
+class Job:
+    """What one command adds to the training run that all share.
 
-    read: from tokenizer and template to the rows to train on and those held out. start: (host, rows, heldout, policy,
-    reference) -> the method, before the first step. data, adapters: what it reads besides --data and --init. steps: how
-    many for that many rows, where epochs do not tell. finish: (host, policy, rows, config) -> what the adapter's
-    lowalign.json is to say besides.
+    read: (tokenizer, chat) -> the rows to train on and the held-out rows. start: (host, rows, heldout, policy stack,
+    reference stack) -> the method. data, adapters: what the command reads besides --data and --init. steps: number of rows
+    -> optimizer steps; default: epochs × rows / batch size. finish: (host, policy stack, rows, config) -> additional
+    entries for the adapter's lowalign.json.
     """
+
+    name: str
+    read: Callable[[PreTrainedTokenizerBase, Chat], tuple[list, list]]
+    start: Callable[[Host, list, list, Stack, Stack], Method]
+    data: Sequence[str] = ()
+    adapters: Sequence[str] = ()
+    steps: Callable[[int], int] | None = None
+    finish: Callable[[Host, Stack, list, Any], dict] = lambda *_: {}
+
+
+def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
+    """A training run, from its configuration to the saved adapter. base: one that is already loaded. -> the exit code."""
     with lock_folder(config.out):
-        adapters = [source for source in (config.init, *adapters) if source]
-        inputs = input_hashes((*config.data.files, *config.data.eval, *data), adapters)
+        adapters = [source for source in (config.init, *job.adapters) if source]
+        inputs = input_hashes((*config.data.files, *config.data.eval, *job.data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
-        # The rows first: what is wrong with them should not cost the loading of a 7B model.
+        # The rows first: errors in them are reported before a large model is loaded.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data.template)
-        rows, heldout = read(tokenizer, chat)
+        rows, heldout = job.read(tokenizer, chat)
         host = Host(base or Base.load(config.model, **vars(config.base)))
         policy, reference = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
         )
         try:
-            method = start(host, rows, heldout, policy, reference)
+            method = job.start(host, rows, heldout, policy, reference)
         except Interrupted as stopped:
             log(f"stopped by {stopped.signal.name} before the first step; go on with the same command")
             return 128 + stopped.signal
-        count = steps(len(rows)) if steps else math.ceil(config.train.epochs * len(rows) / config.train.batch_size)
-        loop = replace(config.train, steps=config.train.steps or max(1, count))
-        result = train(host, method, loop, config.out, heldout=heldout, resume=config.resume)
+        epochs, size = config.train.epochs, config.train.batch_size
+        count = job.steps(len(rows)) if job.steps else math.ceil(epochs * len(rows) / size)
+        settings = replace(config.train, steps=config.train.steps or max(1, count))
+        result = train(host, method, settings, config.out, heldout=heldout, resume=config.resume)
         if result.stopped_by is not None:
             log(
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        save_adapter(host, policy, chat, config, result, name, finish(host, policy, heldout or rows, config))
+        metadata = job.finish(host, policy, heldout or rows, config)
+        save_adapter(host, policy, chat, config, result, job.name, metadata)
         for adapter in tuple(host.configs):
             host.delete(adapter)
     return 0
 
 
 def named_run(reference: str) -> tuple[str, ...]:
-    """The run that --reference names, if it names one."""
+    """The run in --reference: empty for "start" and "base"."""
     return () if reference in ("start", "base") else (reference,)
 
 
 def reference_stack(host: Host, named: str, started: Stack, allow_base_mismatch: bool) -> Stack:
-    """The adapters that are the reference: what the policy started from, none (the bare base), or a run's."""
+    """The reference's adapters: what the policy started from ("start"), none ("base"), or those of a run."""
     if named == "start":
         return started
     return () if named == "base" else load_stack(host, "reference", named, allow_base_mismatch)
 
 
 def check_and_log_start(host: Host, policy: Stack, reference: Stack, rows: list[Example], config: RunConfig) -> None:
-    """At the beginning of a run, not where it goes on: check and tell how the policy stands to what it started from."""
+    """Before the first step of a new run: check the policy against its reference, and log the result."""
     if not checkpoint.steps(config.out):
         log(check_start(host, policy, reference, rows))
 
@@ -110,19 +113,19 @@ def check_and_log_start(host: Host, policy: Stack, reference: Stack, rows: list[
 def read_rows(
     config: RunConfig, load: Callable[..., Dataset], tokenizer: PreTrainedTokenizerBase, chat: Chat
 ) -> tuple[list[Example], list[Example]]:
-    """-> the examples to train on, and those held out; OUT/data_report.json is written. load: files to a Dataset."""
+    """-> the Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""
     options, out = config.data, config.out
     if not options.files:
         raise UserError("no data: give --data FILE…")
-    for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # an earlier attempt's
+    for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # of an earlier attempt
         (out / name).unlink(missing_ok=True)
     read = partial(load, chat=chat, config=options)
     data = read(options.files, rejected=out / "rejected.jsonl")
     report = {"train": data.report}
     if options.eval:
-        held = read(options.eval, heldout=True, rejected=out / "rejected_eval.jsonl")
-        report["eval"] = held.report
-        rows, heldout = data.examples, held.examples
+        evaluation = read(options.eval, heldout=True, rejected=out / "rejected_eval.jsonl")
+        report["eval"] = evaluation.report
+        rows, heldout = data.examples, evaluation.examples
     else:
         rows, heldout = split_heldout(data.examples, options.eval_rows, config.train.seed)
     for part in report.values():

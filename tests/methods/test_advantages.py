@@ -190,11 +190,11 @@ def test_the_divergence_is_a_reward_of_each_token():
     """k1 with β = 0.2: rewards -0.1, 0 + 3 and 0, -0.2, 0.2 - 1; without values and discount, the sums to go."""
     values = [torch.zeros(2), torch.zeros(3)]
     r = rollout(rewards=[3.0, -1.0], values=values, **KL)
-    ppo_round.advantages([r], config(gae_lambda=1.0, whiten=False), 0.2)
+    ppo_round.set_advantages([r], config(gae_lambda=1.0, whiten=False), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([2.9, 3.0])
     assert r.advantages[1].tolist() == pytest.approx([-1.0, -1.0, -0.8])
     assert [x.tolist() for x in r.returns] == [x.tolist() for x in r.advantages]
-    ppo_round.advantages([r], config(gae_lambda=1.0, whiten=False, kl_in="loss"), 0.2)
+    ppo_round.set_advantages([r], config(gae_lambda=1.0, whiten=False, kl_in="loss"), 0.2)
     assert [x.tolist() for x in r.advantages] == [[3.0, 3.0], [-1.0, -1.0, -1.0]]
 
 
@@ -206,7 +206,7 @@ def test_the_level_of_the_value_function_by_hand():
     c = config(gamma=0.9, gae_lambda=0.3)
     want = ((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2 + 3 + 1) / 3
     assert ppo_round.value_bias([r], c, 0.1) == pytest.approx(want)
-    ppo_round.advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
+    ppo_round.set_advantages([r], replace(c, ppo=replace(c.ppo, whiten=False)), 0.1, bias=want)
     assert [v.tolist() for v in r.values] == [pytest.approx([0.5 + want, 0.2 + want]), pytest.approx([-1 + want])]
     assert r.advantages[1].tolist() == pytest.approx([3 - (-1 + want)])
     r.masks = [[True, True], [False]]  # what is not learned from does not count
@@ -217,18 +217,18 @@ def test_the_level_of_the_value_function_by_hand():
 @pytest.mark.parametrize(("name", "want"), [("group", 2.0), ("rloo", 4.0)])
 def test_a_completion_leads_by_its_reward_less_its_divergence(name, want):
     r = rollout(rewards=[3.0, -1.0], **KL)  # less β·0.5 and β·0: with β = 0.2 the lead is 2.9 + 1 = 3.9
-    ppo_round.advantages([r], config(advantage=name, group_std=False), 0.2)
+    ppo_round.set_advantages([r], config(advantage=name, group_std=False), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([want * 3.9 / 4] * 2)
     assert r.advantages[1].tolist() == pytest.approx([-want * 3.9 / 4] * 3)
     assert r.returns == []
-    ppo_round.advantages([r], config(advantage=name, group_std=False, kl_in="loss"), 0.2)
+    ppo_round.set_advantages([r], config(advantage=name, group_std=False, kl_in="loss"), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([want] * 2)
 
 
 def test_masked_tokens_have_no_part_in_the_whitening():
     values = [torch.tensor([0.5, 0.5]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 100.0], values=values, masks=[[True] * 2, [False] * 3], **KL)
-    ppo_round.advantages([r], config(gae_lambda=1.0), 0.0)
+    ppo_round.set_advantages([r], config(gae_lambda=1.0), 0.0)
     assert r.advantages[0].tolist() == [0.0, 0.0]  # 0.5 and 0.5 before
     assert torch.isfinite(r.advantages[1]).all()
 
@@ -236,9 +236,9 @@ def test_masked_tokens_have_no_part_in_the_whitening():
 def test_a_round_in_numbers():
     values = [torch.tensor([0.0, 1.0]), torch.zeros(3)]
     r = rollout(rewards=[1.0, 2.0], values=values, returns=[torch.tensor([1.0, 2.0]), torch.tensor([0, 0, 3.0])], **KL)
-    told = ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)
+    metrics = ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)
     # returns 1 2 0 0 3: squares about their mean 1.2 add up to 6.8; errors 1 1 0 0 3, about their mean 1, to 6
-    assert told == pytest.approx(
+    assert metrics == pytest.approx(
         {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
         | {"eos_share": 0.5, "truncated_share": 0.5, "explained_variance": 1 - 6 / 6.8}
     )

@@ -260,8 +260,8 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
     return found | {"loss": loss}
 
 
-def plain_told(r: Round, c: PPOConfig, stopped: list[bool]) -> dict[str, float]:
-    """The round in numbers."""
+def plain_metrics(r: Round, c: PPOConfig, stopped: list[bool]) -> dict[str, float]:
+    """Metrics of the round."""
     ended = sum(stopped) / len(stopped)
     learnt_rows = r.learnt.any(1)
     found = {
@@ -345,10 +345,10 @@ def test_an_update_is_that_of_four_padded_models(folder, name, tmp_path):
         copies.zero_grad()
         want = plain_loss(copies, c, round_, chosen, ptx)
         want["loss"].backward()
-        told = plain_told(round_, c, stopped)
+        metrics = plain_metrics(round_, c, stopped)
         clipped = want.pop("value_clipped", None)
-        assert {name for name in sums if not name.endswith("_per_second")} == want.keys() | told.keys()
-        for key, value in ({k: v.item() for k, v in want.items()} | told).items():
+        assert {name for name in sums if not name.endswith("_per_second")} == want.keys() | metrics.keys()
+        for key, value in ({k: v.item() for k, v in want.items()} | metrics).items():
             assert sums[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
         for adapter, plain in copies.gradients(case).items():
             got = flats[adapter].gradients()

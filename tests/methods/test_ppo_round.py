@@ -1,4 +1,4 @@
-"""PPO's rounds: when one begins and ends, that asking again changes nothing, and what a failure or a stop leaves."""
+"""PPO's rounds: when one begins and ends, that a repeated step changes nothing, and what a failure or a stop leaves."""
 
 import json
 import signal
@@ -49,7 +49,7 @@ def even(_, completions) -> list[list[float]]:
     return [[sum(t % 2 == 0 for t in c) / len(c) for c in group] for group in completions]
 
 
-def ppo(host, score=even, prompts=6, tell=lambda *_: None, new=8, rollout=None, ends=ENDS, **options) -> PPO:
+def ppo(host, score=even, prompts=6, on_round=lambda *_: None, new=8, rollout=None, ends=ENDS, **options) -> PPO:
     host.base.eos_ids = ends
     config = PPOConfig(
         model="",
@@ -59,8 +59,8 @@ def ppo(host, score=even, prompts=6, tell=lambda *_: None, new=8, rollout=None, 
         rollout=RolloutConfig(prompts=4, samples=2, **rollout or {}),
         ppo=PPOLossConfig(**{"epochs": 2} | options),
     )
-    asked = [[70 + i, 80, 90 + i] for i in range(prompts)]
-    return PPO(host, Roles(("policy",), (), ("value",)), asked, score, config, tell=tell)
+    ids = [[70 + i, 80, 90 + i] for i in range(prompts)]
+    return PPO(host, Roles(("policy",), (), ("value",)), ids, score, config, on_round=on_round)
 
 
 def engine(host, method: PPO, budget: int = 4096) -> MicroBatches:
@@ -82,22 +82,22 @@ def content(examples) -> list:
 
 
 def test_a_round_is_epochs_over_its_minibatches(host):
-    told = []
-    method = ppo(host, tell=lambda number, asked, rollouts: told.append((number, asked, list(rollouts))))
+    rounds = []
+    method = ppo(host, on_round=lambda number, prompts, rollouts: rounds.append((number, prompts, list(rollouts))))
     steps = [method.batch(step) for step in range(8)]
-    assert [number for number, _, _ in told] == [0, 1]
-    for k, (_, asked, rollouts) in enumerate(told):
-        assert [r.prompt for r in rollouts] == [method.prompts[i] for i in asked]
+    assert [number for number, _, _ in rounds] == [0, 1]
+    for k, (_, prompts, rollouts) in enumerate(rounds):
+        assert [r.prompt for r in rollouts] == [method.prompts[i] for i in prompts]
         for epoch in range(2):  # each pass has every rollout once, in the minibatches it was evaluated in
             two = steps[4 * k + 2 * epoch : 4 * k + 2 * epoch + 2]
             assert sorted(id(e) for batch in two for e in batch) == sorted(map(id, rollouts))
             place = {id(r): k for k, r in enumerate(rollouts)}
             assert all({place[id(e)] // 2 for e in batch} in ({0}, {1}) for batch in two)
-    first, second = (asked for _, asked, _ in told)
+    first, second = (prompts for _, prompts, _ in rounds)
     assert sorted(first + second[:2]) == list(range(6))  # a pass over the prompts, then the next
 
 
-def test_few_prompts_are_asked_twice_with_other_luck(host):
+def test_few_prompts_are_sampled_twice_with_other_draws(host):
     method = ppo(host, prompts=1)
     seen = []
     for step in (0, 4):
@@ -111,7 +111,7 @@ def timeless(metrics: dict) -> dict:
     return {name: value for name, value in metrics.items() if not name.endswith("_per_second")}
 
 
-def test_asked_again_it_gives_the_same(host):
+def test_a_repeated_step_gives_the_same_batch(host):
     method = ppo(host, target_kl=1e-9)
     run = engine(host, method)
     for step in range(3):
@@ -142,7 +142,11 @@ def test_state_goes_on_as_if_nothing_had_happened(host, options, cut_short):
         other.load_state({k: v.clone() for k, v in kept.items() if isinstance(v, torch.Tensor)} | numbers)
         batch = method.batch(step)
         assert content(other.batch(step)) == content(batch)
-        assert (other.kl.beta, vars(other.moments), other.told) == (method.kl.beta, vars(method.moments), method.told)
+        assert (other.kl.beta, vars(other.moments), other.round_metrics) == (
+            method.kl.beta,
+            vars(method.moments),
+            method.round_metrics,
+        )
         assert timeless(run.gradients(other.batch(step), 0)) == timeless(run.gradients(batch, 0))
         shift(host, 0.02)
     assert method.round >= 2
@@ -222,7 +226,7 @@ def test_out_of_memory_while_a_round_is_evaluated(host, monkeypatch, capsys):
         for name in ("old", "reference_logps", "values", "advantages", "returns"):
             for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
                 assert torch.allclose(x, y, atol=1e-5)
-    assert other.told == pytest.approx(method.told, abs=1e-5)
+    assert other.round_metrics == pytest.approx(method.round_metrics, abs=1e-5)
     monkeypatch.undo()
     engine(host, other).gradients(
         batch, 0
@@ -266,10 +270,10 @@ def test_the_coefficient_follows_the_divergence_of_each_round(host):
     beta = 0.2
     for step in range(0, 12, 4):
         method.batch(step)
-        assert method.told["kl_coef"] == pytest.approx(beta, rel=1e-12)
-        beta *= 1 + min(0.2, max(-0.2, method.told["kl"] / 0.5 - 1)) * 8 / 40  # 4 prompts × 2 samples
+        assert method.round_metrics["kl_coef"] == pytest.approx(beta, rel=1e-12)
+        beta *= 1 + min(0.2, max(-0.2, method.round_metrics["kl"] / 0.5 - 1)) * 8 / 40  # 4 prompts × 2 samples
         shift(host, 0.1)
-    assert method.told["kl"] > 0.5
+    assert method.round_metrics["kl"] > 0.5
 
 
 def test_a_failure_leaves_the_state_of_the_step_before(host):
@@ -306,17 +310,17 @@ def test_a_round_in_which_nothing_ends(host):
         )
     method = ppo(host, new=3, ends=(383,), rollout={"missing_eos": "keep"})
     method.batch(0)
-    assert method.told["truncated_share"] == 1 and method.told["length"] == 3
+    assert method.round_metrics["truncated_share"] == 1 and method.round_metrics["length"] == 3
 
 
 def test_a_masked_completion_is_not_learned_from(host):
-    """A minibatch of cut-off completions alone moves nothing, and its round is still told as it was."""
+    """A minibatch of cut-off completions alone moves nothing, and its round's metrics stay as they were."""
     method = ppo(host, rollout={"missing_eos": "mask"}, entropy=0.1)
     batch = method.batch(0)
     for r in batch:
         r.masks = [[False] * len(c) for c in r.completions]
-    method.packs.clear()
+    method.unit_ratio_packs.clear()
     run = engine(host, method)
     found = run.gradients(batch, 0)
     assert all(not flat.master.grad.any() for flat in run.flats.values())
-    assert found["loss"] == 0 and found["reward"] == pytest.approx(method.told["reward"])
+    assert found["loss"] == 0 and found["reward"] == pytest.approx(method.round_metrics["reward"])
