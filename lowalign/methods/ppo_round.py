@@ -133,7 +133,7 @@ def set_advantages(rollouts: Sequence[Rollout], config: PPOConfig, beta: float, 
     for r in rollouts:
         if c.advantage == "gae":
             r.values = [v + bias for v in r.values]
-            pairs = [gae(x, v, c.gamma, c.lam) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
+            pairs = [gae(x, v, c.gamma, c.gae_lambda) for x, v in zip(_rewards(r, config, beta), r.values, strict=True)]
             r.advantages, r.returns = [a for a, _ in pairs], [ret for _, ret in pairs]
         else:
             totals = torch.stack([x.sum() for x in _rewards(r, config, beta)])
