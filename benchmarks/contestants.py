@@ -80,7 +80,7 @@ def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, setti
             row.reference = reference_logps(host, (), [row]).tolist()
         method = DPO(host, rows, ("policy",), (), DPOLossConfig(beta=BETA), config)
     else:
-        host.add_head("policy")
+        host.add_scalar_head("policy")
         method = RewardModel(host, rows, ("policy",), RewardLossConfig(), config)
     set_start(host.weights("policy").items())
     with tempfile.TemporaryDirectory() as out:
@@ -93,9 +93,9 @@ def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], setting
     for role in ("policy", "value", "reward"):
         host.add(role, lora("CAUSAL_LM"))
         if role == "reward":
-            host.add_head(role)
+            host.add_scalar_head(role)
         set_start(host.weights(role).items())
-    host.add_head("value", zero=True)
+    host.add_scalar_head("value", zero=True)
     steps = len(prompts) // r.batch * r.steps
     config = PPOConfig(
         model="", out=Path(), train=loop(steps, r.minibatch, 0.0, settings), ppo=PPOLossConfig(epochs=r.epochs),

@@ -29,8 +29,8 @@ def measure_ppo(base: Base, tiny: bool) -> dict:
     host = Host(base)
     for role in ("policy", "value", "reward"):
         host.add(role, peft_config(AdapterConfig(kind="lora", r=16)))
-    host.add_head("value", zero=True)
-    host.add_head("reward")
+    host.add_scalar_head("value", zero=True)
+    host.add_scalar_head("reward")
     generator = torch.Generator().manual_seed(0)
     size = (ROUNDS * PROMPTS, prompt)
     prompts = torch.randint(4, base.model.config.vocab_size, size, generator=generator).tolist()

@@ -112,7 +112,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
     starts from.
     """
     if config.value.share:
-        host.add_head(policy[-1], zero=True)
+        host.add_scalar_head(policy[-1], zero=True)
         return policy
     kind = BY_OPTION[config.value.adapter.kind]
     spec, *others = map(parse_spec, config.reward)
@@ -123,11 +123,11 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
             weight = spec.weight
             if config.rollout.normalise == "running":  # the rewards are divided by their spread
                 weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
-            host.head(VALUE).data.mul_(weight)
+            host.scalar_head(VALUE).data.mul_(weight)
             return stack
     under = tuple(name for name in initial if not (kind.soft and host.adapters[name].soft))  # one soft prompt at a time
     add_fresh(host, VALUE, config.value.adapter, under)
-    host.add_head(VALUE, zero=True)
+    host.add_scalar_head(VALUE, zero=True)
     return (*under, VALUE)
 
 

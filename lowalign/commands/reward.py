@@ -31,8 +31,8 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         return replace(data, examples=[scored(e) for e in data.examples])
 
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> RewardModel:
-        if not host.has_head(policy[-1]):
-            host.add_head(policy[-1])
+        if not host.has_scalar_head(policy[-1]):
+            host.add_scalar_head(policy[-1])
         ties = config.data.ties == "keep"
         return RewardModel(host, rows, policy, config.reward, config.train, ties)
 

@@ -136,7 +136,7 @@ class PPO:
             return self._ptx_loss(examples, normalizers["ptx"])
         c, shared = self.config.ppo, self.roles.value == self.roles.policy
         with self.host.use(*self.roles.policy):
-            head = self.host.head(self.roles.value[-1]) if shared else None
+            head = self.host.scalar_head(self.roles.value[-1]) if shared else None
             temperature = self.config.sampling.temperature
             request = TokenRequest(entropy=c.entropy > 0, head=head, supervised_only=True, temperature=temperature)
             own = self.host.tokens(examples, request)

@@ -1,6 +1,6 @@
-"""The host: adapters on one base, and what is computed under them.
+"""The host: adapters on one base, and forwards and sampling under the active ones.
 
-A forward remembers the adapters it ran under, so a backward taken while others are active recomputes what it should.
+A checkpointed forward stores which adapters were active, and recomputes under these in the backward pass.
 """
 
 import contextlib
@@ -21,18 +21,19 @@ from lowalign.model.sampling.sample import Completion, sample
 
 
 class Host(Adapters):
-    """A Base with adapters. Add, load, save and delete adapters by name; use them in any mix; compute under them."""
+    """A Base with adapters: add, load, save and delete them by name, choose the active ones, compute and sample."""
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self._offload = False
         self.check: Callable[[], None] = lambda: None
-        """Called between the forwards of what takes long without a gradient; it raises to leave it."""
+        """Interrupt hook between no-grad forwards; raise in it to abort."""
 
     def training(self, checkpointing: str | None) -> None:
-        """Train mode with activations recomputed ("on"), kept ("off") or recomputed from CPU memory ("offload").
+        """Switch to train mode; None: to evaluation mode.
 
-        None: evaluation mode.
+        checkpointing: "on" recomputes activations in the backward pass, "off" keeps them, "offload" recomputes them from
+        layer inputs in CPU memory.
         """
         model = self.base.model
         self._offload = checkpointing == "offload"
@@ -50,17 +51,17 @@ class Host(Adapters):
     ) -> list[list[Tensor]]:
         """Log-probabilities under the active adapters: for each example, for each completion, (its length,) in fp32.
 
-        0.0 for a first token without a prompt; with supervised_only, 0.0 for unsupervised tokens too, whose logits are
-        then never computed.
+        The first token of a completion without a prompt has 0.0. supervised_only: compute no logits of unsupervised
+        tokens; they have 0.0 too.
         """
         return self.tokens(examples, TokenRequest(supervised_only=supervised_only, temperature=temperature)).logps
 
-    def tokens(self, examples: Sequence[Example], wanted: TokenRequest) -> TokenOutputs:
-        """Log-probabilities, entropies and values of the completion tokens under the active adapters, in one forward."""
+    def tokens(self, examples: Sequence[Example], request: TokenRequest) -> TokenOutputs:
+        """What is requested of the completion tokens under the active adapters, in one forward."""
         soft_prompt = self.soft_prompt()
         compute = packed_tokens if self.base.packed else unpacked.row_tokens
         with self._activations():
-            return compute(self.base.model, examples, soft_prompt, wanted)
+            return compute(self.base.model, examples, soft_prompt, request)
 
     def scores(self, examples: Sequence[Example], name: str) -> list[Tensor]:
         """Scores under the active adapters: for each example (its completions,) in fp32.
@@ -68,7 +69,7 @@ class Host(Adapters):
         The scalar head of adapter `name` on the hidden state of each completion's last token. Raises UserError when the
         adapter has no head.
         """
-        head = self.head(name)
+        head = self.scalar_head(name)
         soft_prompt = self.soft_prompt()
         compute = packed_scores if self.base.packed else unpacked.row_scores
         with self._activations():
@@ -84,8 +85,8 @@ class Host(Adapters):
     ) -> list[list[Completion]]:
         """n completions of each prompt (token ids) under the active adapters; a prompt is computed once for its n.
 
-        seeds: one per prompt; a sample depends on (sampling.seed, its prompt's seed, its number) and on nothing else in
-        the batch. Where memory runs out, what is not done begins anew, half as many at a time.
+        seeds: one per prompt. A sample depends only on sampling.seed, its prompt's seed and its number, not on the rest
+        of the batch. When memory runs out, unfinished samples start again with half as many at a time.
         """
         soft_prompt = self.soft_prompt()
         run = sample if self.base.packed else unpacked.row_sample
@@ -106,14 +107,14 @@ class Host(Adapters):
         )
 
     def _activations(self) -> contextlib.AbstractContextManager:
-        """Where a forward keeps what its backward needs."""
+        """The context in which a forward stores activations: as usual, or in CPU memory."""
         if not self._offload:
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.base.device.type == "cuda")
 
 
 def _checkpoint(model: nn.Module, options: dict | None) -> None:
-    """Switch the recomputation of activations on, or off; transformers renamed it on its way through version 5."""
+    """Turn the recomputation of activations on or off. Its methods have two names in the versions of transformers 5."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if options is None:
         getattr(model, f"{prefix}_checkpointing_disable")()
@@ -124,5 +125,5 @@ def _checkpoint(model: nn.Module, options: dict | None) -> None:
 
 
 def completion_logps(host: Host, examples: Sequence[Example]) -> Tensor:
-    """Σ_(t supervised) log π(y_t | x, y_<t) under the active adapters, of all completions of all Examples on end: (C,)."""
+    """(C,) for the C completions of all Examples in order: Σ_(t supervised) log π(y_t | x, y_<t) under the active adapters."""
     return torch.stack([logp.sum() for row in host.logprobs(examples, supervised_only=True) for logp in row])

@@ -1,8 +1,7 @@
-"""What a run starts from: a fresh adapter, an earlier one under it, or a copy of it; and what that start must be.
+"""The policy of a run: a fresh adapter, a fresh one on top of an earlier one, or a copy of an earlier one.
 
-The policy is a stack of adapters of which the last is trained. Where it equals its reference by construction (a fresh
-LoRA, a copy), that is asserted bit for bit before the first step; a fresh soft prompt moves the base, and its
-Kullback-Leibler divergence is told.
+The policy is a stack of adapters; the last one is trained. A policy that equals its reference by construction (a fresh
+LoRA, a copy) is checked before the first step. A fresh soft prompt does not equal it; its KL divergence is reported.
 """
 
 from collections.abc import Sequence
@@ -20,23 +19,24 @@ from lowalign.model.forward.packed import hidden_states, pack_behind
 from lowalign.model.host import Host
 
 POLICY, INIT = "policy", "init"
-KL_TOKENS = 256  # tokens the divergence is averaged over
+KL_TOKENS = 256  # at most; tokens the KL divergence is averaged over
+CHECK_EXAMPLES, CHECK_TOKENS = 4, 512  # for the check of the start; tokens of each prompt and completion
 
 
-def add_fresh(host: Host, name: str, adapter: AdapterConfig, under: tuple[str, ...]) -> None:
-    """Add a new adapter; under: the stack it is put on. Raises UserError where the options do not fit together."""
-    kind = BY_OPTION[adapter.kind]
-    if adapter.init_text and not kind.soft:
-        raise UserError(f"--adapter.init-text is for soft prompts; with --adapter.kind {adapter.kind}, leave it out")
-    host.add(name, kind.peft_config(adapter))
-    if adapter.init_text:
+def add_fresh(host: Host, name: str, options: AdapterConfig, under: tuple[str, ...]) -> None:
+    """Add a new adapter on top of the stack `under`. Raises UserError when the options contradict each other."""
+    kind = BY_OPTION[options.kind]
+    if options.init_text and not kind.soft:
+        raise UserError(f"--adapter.init-text is for soft prompts; with --adapter.kind {options.kind}, leave it out")
+    host.add(name, kind.peft_config(options))
+    if options.init_text:
         with host.use(*under):
-            host.adapters[name].init_from_text(adapter.init_text)
+            host.adapters[name].init_from_text(options.init_text)
 
 
-def load_stack(host: Host, name: str, source: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
-    """Load an adapter together with those it was trained on top of -> their names in the order they stack."""
-    folder = adapter_files.locate(source)
+def load_stack(host: Host, name: str, adapter: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
+    """Load an adapter (run, folder or Hub id) and those it was trained on top of -> their names, the adapter last."""
+    folder = adapter_files.locate(adapter)
     _, meta = adapter_files.read(folder)
     parents = tuple(f"{name}-{i}" for i in range(meta.get("parents", 0)))
     for i, parent in enumerate(parents):
@@ -46,7 +46,7 @@ def load_stack(host: Host, name: str, source: str, allow_base_mismatch: bool = F
 
 
 def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool = False) -> tuple[str, ...]:
-    """Load runs, adapter folders or Hub ids, each with what it was trained on top of -> their names, as they stack."""
+    """Load several adapters, each as `load_stack` does -> all names in order."""
     return tuple(
         name
         for i, adapter in enumerate(adapters)
@@ -55,17 +55,17 @@ def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool =
 
 
 def start_policy(
-    host: Host, adapter: AdapterConfig, init: str | None, init_mode: str, seed: int, allow_base_mismatch: bool = False
+    host: Host, options: AdapterConfig, init: str | None, init_mode: str, seed: int, allow_base_mismatch: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Add the policy to the host -> (its stack, whose last is trained, the stack it started from: its reference).
+    """Add the policy to the host -> (its stack, the stack it started from, which is its reference).
 
-    A LoRA is put on the frozen `init` (or copied with init_mode "copy"); a soft prompt is always copied onto a soft prompt.
-    Raises UserError when `init` and the adapter do not go together.
+    init: an adapter to start from. The policy is a fresh adapter on top of it; with init_mode "copy", or when both are
+    soft prompts, a copy of it. seed: of the initial weights. Raises UserError when `init` and the options do not fit.
     """
     torch.manual_seed(seed)
-    kind = BY_OPTION[adapter.kind]
+    kind = BY_OPTION[options.kind]
     if init is None:
-        add_fresh(host, POLICY, adapter, ())
+        add_fresh(host, POLICY, options, ())
         return (POLICY,), ()
     reference = load_stack(host, INIT, init, allow_base_mismatch)
     init_kind = type(host.adapters[INIT])
@@ -73,45 +73,47 @@ def start_policy(
         if init_kind is not kind:
             kinds = f"{init_kind.peft_type}, not {kind.peft_type}"
             raise UserError(f"--init {init} cannot be copied: it is {kinds}; set --adapter.kind to its kind")
-        if adapter.init_text:
+        if options.init_text:
             raise UserError(
                 f"the adapter is a copy of --init {init}, and --adapter.init-text starts a fresh one; leave one out"
             )
         host.load(POLICY, adapter_files.locate(init), allow_base_mismatch)
         return (*reference[:-1], POLICY), reference
-    add_fresh(host, POLICY, adapter, reference)
+    add_fresh(host, POLICY, options, reference)
     return (*reference, POLICY), reference
 
 
 def check_start(host: Host, policy: tuple[str, ...], reference: tuple[str, ...], examples: Sequence[Example]) -> str:
-    """Before the first step: assert that the policy is its reference where it must be; return a line for the user.
+    """Before the first step, compare the policy with its reference -> a line for the log.
 
-    Raises RuntimeError when a policy that equals its reference by construction does not: a bug, not the user's doing.
+    Raises RuntimeError when a policy that equals its reference by construction does not, which is a bug.
     """
-    host.training(None)
-    examples = [_shortened(e) for e in examples[:4]]
+    host.training(None)  # dropout off
+    examples = [_shortened(e) for e in examples[:CHECK_EXAMPLES]]
     adapter = host.adapters[policy[-1]]
     copied = policy[:-1] != reference
     if copied or adapter.identity_at_start:
         with torch.no_grad():
             with host.use(*policy):
-                ours = torch.cat([t for row in host.logprobs(examples) for t in row])
+                logps = torch.cat([t for row in host.logprobs(examples) for t in row])
             with host.use(*reference):
-                theirs = torch.cat([t for row in host.logprobs(examples) for t in row])
-        if not (torch.equal(ours, theirs) if copied else adapter.is_identity(ours, theirs)):
-            worst = (ours - theirs).abs().max().item()
+                reference_logps = torch.cat([t for row in host.logprobs(examples) for t in row])
+        if not (torch.equal(logps, reference_logps) if copied else adapter.is_identity(logps, reference_logps)):
+            worst = (logps - reference_logps).abs().max().item()
             raise RuntimeError(
                 f"before the first step the policy must equal its reference; log-probs differ by {worst:.1e}"
             )
         return f"the {adapter.peft_type} starts as its reference: log-probs equal on {len(examples)} examples"
     kl = mean_kl(host, reference, policy, examples)
-    return f"the fresh soft prompt starts at a divergence of {kl:.2f} nats a token from its reference"
+    return f"the fresh {adapter.peft_type} starts at a KL divergence of {kl:.2f} nats a token from its reference"
 
 
 @torch.no_grad()
 def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequence[Example]) -> float:
-    """KL(p ‖ q) in nats, averaged over the completion tokens of the examples (at most KL_TOKENS of them), exact over the
-    vocabulary. nan where the model cannot be packed."""
+    """KL(p ‖ q) in nats, exact over the vocabulary, mean over the first KL_TOKENS completion tokens of the examples.
+
+    nan when the model does not support packing.
+    """
     if not host.base.packed:
         return float("nan")
     logps = []
@@ -124,7 +126,7 @@ def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequen
     return (logps[0].exp() * (logps[0] - logps[1])).sum(-1).mean().item()
 
 
-def _shortened(example: Example, length: int = 512) -> Example:
-    """Enough of an Example for a check: its prompt's end and its completions' beginnings."""
-    completions = [c[:length] for c in example.completions]
-    return replace(example, prompt=example.prompt[-length:], completions=completions, masks=None)
+def _shortened(example: Example) -> Example:
+    """The end of the prompt and the beginnings of the completions."""
+    completions = [c[:CHECK_TOKENS] for c in example.completions]
+    return replace(example, prompt=example.prompt[-CHECK_TOKENS:], completions=completions, masks=None)

@@ -45,7 +45,7 @@ def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool =
     Raises UserError when it has no head to score with.
     """
     stack = load_stack(host, name, run, allow_base_mismatch)
-    if not host.has_head(name):
+    if not host.has_scalar_head(name):
         for adapter in stack:
             host.delete(adapter)
         raise UserError(f"{run} is not a reward model: it has no scalar head (`lowalign reward` trains one)")

@@ -58,7 +58,7 @@ class MicroBatches:
         if backward:
             loss.backward()
             for flat in self.flats.values():
-                flat.collect()
+                flat.accumulate()
         for name, value in ({"loss": loss} | metrics).items():
             part = torch.as_tensor(value, device=loss.device).detach().double()
             sums[name] = sums[name] + part if name in sums else part

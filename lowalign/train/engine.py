@@ -181,7 +181,7 @@ class _Run:
             group["lr"] = self.config.learning_rate * self.method.lr_multipliers[group["name"]] * factor
         self.optimizer.step()
         for flat in self.flats.values():
-            flat.publish()
+            flat.sync_working_copy()
         if not self.first_step_checked:
             assert_base_unchanged(self.base_checksum, self.host.base.checksum())
             self.first_step_checked = True

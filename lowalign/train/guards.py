@@ -26,7 +26,7 @@ def refuse_not_finite(step: int, metrics: Mapping[str, float], examples: Sequenc
 def assert_all_have_gradients(flats: Mapping[str, FlatWeights]) -> None:
     """Raises RuntimeError when a trained tensor got no gradient in backward; a gradient of zero is one."""
     for adapter, flat in flats.items():
-        missing = sorted(flat.tensors().keys() - flat.reached)
+        missing = sorted(flat.tensors().keys() - flat.has_gradient)
         if missing:
             raise RuntimeError(f'no gradient reached {len(missing)} tensors of "{adapter}": {", ".join(missing[:5])}')
 

@@ -122,7 +122,7 @@ def save_adapter(
         config.out / "adapter",
         parents=policy[:-1],
         files={"chat_template.jinja": chat.template},
-        head=method == "reward",  # the head of a value function is only needed in training
+        scalar_head=method == "reward",  # the head of a value function is only needed in training
         **more,
         method=method,
         step=result.step,

@@ -304,14 +304,14 @@ def test_wrong_use(world, straight, tmp_path, capsys):
 
 def test_a_signal_in_the_middle_of_training(world, rounds, tmp_path, monkeypatch):
     """A signal after a step of the second round's training: it saves, and resumes from there."""
-    out, publish, steps = tmp_path / "run", FlatWeights.publish, []
+    out, sync_working_copy, steps = tmp_path / "run", FlatWeights.sync_working_copy, []
 
     def step(flat):
-        steps.append(publish(flat))
+        steps.append(sync_working_copy(flat))
         if len(steps) == 3:  # two in the first round
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(FlatWeights, "publish", step)
+    monkeypatch.setattr(FlatWeights, "sync_working_copy", step)
     assert main(flags(world, out, *ROUNDS)) == 143
     assert (out / "round-2/sft/checkpoints/step-000001").is_dir() and not (out / "round-2/sft/adapter").exists()
     monkeypatch.undo()

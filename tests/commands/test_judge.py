@@ -329,7 +329,7 @@ def test_a_reward_run_judges(model, tmp_path):
     host = Host(Base.load(model, quantization="none", dtype="float32", device="cpu", quiet=True))
     torch.manual_seed(5)
     host.add("r", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
-    host.add_head("r")
+    host.add_scalar_head("r")
     host.save("r", tmp_path / "reward", method="reward", files={"chat_template.jinja": CHAT})
     where = write(tmp_path / "rows.jsonl", [ROWS[0]])
     out = tmp_path / "out"

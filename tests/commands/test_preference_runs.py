@@ -102,7 +102,7 @@ def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
     assert main(flags(world, "reward", tmp_path / "reward", "--init", str(tmp_path / "sft"))) == 0
     host = Host(Base.load(world / "model", device="cpu", quiet=True))
     stack = load_stack(host, "judge", str(tmp_path / "reward"))
-    assert len(stack) == 2 and host.has_head("judge") and not host.has_head(stack[0])
+    assert len(stack) == 2 and host.has_scalar_head("judge") and not host.has_scalar_head(stack[0])
 
 
 def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_reference_values_of_an_interrupted_computation_are_used(world, tmp_path
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_fresh_soft_prompt_logs_its_divergence(world, tmp_path, kind, capsys):
     assert main(flags(world, "dpo", tmp_path / "a", kind=kind)) == 0
-    assert "the fresh soft prompt starts at a divergence of " in capsys.readouterr().err
+    assert f"the fresh {kind.upper()}_TUNING starts at a KL divergence of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["thumbs", "pairs"])

@@ -26,7 +26,7 @@ def make(folder: Path) -> Path:
     host.save("policy", folder / "policy", files=files, method="sft")
     for name, mean, std in (("reward", 0.25, 2.0), ("other", -1.0, 0.5)):
         host.add(name, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
-        host.add_head(name)
+        host.add_scalar_head(name)
         statistics = {"mean": mean, "std": std}
         host.save(name, folder / name, files=files, method="reward", reward=statistics)
     return folder

@@ -13,7 +13,7 @@ def host_with(folder, kind: str = "lora", head: bool = False, noise: float = 0.1
     torch.manual_seed(0)
     host.add("policy", peft_config(AdapterConfig(kind=kind, r=4, virtual_tokens=3)))
     if head:
-        host.add_head("policy")
+        host.add_scalar_head("policy")
     with torch.no_grad():
         for p in host.parameters("policy"):
             p.add_(torch.randn_like(p) * noise)

@@ -106,7 +106,7 @@ class Copies:
             for name, p in self.weights(getattr(self, role)).items():
                 p.copy_(host.weights(role)[name])
         holder = "policy" if case.share else "value"
-        if host.has_head(holder):
+        if host.has_scalar_head(holder):
             self.head.copy_(host.weights(holder)[SCALAR_HEAD])
 
     def gradients(self, case: Case) -> dict[str, dict[str, Tensor]]:
@@ -296,16 +296,16 @@ def ours(folder: Path, case: Case, saved: Path) -> tuple[Host, PPO, Tensor]:
             for p in host.parameters(name):
                 p.add_(torch.randn_like(p) * 0.05)
         if name == "reward":
-            host.add_head(name)
+            host.add_scalar_head(name)
             with torch.no_grad():
-                host.head(name).mul_(8.0)
+                host.scalar_head(name).mul_(8.0)
         host.save(name, saved / name)
     holder = "policy" if case.share else "value"
     head = torch.randn(1, host.base.model.config.hidden_size) * 0.1
     if gae:
-        host.add_head(holder)
+        host.add_scalar_head(holder)
         with torch.no_grad():
-            host.head(holder).copy_(head)
+            host.scalar_head(holder).copy_(head)
     policy = ("init", "policy")
     value = (policy if case.share else ("init", "value")) if gae else None
     generator = torch.Generator().manual_seed(1)
@@ -365,7 +365,7 @@ def test_an_update_is_that_of_four_padded_models(folder, name, tmp_path):
             with torch.no_grad():
                 for tensor in flat.tensors().values():
                     tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.15 * tensor.std())
-            flat.publish()
+            flat.sync_working_copy()
         copies.follow(host, case)
     assert method.round == 0
 

@@ -40,7 +40,7 @@ def test_it_earns_more(folder, tmp_path, kind, rate, advantage):
     torch.manual_seed(0)
     host.add("policy", peft_config(AdapterConfig(kind=kind, r=8, virtual_tokens=8)))
     host.add("value", peft_config(AdapterConfig(r=4)))
-    host.add_head("value", zero=True)
+    host.add_scalar_head("value", zero=True)
     rounds = 12
     config = PPOConfig(
         model="",

@@ -40,7 +40,7 @@ def four_roles(folder, kinds, **options) -> tuple[Host, PPO]:
             for p in host.parameters(name):
                 p.add_(torch.randn_like(p) * 0.05)
     for name in ("value", "reward"):
-        host.add_head(name)
+        host.add_scalar_head(name)
     config = PPOConfig(
         model="",
         out=Path(),
@@ -134,7 +134,7 @@ def test_each_loss_reaches_its_own_adapter(folder, kinds):
 def test_a_shared_value_reaches_the_policy(folder):
     """One adapter serves both, and the head of the value is its own."""
     host, method = four_roles(folder, ("lora", "prefix", "prompt"))
-    host.add_head("policy", zero=False)
+    host.add_scalar_head("policy", zero=False)
     method = PPO(host, Roles(("init", "policy"), ("init",), ("init", "policy")), method.prompts, method.score, method.config)  # fmt: skip
     assert list(method.lr_multipliers) == ["policy"] and gradients(method)["policy"].any()
     for r in method.rollouts:

@@ -38,7 +38,7 @@ def host(base):
     torch.manual_seed(0)
     for name in ("policy", "value"):
         host.add(name, peft_config(AdapterConfig(r=4)))
-    host.add_head("value", zero=True)
+    host.add_scalar_head("value", zero=True)
     yield host
     for name in tuple(host.adapters):
         host.delete(name)
@@ -74,7 +74,7 @@ def shift(host, amount: float) -> None:
     flat = host.flat("policy")
     with torch.no_grad():
         flat.master.add_(torch.randn(flat.master.shape, generator=generator) * amount)
-    flat.publish()
+    flat.sync_working_copy()
 
 
 def content(examples) -> list:

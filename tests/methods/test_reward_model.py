@@ -215,12 +215,12 @@ def test_without_a_head_there_is_no_score(folder):
 def test_the_head_is_trained_in_fp32_and_deleted_with_its_adapter(folder):
     host = Host(Base.load(folder, dtype="bfloat16", device="cpu", quiet=True))
     host.add("policy", LoraConfig(r=2, target_modules="all-linear"))
-    host.add_head("policy")
+    host.add_scalar_head("policy")
     flat = host.flat("policy")
     before = host.weights("policy")["score.weight"].clone()
     flat.master.data += 1e-7  # bf16 would not see it
-    flat.publish()
-    assert host.head("policy").dtype == torch.float32
-    assert torch.equal(host.head("policy"), before + 1e-7) and not torch.equal(before + 1e-7, before)
+    flat.sync_working_copy()
+    assert host.scalar_head("policy").dtype == torch.float32
+    assert torch.equal(host.scalar_head("policy"), before + 1e-7) and not torch.equal(before + 1e-7, before)
     host.delete("policy")
-    assert not host.has_head("policy")
+    assert not host.has_scalar_head("policy")

@@ -138,7 +138,7 @@ def reward_trainer(folder, out, rows, **options) -> RewardTrainer:
 
 def give_head(host: Host) -> None:
     """A head that gives scores of the size of trained ones."""
-    host.add_head("policy")
+    host.add_scalar_head("policy")
     with torch.no_grad():
         host.weights("policy")["score.weight"].mul_(20)
 

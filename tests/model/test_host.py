@@ -251,10 +251,10 @@ def test_flat_weights_train_what_the_model_uses(folder):
     flat.zero_grad()
     with host.use("reward"):
         flatten(host.logprobs(batch())).sum().backward()
-    flat.collect()
+    flat.accumulate()
     with torch.no_grad():
         flat.master.add_(flat.master.grad, alpha=1e-3)
-    flat.publish()
+    flat.sync_working_copy()
     for key, p in host.adapters["reward"].named().items():
         assert p.dtype == torch.bfloat16
         assert torch.equal(p, host.weights("reward")[key].bfloat16())
@@ -319,9 +319,9 @@ def test_a_loaded_lora_makes_no_noise_in_train_mode(folder, tmp_path):
 def test_a_head_can_be_left_out_of_the_folder(folder, tmp_path):
     host = Host(Base.load(folder, quantization="none", dtype="float32", device="cpu", quiet=True))
     host.add("policy", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    host.add_head("policy")
+    host.add_scalar_head("policy")
     for head, task in ((True, "SEQ_CLS"), (False, "CAUSAL_LM")):
-        host.save("policy", tmp_path / task, head=head)
+        host.save("policy", tmp_path / task, scalar_head=head)
         assert json.loads((tmp_path / task / "adapter_config.json").read_text())["task_type"] == task
         host.load(task, tmp_path / task)
-        assert host.has_head(task) is head
+        assert host.has_scalar_head(task) is head

@@ -37,7 +37,7 @@ fork.set_forkserver_preload(["tests.train.toy", "tests.commands.child"])
 class ToyHost:
     """A frozen embedding and head; the adapter "policy" is an MLP between them, "value" a second one."""
 
-    def __init__(self, seed: int = 0, working_dtype: torch.dtype | None = None, dropout: float = 0.2) -> None:
+    def __init__(self, seed: int = 0, working_dtype: torch.dtype = torch.float32, dropout: float = 0.2) -> None:
         torch.manual_seed(seed)
         width = 32
         self.embedding, self.head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY)

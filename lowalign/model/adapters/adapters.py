@@ -54,7 +54,7 @@ class Adapters:
         self._activate(self.active)
         self.train_only(*self.trained)
 
-    def add_head(self, name: str, zero: bool = False) -> None:
+    def add_scalar_head(self, name: str, zero: bool = False) -> None:
         """Give the adapter a scalar head, (1, hidden) in fp32, that is trained and saved with it.
 
         It starts as N(0, 1/(hidden + 1)²) (arXiv 2009.01325, appendix), or at zero.
@@ -65,11 +65,11 @@ class Adapters:
         adapter.scalar_head = nn.Parameter(start.to(self.base.device), requires_grad=name in self.trained)
         adapter.flat = None
 
-    def has_head(self, name: str) -> bool:
+    def has_scalar_head(self, name: str) -> bool:
         """Whether the adapter has a scalar head."""
         return name in self.adapters and self.adapters[name].scalar_head is not None
 
-    def head(self, name: str) -> nn.Parameter:
+    def scalar_head(self, name: str) -> nn.Parameter:
         """The scalar head of an adapter, (1, hidden). Raises UserError when it has none."""
         head = self._adapter(name).scalar_head
         if head is None:
@@ -88,7 +88,7 @@ class Adapters:
         stored.kind.prepare_loaded(stored.config)
         self.add(name, stored.config)
         if any(key.endswith(SCALAR_HEAD) for key in stored.tensors):
-            self.add_head(name, zero=True)
+            self.add_scalar_head(name, zero=True)
         try:
             parameters = self.adapters[name].file_parameters()
             shapes = {k: tuple(p.shape) for k, p in parameters.items()}
@@ -108,15 +108,15 @@ class Adapters:
         *,
         parents: Sequence[str] = (),
         files: dict[str, str] | None = None,
-        head: bool = True,
+        scalar_head: bool = True,
         **meta: object,
     ) -> None:
         """Write the adapter as a folder that stock peft loads bit for bit.
 
-        parents: adapters it was trained on top of; they are written inside. files: texts to write beside it. head: False
-        leaves its scalar head out. meta: more entries of its lowalign.json.
+        parents: adapters it was trained on top of; they are written inside. files: texts to write beside it.
+        scalar_head: False leaves it out. meta: more entries of its lowalign.json.
         """
-        stored = [self._stored(name, head), *map(self._stored, parents)]
+        stored = [self._stored(name, scalar_head), *map(self._stored, parents)]
         adapter_files.write(Path(folder), stored[0], self.base.identity, stored[1:], files or {}, meta)
 
     def delete(self, name: str) -> None:
@@ -181,7 +181,7 @@ class Adapters:
         adapter = self._adapter(name)
         if adapter.flat is None:
             dtype = self.base.dtype if adapter.working_copy else torch.float32
-            adapter.flat = FlatWeights(adapter.named(), dtype, exact=(SCALAR_HEAD,))
+            adapter.flat = FlatWeights(adapter.named(), dtype, keep_fp32=(SCALAR_HEAD,))
         return adapter.flat
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class Adapters:
             kind.activate(layers, [name for name in names if isinstance(self.adapters[name], kind)])
         self.active = tuple(names)
 
-    def _stored(self, name: str, head: bool = True) -> adapter_files.StoredAdapter:
+    def _stored(self, name: str, scalar_head: bool = True) -> adapter_files.StoredAdapter:
         adapter = self._adapter(name)
-        tensors = {k: t for k, t in adapter.file_tensors().items() if head or not k.endswith(SCALAR_HEAD)}
+        tensors = {k: t for k, t in adapter.file_tensors().items() if scalar_head or not k.endswith(SCALAR_HEAD)}
         return adapter_files.StoredAdapter(type(adapter), adapter.file_config(), tensors)
