@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lowalign import Base
-from lowalign.model.attention import packed as attention
+from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
 from lowalign.model.base.base import freeze
 from lowalign.model.base.identity import Identity
 from lowalign.model.base.probe import probe
@@ -55,7 +55,7 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
     model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were on the meta device
     freeze(model)
     packed, why_not = probe(config)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
     )

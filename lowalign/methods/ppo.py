@@ -138,7 +138,9 @@ class PPO:
         with self.host.use(*self.roles.policy):
             head = self.host.scalar_head(self.roles.value[-1]) if shared else None
             temperature = self.config.sampling.temperature
-            request = TokenRequest(entropy=c.entropy > 0, head=head, supervised_only=True, temperature=temperature)
+            request = TokenRequest(
+                entropy=c.entropy > 0, scalar_head=head, supervised_only=True, temperature=temperature
+            )
             own = self.host.tokens(examples, request)
         gather = lambda rows: torch.cat([supervised(e, row) for e, row in zip(examples, rows, strict=True)])  # noqa: E731
         logp, old = gather(own.logps), gather([e.old for e in examples])

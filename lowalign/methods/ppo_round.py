@@ -90,7 +90,7 @@ def compute_logps_and_values(
         head = host.scalar_head(roles.value[-1]) if shared else None
         with host.use(*roles.policy):
             own = host.tokens(
-                pack, TokenRequest(entropy=True, head=head, supervised_only=True, temperature=temperature)
+                pack, TokenRequest(entropy=True, scalar_head=head, supervised_only=True, temperature=temperature)
             )
         with host.use(*roles.reference):
             reference = host.tokens(pack, TokenRequest(supervised_only=True, temperature=temperature)).logps
@@ -110,7 +110,7 @@ def compute_logps_and_values(
 def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
     """V(s_t) by the value adapter's head: for each rollout, for each completion, (its length,)."""
     with host.use(*roles.value):
-        request = TokenRequest(logps=False, head=host.scalar_head(roles.value[-1]), supervised_only=True)
+        request = TokenRequest(logps=False, scalar_head=host.scalar_head(roles.value[-1]), supervised_only=True)
         return host.tokens(pack, request).values
 
 

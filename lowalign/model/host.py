@@ -17,7 +17,8 @@ from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base
 from lowalign.model.forward import unpacked
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_tokens
-from lowalign.model.sampling.sample import Completion, sample
+from lowalign.model.sampling.batcher import Completion, SampledModel
+from lowalign.model.sampling.sample import sample_batched
 
 
 class Host(Adapters):
@@ -88,15 +89,12 @@ class Host(Adapters):
         seeds: one per prompt. A sample depends only on sampling.seed, its prompt's seed and its number, not on the rest
         of the batch. When memory runs out, unfinished samples start again with half as many at a time.
         """
-        soft_prompt = self.soft_prompt()
-        run = sample if self.base.packed else unpacked.row_sample
+        source = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check)
+        run = sample_batched if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
         try:
-            return run(
-                self.base.model, prompts, n, sampling or Sampling(),
-                eos_ids=self.base.eos_ids, soft=soft_prompt, seeds=seeds, check=self.check,
-            )  # fmt: skip
+            return run(source, prompts, n, sampling or Sampling(), seeds)
         finally:
             self.base.model.train(was_training)
 

@@ -14,7 +14,7 @@ from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.kinds import BY_OPTION
-from lowalign.model.forward.logprob import Head
+from lowalign.model.forward.logprob import LMHead
 from lowalign.model.forward.packed import hidden_states, pack_behind
 from lowalign.model.host import Host
 
@@ -122,7 +122,7 @@ def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequen
             soft = host.soft_prompt()
             row = pack_behind(soft, examples, host.base.model)
             hidden = hidden_states(host.base.model, row, soft)[row.predictors[:KL_TOKENS]]
-            logps.append(Head.of(host.base.model).logits(hidden).log_softmax(-1))
+            logps.append(LMHead.of(host.base.model).logits(hidden).log_softmax(-1))
     return (logps[0].exp() * (logps[0] - logps[1])).sum(-1).mean().item()
 
 

@@ -1,7 +1,9 @@
 """Attention to one block of keys that also returns its log-sum-exp, so that several blocks can be joined exactly."""
 
 import inspect
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,45 @@ from torch.nn.attention import varlen as torch_varlen
 from lowalign.log import log
 
 
-def attend(
+@dataclass(frozen=True)
+class LayerAttention:
+    """How a layer attends. index: of the layer. window: tokens a query sees, with itself. softcap: bound on the scores."""
+
+    index: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """(tokens to the left, tokens to the right) of a causal call of the flash kernel; -1: no bound."""
+        return self.window - 1 if self.window else -1, 0
+
+
+class VarlenBounds(NamedTuple):
+    """Sequences laid end to end, as the flash kernel takes them.
+
+    queries, keys (sequences + 1,) int32: where each sequence starts, and the end of the last one.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, query_lengths: list[int], key_lengths: list[int], device: torch.device) -> "VarlenBounds":
+        """From the lengths of the sequences."""
+        queries, keys = (cumulative(lengths, device) for lengths in (query_lengths, key_lengths))
+        return cls(queries, keys, max(query_lengths), max(key_lengths))
+
+
+def block_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(B, H, Q, D) on (B, H, K, D) -> (B, H, Q, D) and the log-sum-exp of the scores (B, H, Q) in fp32 (fp64 for fp64).
 
-    mask: bool, broadcast to (B, H, Q, K); where a query sees nothing the result is 0 and the log-sum-exp -inf.
+    mask: bool, broadcast to (B, H, Q, K). Where a query sees no key the result is 0 and the log-sum-exp -inf.
     """
     if query.device.type == "cpu" and not softcap and key.shape[-1] == value.shape[-1]:
         bias = None
@@ -24,7 +59,7 @@ def attend(
             bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(query, key, value, attn_mask=bias, scale=scale)
-        # The kernel says 0 where nothing is seen.
+        # The kernel returns a log-sum-exp of 0 for a query that sees no key.
         return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -torch.inf)
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ key.to(exact).mT * scale
@@ -36,73 +71,79 @@ def attend(
 
 
 def varlen_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether the flash kernel for ragged batches can stand in for `attend`: on CUDA, in 16 bit, without a soft cap."""
+    """Whether the flash kernel can replace `block_attention`: on CUDA, in 16 bit, without a soft cap."""
     if not query.is_cuda or softcap or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    same = key.shape[-1] == value.shape[-1]
-    return same and _varlen_is_right(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
+    same_size = key.shape[-1] == value.shape[-1]
+    return same_size and _varlen_is_right(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
 
 
-def varlen(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scale, window, used=None):
-    """(T, H, D) on (S, Hkv, D) -> (T, H, D), log-sum-exp (T, H). used (sequences,): how many of its keys count."""
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: VarlenBounds, scale: float, window_size: tuple[int, int],
+    keys_used: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The flash kernel: (T, H, D) on (S, Hkv, D) -> (T, H, D) and the log-sum-exp (T, H).
+
+    keys_used (sequences,) int32: how many keys of each sequence count; None: all.
+    """
     out, lse = torch_varlen.varlen_attn(
-        query, key, value, query_bounds, key_bounds, longest_query, longest_key,
-        return_aux=torch_varlen.AuxRequest(lse=True), scale=scale, window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1], seqused_k=used,
+        query, key, value, *bounds, return_aux=torch_varlen.AuxRequest(lse=True), scale=scale,
+        window_size=window_size, enable_gqa=query.shape[1] != key.shape[1], seqused_k=keys_used,
     )  # fmt: skip
     return out, lse.T
 
 
 @lru_cache(maxsize=8)
 def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
-    """Whether this torch has the kernel with all that is asked of it, and it agrees with `attend` on random numbers."""
-    why = f"torch {torch.__version__} has no varlen_attn with enable_gqa and seqused_k"
+    """Whether this torch has the kernel with every option we use, and it agrees with `block_attention`."""
+    reason = f"torch {torch.__version__} has no varlen_attn with enable_gqa and seqused_k"
     if {"return_aux", "enable_gqa", "seqused_k"} <= set(inspect.signature(torch_varlen.varlen_attn).parameters):
         try:
             error = _varlen_error(device, dtype, heads, kv_heads, dim)
-            why = f"varlen_attn is off by {error:.1e}"
-        except (RuntimeError, ValueError, TypeError) as refused:
-            error, why = torch.inf, f"varlen_attn refuses: {str(refused).splitlines()[0]}"
-        if error < 0.05:  # 16-bit rounding of numbers around 1 gives a few thousandths
+            reason = f"varlen_attn is off by {error:.1e}"
+        except (RuntimeError, ValueError, TypeError) as refusal:
+            error, reason = torch.inf, f"varlen_attn refuses: {str(refusal).splitlines()[0]}"
+        if error < 0.05:  # rounding numbers around 1 to 16 bit gives a few thousandths
             return True
-    log(f"sampling computes attention prompt by prompt, slower with the same results ({why})")
+    log(f"sampling computes attention prompt by prompt, slower with the same results ({reason})")
     return False
 
 
 def _varlen_error(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> float:
-    """Largest difference from `attend` over the four ways it is called, on two sequences each."""
+    """Largest difference from `block_attention` on random numbers, over the four ways the kernel is called."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for queries, lengths, used, window in [
+    for query_lengths, key_lengths, used, window in [
         ([1, 1], [6, 6], [2, 5], None),  # a sample's own tokens: one query, part of a buffer
         ([1, 1], [6, 6], [2, 5], 3),
         ([3, 2], [5, 4], None, None),  # samples on their prompt
-        ([3, 2], [5, 4], None, 3),  # a prompt behind a prefix: causal, bottom right
+        ([3, 2], [5, 4], None, 3),  # a prompt behind a prefix: causal, the last query sees the last key
     ]:
-        shapes = (sum(queries), heads, dim), *2 * [(sum(lengths), kv_heads, dim)]
+        shapes = (sum(query_lengths), heads, dim), *2 * [(sum(key_lengths), kv_heads, dim)]
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-        bounds = cumulative(queries, device), cumulative(lengths, device), max(queries), max(lengths)
-        counts = None if used is None else torch.tensor(used, device=device, dtype=torch.int32)
-        got = varlen(q, k, v, *bounds, dim**-0.5, (window - 1, 0) if window else (-1, -1), counts)
-        at = 0
-        split = zip(q.split(queries), k.split(lengths), v.split(lengths), used or lengths, strict=True)
-        for q_one, k_one, v_one, count in split:
+        bounds = VarlenBounds.of(query_lengths, key_lengths, device)
+        keys_used = None if used is None else torch.tensor(used, device=device, dtype=torch.int32)
+        results = varlen_attention(q, k, v, bounds, dim**-0.5, (window - 1, 0) if window else (-1, -1), keys_used)
+        start = 0
+        sequences = zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
+        for sequence, count in zip(sequences, used or key_lengths, strict=True):
+            queries = len(sequence[0])
             places = torch.arange(count, device=device)
-            mask = visible(places[count - len(q_one) :], places, window) if window else None
-            each = [x.repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in (q_one, k_one, v_one)]
-            out, lse = attend(each[0], each[1][:, :, :count], each[2][:, :, :count], dim**-0.5, mask)
-            for mine, theirs in zip(got, (out[0].transpose(0, 1), lse[0].T), strict=True):
-                worst = max(worst, float((mine[at : at + len(q_one)] - theirs).abs().max()))
-            at += len(q_one)
+            mask = visible(places[count - queries :], places, window) if window else None
+            q1, k1, v1 = (x.repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in sequence)
+            out, lse = block_attention(q1, k1[:, :, :count], v1[:, :, :count], dim**-0.5, mask)
+            for result, expected in zip(results, (out[0].transpose(0, 1), lse[0].T), strict=True):
+                worst = max(worst, float((result[start : start + queries] - expected).abs().max()))
+            start += queries
     return worst
 
 
-def visible(at: Tensor, places: Tensor, window: int | None) -> Tensor:
-    """(queries, keys) bool: whether a query at one place sees the key at another: not a later one, none outside the window."""
-    behind = at[:, None] - places
-    return (behind >= 0) & (behind < window) if window else behind >= 0
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Positions (Q,) and (K,) -> (Q, K) bool: whether the query sees the key, which is not later and in the window."""
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def cumulative(lengths: list[int], device: torch.device) -> Tensor:
-    """(sequences + 1,) int32: where each begins, and the end."""
+    """(sequences + 1,) int32: where each sequence starts, and the end of the last one."""
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)

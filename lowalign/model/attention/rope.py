@@ -1,15 +1,15 @@
-"""Rotary embeddings whose factors change with the longest position of a forward; what such a forward may hold together."""
+"""Rotary embeddings (RoPE) whose frequencies change with the longest position of a forward."""
 
 from transformers import PretrainedConfig
 
 
 def rope_scaling(config: PretrainedConfig) -> tuple[str | None, int]:
-    """-> the kind, and the length from which on it changes. (None, 0) for a model whose RoPE is fixed.
+    """-> (kind, the length from which on the frequencies change); (None, 0) for a model with fixed frequencies.
 
-    "longrope" switches its factors when a forward passes the original length; "dynamic" stretches with the very length.
+    "longrope" switches its factors once a forward passes that length; "dynamic" rescales with every longer length.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    # A model may have one for each type of layer.
+    # A model may have one set of parameters for each type of layer.
     kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)} & {"longrope", "dynamic"}
     if not kinds:
         return None, 0

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.attention import packed as attention
+from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
 from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
 from lowalign.model.base.identity import Identity, checksum, identify
 from lowalign.model.base.probe import probe
@@ -79,7 +79,7 @@ class Base:
         freeze(model)
         packed, why_not = probe(config)
         if packed:
-            model.set_attn_implementation(attention.NAME)
+            model.set_attn_implementation(ATTN_IMPLEMENTATION)
         eos_ids = _eos_ids(model, tokenizer)
         _give_pad(tokenizer, eos_ids)
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)

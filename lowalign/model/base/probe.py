@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowalign.data.pack import Example, pack
-from lowalign.model.attention import packed as attention
-from lowalign.model.forward.logprob import Head, token_logprobs
+from lowalign.model.attention.interface import ATTN_IMPLEMENTATION, UnsupportedAttentionError, no_mask
+from lowalign.model.attention.packed import Layout
+from lowalign.model.forward.logprob import LMHead, token_logprobs
 
 WINDOW = 8
 TOLERANCE = 1e-3  # of the log-probs' spread; honest models show 4e-6, an ignored window 5, an ignored soft cap 2e-2
@@ -29,7 +30,7 @@ def probe(config: PretrainedConfig) -> tuple[bool, str]:
     try:
         model = _small(text)
         packed, rows = _packed(model), _rows(model)
-    except attention.UnsupportedAttentionError as error:
+    except UnsupportedAttentionError as error:
         return False, f"its attention uses {error}"
     except Exception as error:
         return (
@@ -90,16 +91,16 @@ def _examples() -> list[Example]:
 
 @torch.no_grad()
 def _packed(model: nn.Module) -> Tensor:
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
     row = pack(_examples())
-    with attention.no_mask():
+    with no_mask():
         hidden = model.base_model(
             input_ids=row.ids[None],
             position_ids=row.positions[None],
             use_cache=False,
-            layout=attention.Layout(row.segments),
+            layout=Layout(row.segments),
         ).last_hidden_state[0]
-    return token_logprobs(hidden[row.predictors], Head.of(model), row.labels)[0]
+    return token_logprobs(hidden[row.predictors], LMHead.of(model), row.labels)[0]
 
 
 @torch.no_grad()

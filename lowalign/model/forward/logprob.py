@@ -1,10 +1,10 @@
-"""log p(token | hidden state) for a frozen head, without ever keeping the logits.
+"""log p(token | hidden state) for a frozen LM head, without ever keeping the logits.
 
-The head W is frozen, so the derivatives of one token's log-probability and entropy are single rows that the forward
+The LM head W is frozen, so the derivatives of one token's log-probability and entropy are single rows that the forward
 can keep. With z = cap(scale (W h + b)), p = softmax(z / t) and H its entropy:
     d logp_y / d h = scale/t (c_y W_y - (p c) W)          d H / d h = -scale/t ((p (log p + H) c) W)
 where c = 1 without a soft cap and c = 1 - (z / softcap)^2 with one (z = softcap tanh(. / softcap)).
-The backward multiplies them by the incoming numbers; no logits are made again: two matrix products instead of three,
+The backward multiplies them by the incoming gradients and recomputes no logits: two matrix products instead of three,
 and memory of O(chunk x vocabulary).
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # rows whose logits exist at a time
+CHUNK = 256  # hidden states whose logits exist at a time
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """The output layer as arithmetic: logits = cap(scale (W h + b)), cap(x) = softcap tanh(x / softcap).
 
     weight (V, H), bias (V,) or None.
@@ -29,7 +29,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Head":
+    def of(cls, model: nn.Module) -> "LMHead":
         """Read scale (cohere, granite) and soft cap (gemma2) from the config; bias (phi) from the layer."""
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
@@ -38,7 +38,7 @@ class Head:
 
     @property
     def frozen(self) -> bool:
-        """Whether it is a plain layer that nothing trains, so that TokenLogprob applies."""
+        """Whether it is a plain linear layer without trainable parameters, so that TokenLogprob applies."""
         plain = type(self.module) is nn.Linear
         return plain and not any(p.requires_grad for p in self.module.parameters())
 
@@ -53,24 +53,24 @@ class Head:
 
 
 class TokenLogprob(torch.autograd.Function):
-    """hidden (N, H), frozen head, labels (N,) -> log-prob (N,), entropy (N,) or None; fp32 (fp64 for fp64 input)."""
+    """hidden (N, H), frozen LM head, labels (N,) -> log-prob (N,), entropy (N,) or None; fp32 (fp64 for fp64 input)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Head, labels: Tensor, temperature: float, with_entropy: bool):
-        weight = head.module.weight
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+    def forward(ctx, hidden: Tensor, lm_head: LMHead, labels: Tensor, temperature: float, with_entropy: bool):
+        weight = lm_head.module.weight
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropies = torch.empty_like(logps) if with_entropy else None
         keep = ctx.needs_input_grad[0]
         d_logp = torch.empty_like(hidden) if keep else None
         d_entropy = torch.empty_like(hidden) if keep and with_entropy else None
-        factor = head.scale / temperature
+        factor = lm_head.scale / temperature
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             y = labels[part, None]
-            z = head.cap(exact, head.module(hidden[part]))
-            c = None if head.softcap is None or not keep else 1 - (z / head.softcap) ** 2
-            # Passes over the vocabulary are what costs here, and memory: one exponential, and p takes the place of z.
+            z = lm_head.cap(dtype, lm_head.module(hidden[part]))
+            c = None if lm_head.softcap is None or not keep else 1 - (z / lm_head.softcap) ** 2
+            # Passes over the vocabulary cost time and memory here: one exponential only, and p overwrites z.
             z = z.div_(temperature) if temperature != 1.0 else z
             z = z.sub_(z.amax(-1, keepdim=True))
             own_z = z.gather(1, y)
@@ -103,18 +103,18 @@ class TokenLogprob(torch.autograd.Function):
 
 
 def token_logprobs(
-    hidden: Tensor, head: Head, labels: Tensor, temperature: float = 1.0, entropy: bool = False
+    hidden: Tensor, lm_head: LMHead, labels: Tensor, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each label under its hidden state, and the entropy of that distribution when asked for.
+    """Log-probability of each label under its hidden state and, with `entropy`, the entropy of that distribution.
 
-    hidden (N, H), labels (N,) -> (N,) and (N,) or None, in fp32. A head that is trained or carries an adapter takes a
+    hidden (N, H), labels (N,) -> (N,) and (N,) or None, in fp32. An LM head that is trained or carries an adapter takes a
     plain path that recomputes its logits, a chunk at a time, in the backward.
     """
-    if head.frozen:
-        return TokenLogprob.apply(hidden, head, labels, temperature, entropy)
+    if lm_head.frozen:
+        return TokenLogprob.apply(hidden, lm_head, labels, temperature, entropy)
 
     def plain(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (head.logits(h) / temperature).log_softmax(-1)
+        logp = (lm_head.logits(h) / temperature).log_softmax(-1)
         return logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if entropy else logp.new_zeros(len(h))
 
     parts = [

@@ -6,50 +6,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # the vocabulary is drawn from in two steps: a block of it, then a token of the block
-CANDIDATES = 64  # top-p looks at so many of the likeliest tokens, then at eight times as many, until they hold its mass
+BLOCK = 128  # tokens; drawing takes two steps: a block of the vocabulary, then a token of the block
+CANDIDATES = 64  # top-p sorts the likeliest 64 tokens, then eight times as many, until they hold its mass
 
 
 def uniforms(seed: int, prompt_seed: int, number: int, length: int) -> list[float]:
-    """The luck of one sample: `length` numbers in [0, 1), one for each token it may have.
+    """The random numbers of one sample: `length` of them in [0, 1), one for each token it may get.
 
-    A pure function of its arguments, the same on every machine; a longer list begins with the shorter one.
+    A pure function of its arguments, the same on every machine; a longer list starts with the shorter one.
     """
     digest = hashlib.shake_128(f"{seed} {prompt_seed} {number}".encode()).digest(3 * length)
     return [int.from_bytes(digest[i : i + 3], "big") / 2**24 for i in range(0, 3 * length, 3)]
 
 
-def pick(
+def draw_tokens(
     logits: Tensor,
     uniform: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    barred: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at the row's uniform number.
 
-    logits (R, V), uniform (R,) in [0, 1), barred (R, V) bool: tokens that must not be drawn. Temperature 0 takes the
-    likeliest token; top_k 0 and top_p 1 truncate nothing. Top-p is applied to what top-k leaves, and keeps a token when
-    the likelier ones hold less than top_p (arXiv 1904.09751).
+    logits (R, V), uniform (R,) in [0, 1), banned (R, V) bool: tokens that must not be drawn. Temperature 0 takes the
+    likeliest token; top_k 0 and top_p 1 truncate nothing. Top-p applies to what top-k leaves, and keeps a token when the
+    likelier ones hold less than top_p (arXiv 1904.09751).
 
     Returns tokens (R,) and their log-probs (R,) in fp32 (fp64 for fp64 logits) under the whole distribution at this
-    temperature (at 1 for temperature 0), before barring and truncation.
+    temperature (at 1 for temperature 0), before banning and truncation.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         scores = scores / temperature
-    if spare := -scores.shape[1] % BLOCK:
-        scores = F.pad(scores, (0, spare), value=-torch.inf)
+    if padding := -scores.shape[1] % BLOCK:
+        scores = F.pad(scores, (0, padding), value=-torch.inf)
     weights, mass, lse = _blocks(scores)
-    open_scores, open_lse = scores, lse
-    if barred is not None:
-        open_scores = scores.masked_fill(F.pad(barred, (0, spare)), -torch.inf)
-        weights, mass, open_lse = _blocks(open_scores)
+    allowed, allowed_lse = scores, lse
+    if banned is not None:
+        allowed = scores.masked_fill(F.pad(banned, (0, padding)), -torch.inf)
+        weights, mass, allowed_lse = _blocks(allowed)
     if temperature == 0:
-        token = open_scores.argmax(-1, keepdim=True)
+        token = allowed.argmax(-1, keepdim=True)
     elif top_k or top_p < 1:
-        token = _truncated(open_scores, open_lse, uniform, min(top_k, logits.shape[1]), top_p)
+        token = _truncated(allowed, allowed_lse, uniform, min(top_k, logits.shape[1]), top_p)
     else:
         point = uniform.double()[:, None] * mass[:, -1:]
         block = _invert(mass, point)
@@ -83,7 +83,7 @@ def _truncated(scores: Tensor, lse: Tensor, uniform: Tensor, top_k: int, top_p: 
 
 
 def _invert(cumulative: Tensor, point: Tensor) -> Tensor:
-    """(R, 1): the first place whose cumulative sum exceeds the point; never one that adds nothing to the sum."""
-    # Rounding can put the point on the total itself: then the last place that added something.
+    """(R, 1): the first index whose cumulative sum exceeds the point; never one that adds nothing to the sum."""
+    # Rounding can put the point on the total: then take the last index that added something.
     last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cumulative, point, right=True), last)

@@ -13,10 +13,11 @@ from transformers import DynamicCache, GptOssConfig
 
 from lowalign.config.sections import Sampling
 from lowalign.model.attention import blockwise, sampler_cache
-from lowalign.model.attention import packed as attention
+from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.sampling import batcher
-from lowalign.model.sampling.sample import sample
+from lowalign.model.sampling.batcher import SampledModel
+from lowalign.model.sampling.sample import sample_batched
 from tests.tiny import CONFIGS, tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2"]
@@ -41,8 +42,12 @@ def with_stock(model):
     model.generation_config.eos_token_id = None
     stock = copy.deepcopy(model).double()
     stock.set_attn_implementation("eager")
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
     return model, stock
+
+
+def sample(model, prompts, n, sampling, *, eos_ids=(), soft=NO_SOFT_PROMPT, seeds=None):
+    return sample_batched(SampledModel(model, eos_ids, soft), prompts, n, sampling, seeds)
 
 
 def soft_prompt(kind, model):
@@ -100,7 +105,7 @@ def same(a, b) -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_equals_stock_generate(kind):
     model, stock = models(kind)
-    got = sample(model, PROMPTS, 2, GREEDY, eos_ids=())
+    got = sample(model, PROMPTS, 2, GREEDY)
     for prompt, completions in zip(PROMPTS, got, strict=True):
         fixed = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0}
         want = stock.generate(torch.tensor([prompt]), **fixed)[0, len(prompt) :].tolist()
@@ -117,12 +122,12 @@ def test_soft_prompts(kind, soft):
     model, stock = models(kind)
     learned = soft_prompt(soft, model)
     prompts = [*PROMPTS, []] if soft == "prompt" else PROMPTS
-    got = sample(model, prompts, 1, Sampling(temperature=0, max_new_tokens=20), eos_ids=(), soft=learned)
+    got = sample(model, prompts, 1, Sampling(temperature=0, max_new_tokens=20), soft=learned)
     for prompt, (completion,) in zip(prompts, got, strict=True):
         logits = teacher_forced(stock, prompt, completion.ids, learned)
         assert logits.argmax(-1).tolist() == completion.ids
         check_logprobs(stock, prompt, completion, soft=learned)
-    (bare,) = sample(model, PROMPTS[3:4], 1, Sampling(temperature=0, max_new_tokens=20), eos_ids=())[0]
+    (bare,) = sample(model, PROMPTS[3:4], 1, Sampling(temperature=0, max_new_tokens=20))[0]
     assert (got[3][0].logprobs - bare.logprobs).abs().max() > 1e-2
 
 
@@ -133,7 +138,7 @@ def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     prefix = soft_prompt("prefix", model)
     monkeypatch.setattr(sampler_cache, "CHUNK", 5)
     monkeypatch.setattr(batcher, "PREFILL_TOKENS", 30)
-    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), eos_ids=(), soft=prefix)
+    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), soft=prefix)
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         check_logprobs(stock, prompt, completion, soft=prefix)
 
@@ -162,7 +167,7 @@ def test_a_learned_sink_takes_its_share():
         torch.nn.init.normal_(layer.self_attn.sinks)
     model, stock = with_stock(model)
     stock.set_experts_implementation("eager")  # the grouped one has no fp64
-    for prompt, (completion,) in zip(PROMPTS, sample(model, PROMPTS, 1, GREEDY, eos_ids=()), strict=True):
+    for prompt, (completion,) in zip(PROMPTS, sample(model, PROMPTS, 1, GREEDY), strict=True):
         check_logprobs(stock, prompt, completion)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowalign.model.forward.logprob import Head, token_logprobs
+from lowalign.model.forward.logprob import LMHead, token_logprobs
 
 
 def reference(hidden, layer, labels, scale, softcap, temperature):
@@ -23,7 +23,7 @@ def test_values_and_gradients_in_fp64(softcap, scale, temperature, bias, entropy
     hidden = torch.randn(600, 16, dtype=torch.float64) * 3  # more than two chunks
     labels = torch.randint(0, 50, (600,))
     g1, g2 = torch.randn(2, 600, dtype=torch.float64)
-    head = Head(layer, scale, softcap)
+    head = LMHead(layer, scale, softcap)
     grads, values = [], []
     for which in (0, 1):
         h = hidden.clone().requires_grad_()
@@ -50,7 +50,7 @@ def test_a_trained_head_gets_its_gradients():
         layer = nn.Linear(8, 20).double()
         h = hidden.clone().requires_grad_()
         if which:
-            logp, _ = token_logprobs(h, Head(layer), labels)
+            logp, _ = token_logprobs(h, LMHead(layer), labels)
         else:
             logp, _ = reference(h, layer, labels, 1.0, None, 1.0)
         logp.sum().backward()
@@ -65,5 +65,5 @@ def test_logits_are_never_all_there():
     kept = []
     hidden = torch.randn(700, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        token_logprobs(hidden, Head(layer), torch.zeros(700, dtype=torch.long))
+        token_logprobs(hidden, LMHead(layer), torch.zeros(700, dtype=torch.long))
     assert max(kept) <= hidden.numel()

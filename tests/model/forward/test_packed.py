@@ -1,6 +1,7 @@
 """Packed log-probs against stock transformers and stock peft, a row at a time, in fp32."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from lowalign import Base, Example, Host
-from lowalign.model.attention import packed as attention
+from lowalign.model.attention import interface
 from lowalign.model.base import probe
 from tests.tiny import CONFIGS, tiny_folder
 
@@ -150,19 +151,19 @@ def test_supervised_only_zeroes_the_rest(folders):
 def test_the_probe_sees_a_keyword_that_is_ignored(kind, broken, monkeypatch):
     """A kernel that forgets the window, or the soft cap, must not pass."""
     assert probe.probe(CONFIGS[kind]()) == (True, "")
-    honest = attention.packed_attention
+    honest = interface.packed_attention
 
-    def forgetful(query, key, value, layout, layer, scale, window, softcap):
-        window, softcap = (None, softcap) if broken == "sliding_window" else (window, None)
-        return honest(query, key, value, layout, layer, scale, window, softcap)
+    def forgetful(query, key, value, layout, layer):
+        ignored = {"window": None} if broken == "sliding_window" else {"softcap": None}
+        return honest(query, key, value, layout, replace(layer, **ignored))
 
-    monkeypatch.setattr(attention, "packed_attention", forgetful)
+    monkeypatch.setattr(interface, "packed_attention", forgetful)
     packed, why = probe.probe(CONFIGS[kind]())
     assert not packed and "differ" in why
 
 
 def test_the_probe_sees_a_head_that_is_misread(monkeypatch):
-    monkeypatch.setattr(probe.Head, "of", classmethod(lambda cls, model: cls(model.get_output_embeddings())))
+    monkeypatch.setattr(probe.LMHead, "of", classmethod(lambda cls, model: cls(model.get_output_embeddings())))
     assert not probe.probe(CONFIGS["gemma2"]())[0]
 
 
@@ -237,7 +238,7 @@ def test_varlen_layout(kind, adapter, torch_211, folders, monkeypatch):
         names = ("a",)
     with host.use(*names), torch.no_grad():
         want = flatten(host.logprobs(examples()))
-        monkeypatch.setattr(attention, "_varlen_works", lambda *a: True)
+        monkeypatch.setattr("lowalign.model.attention.packed._varlen_works", lambda *a: True)
         kernel = partial(reference_varlen) if torch_211 else reference_varlen
         if torch_211:  # no enable_gqa there
             kernel.__signature__ = inspect.signature(lambda query, key, value: None)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowalign.model.sampling.draw import BLOCK, _invert, pick, uniforms
+from lowalign.model.sampling.draw import BLOCK, _invert, draw_tokens, uniforms
 
 ALMOST_ONE = 1 - 2**-24
 TRUNCATIONS = [(0, 1.0), (7, 1.0), (1, 1.0), (0, 0.6), (0, 0.999), (20, 0.7), (10**6, 1.0)]
@@ -34,7 +34,7 @@ def test_a_grid_of_uniform_numbers_gives_each_token_its_share(temperature, top_k
     logits = 3 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     n = 2**12
     u = (torch.arange(n) + 0.5) / n
-    tokens, logp = pick(logits.expand(n, -1), u, temperature, top_k, top_p)
+    tokens, logp = draw_tokens(logits.expand(n, -1), u, temperature, top_k, top_p)
     want = truncated(logits, temperature, top_k, top_p)
     counts = torch.bincount(tokens, minlength=vocabulary)
     assert (counts - n * want).abs().max() <= 1.01
@@ -45,7 +45,7 @@ def test_a_grid_of_uniform_numbers_gives_each_token_its_share(temperature, top_k
 
 def test_greedy_takes_the_likeliest_at_temperature_one():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
-    tokens, logp = pick(logits, torch.full((50,), 0.9), temperature=0)
+    tokens, logp = draw_tokens(logits, torch.full((50,), 0.9), temperature=0)
     assert torch.equal(tokens, logits.argmax(-1))
     assert (logp - logits.double().log_softmax(-1).amax(-1)).abs().max() <= 1e-5  # 4.3e-7 seen
 
@@ -62,7 +62,7 @@ def test_probability_zero_is_never_drawn(top_k, top_p):
         logits[:BLOCK] = -torch.inf
         logits[-BLOCK - 5 :] = -200.0  # underflows to 0 beside the others
         logits[3 * BLOCK] = 1.0
-        tokens, _ = pick(logits.expand(len(u), -1), u, 1.0, top_k, top_p)
+        tokens, _ = draw_tokens(logits.expand(len(u), -1), u, 1.0, top_k, top_p)
         assert (logits.double().softmax(-1)[tokens] > 1e-40).all()
 
 
@@ -75,19 +75,19 @@ def test_a_point_on_the_total_finds_the_last_place_that_added_something():
 def test_barred_tokens_give_up_their_share_but_not_their_log_prob():
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     logits[7] += 12  # nearly all of the mass
-    barred = torch.zeros(2, 300, dtype=torch.bool)
-    barred[0, [7, 130]] = True
+    banned = torch.zeros(2, 300, dtype=torch.bool)
+    banned[0, [7, 130]] = True
     n = 2**11
     u = ((torch.arange(n) + 0.5) / n).repeat(2)
-    how = {"logits": logits.expand(2 * n, -1), "uniform": u, "barred": barred.repeat_interleave(n, 0)}
+    how = {"logits": logits.expand(2 * n, -1), "uniform": u, "banned": banned.repeat_interleave(n, 0)}
     for temperature, top_k, top_p in [(1.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.5)]:
-        tokens, logp = pick(**how, temperature=temperature, top_k=top_k, top_p=top_p)
-        for row, allowed in enumerate((logits.masked_fill(barred[0], -torch.inf), logits)):
+        tokens, logp = draw_tokens(**how, temperature=temperature, top_k=top_k, top_p=top_p)
+        for row, allowed in enumerate((logits.masked_fill(banned[0], -torch.inf), logits)):
             counts = torch.bincount(tokens[row * n : (row + 1) * n], minlength=300)
             assert (counts - n * truncated(allowed, temperature, top_k, top_p)).abs().max() <= 1.01
         assert (logp - logits.double().log_softmax(-1)[tokens]).abs().max() <= 1e-5
-    greedy, _ = pick(**how, temperature=0)
-    assert greedy[0] == logits.masked_fill(barred[0], -torch.inf).argmax()
+    greedy, _ = draw_tokens(**how, temperature=0)
+    assert greedy[0] == logits.masked_fill(banned[0], -torch.inf).argmax()
     assert greedy[-1] == 7
 
 

@@ -10,10 +10,10 @@ import torch
 
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
-from lowalign.model.attention.sampler_layout import Tokens
-from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT
+from lowalign.model.attention.sampler_layout import TokenBatch
 from lowalign.model.forward.unpacked import row_sample
-from lowalign.model.sampling.sample import sample
+from lowalign.model.sampling.batcher import SampledModel
+from lowalign.model.sampling.sample import sample_batched
 from tests.model.attention.test_sampler_cache import (
     GREEDY,
     PROMPTS,
@@ -21,6 +21,7 @@ from tests.model.attention.test_sampler_cache import (
     draw,
     models,
     same,
+    sample,
     soft_prompt,
     teacher_forced,
     with_stock,
@@ -62,8 +63,8 @@ def small_device(model, rows: int, after: int = 0):
 
     def look(module, args, kwargs) -> None:
         calls.append(1)
-        now = kwargs["rollout"].now
-        if len(calls) >= after and isinstance(now, Tokens) and len(now.lengths) > rows:
+        batch = kwargs["sampler_cache"].batch
+        if len(calls) >= after and isinstance(batch, TokenBatch) and len(batch.prompts) > rows:
             raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
@@ -82,15 +83,15 @@ def test_out_of_memory_costs_time_and_changes_no_sample(soft, after, capsys):
     with small_device(model, 3, after):
         got = run()
     same(want, got)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("out of memory while sampling")]
-    assert "at most 10 at a time" in said[0] if after == 0 else said
-    assert int(re.search(r"at most (\d+)", said[-1])[1]) in (2, 3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("out of memory while sampling")]
+    assert "at most 10 at a time" in lines[0] if after == 0 else lines
+    assert int(re.search(r"at most (\d+)", lines[-1])[1]) in (2, 3)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_one_completion_has_to_fit(rows):
     model, _ = models("llama")
-    run = lambda: sample(model, PROMPTS[:1], 2, Sampling(max_new_tokens=9), eos_ids=())  # noqa: E731
+    run = lambda: sample(model, PROMPTS[:1], 2, Sampling(max_new_tokens=9))  # noqa: E731
     want = run()
     with small_device(model, rows):
         if rows:
@@ -112,13 +113,13 @@ def test_it_can_be_left_between_forwards():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(model, PROMPTS, 2, Sampling(max_new_tokens=30), eos_ids=(), check=check)
+        sample_batched(SampledModel(model, check=check), PROMPTS, 2, Sampling(max_new_tokens=30))
 
 
 def test_seeds():
     model, _ = models("llama")
     how = Sampling(max_new_tokens=12)
-    ids = lambda *args, **kw: [[c.ids for c in cs] for cs in sample(model, *args, eos_ids=(), **kw)]  # noqa: E731
+    ids = lambda *args, **kw: [[c.ids for c in cs] for cs in sample(model, *args, **kw)]  # noqa: E731
     a, b = ids([PROMPTS[0]] * 2, 2, how)
     assert len({tuple(x) for x in a + b}) == 4  # the same prompt twice has samples of its own each time
     assert ids([PROMPTS[0]] * 2, 2, how, seeds=[0, 0]) == [a, a]
@@ -146,20 +147,20 @@ def test_each_token_is_computed_once():
 def test_keys_and_values_stay_within_the_budget(budget, rows):
     """Prompts as long as a sample of theirs is live or waits, samples at their longest; and no more rows than asked for."""
     model, _ = models("llama")
-    held = []
+    tokens = []
 
     def look(module, args, kwargs):
-        state = kwargs["rollout"]
-        tokens = sum(len(key) for key, _ in state._prompts.get(0, {}).values())
-        live = len(state.now.lengths) if isinstance(state.now, Tokens) else 0
+        cache = kwargs["sampler_cache"]
+        prompt_tokens = sum(len(key) for key, _ in cache._prompts.get(0, {}).values())
+        live = len(cache.batch.prompts) if isinstance(cache.batch, TokenBatch) else 0
         assert live <= rows
-        held.append(tokens + 30 * live)
+        tokens.append(prompt_tokens + 30 * live)
 
     hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
     how = Sampling(max_new_tokens=30, batch_tokens=budget, max_rows=rows)
     sample(model, PROMPTS * 12, 4, how, eos_ids=range(0, 380, 12))
     hook.remove()
-    assert budget / 2 < max(held[10:]) <= budget
+    assert budget / 2 < max(tokens[10:]) <= budget
 
 
 # -- the distribution -------------------------------------------------------------------------------------------------
@@ -179,9 +180,7 @@ def test_draws_follow_the_exact_probabilities(options):
     logits = torch.cat([teacher_forced(stock, prompt, [t, 0])[1:] for t in range(12)])
     first = truncated(teacher_forced(stock, prompt, [0])[0], **how)
     want = n * first[:, None] * torch.stack([truncated(row, **how) for row in logits])
-    (got,) = sample(
-        model, [prompt], n, Sampling(max_new_tokens=2, max_rows=1000, batch_tokens=10**6, **how), eos_ids=()
-    )
+    (got,) = sample(model, [prompt], n, Sampling(max_new_tokens=2, max_rows=1000, batch_tokens=10**6, **how))
     counts = torch.zeros(12, 12, dtype=torch.float64)
     for completion in got:
         counts[tuple(completion.ids)] += 1
@@ -201,7 +200,7 @@ def test_draws_follow_the_exact_probabilities(options):
 
 def test_any_eos_ends_a_completion():
     model, _ = models("qwen2")
-    free = sample(model, PROMPTS, 3, Sampling(max_new_tokens=40), eos_ids=())
+    free = sample(model, PROMPTS, 3, Sampling(max_new_tokens=40))
     eos = {c.ids[k] for cs in free for k, c in enumerate(cs, 3)}
     ended = sample(model, PROMPTS, 3, Sampling(max_new_tokens=40), eos_ids=sorted(eos))
     assert any(c.stopped for cs in ended for c in cs)
@@ -215,7 +214,7 @@ def test_any_eos_ends_a_completion():
 def test_min_new_tokens_bars_every_eos_until_then():
     """Before that the likeliest other token is taken; after it the eos ends the completion as ever."""
     model, stock = models("llama")
-    (free,) = sample(model, PROMPTS[:1], 1, GREEDY, eos_ids=())[0]
+    (free,) = sample(model, PROMPTS[:1], 1, GREEDY)[0]
     eos = sorted({free.ids[0], free.ids[2], free.ids[5]})
     how = Sampling(temperature=0, max_new_tokens=80, min_new_tokens=9)
     (got,) = sample(model, PROMPTS[:1], 1, how, eos_ids=eos)[0]
@@ -232,10 +231,10 @@ def test_min_new_tokens_bars_every_eos_until_then():
 
 def test_a_completion_ends_with_the_positions_of_the_model():
     model, _ = with_stock(tiny_model("llama", max_position_embeddings=24))
-    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=16), eos_ids=())
+    got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=16))
     assert [len(c.ids) for (c,) in got] == [10, 16, 4, 16]
     with pytest.raises(UserError, match="prompt 1 takes 24 of the model's 24 positions"):
-        sample(model, [[5], [5] * 24], 1, Sampling(), eos_ids=())
+        sample(model, [[5], [5] * 24], 1, Sampling())
 
 
 def test_longrope_keeps_short_and_long_apart():
@@ -247,13 +246,12 @@ def test_longrope_keeps_short_and_long_apart():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
     model, stock = with_stock(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32).double())
     prompts = [draw(14, 0), draw(40, 1), draw(5, 2), draw(33, 3)]
-    got = sample(model, prompts, 2, Sampling(max_new_tokens=12), eos_ids=())
+    got = sample(model, prompts, 2, Sampling(max_new_tokens=12))
     for prompt, completions in zip(prompts, got, strict=True):
         for completion in completions:
             check_logprobs(stock, prompt, completion)
-    how = {"eos_ids": range(0, 380, 12), "soft": NO_SOFT_PROMPT, "seeds": None}
-    crossing = [model, [draw(26, 4)], 8, Sampling(max_new_tokens=20)]
-    same(sample(*crossing, **how), row_sample(*crossing, **how))
+    crossing = [SampledModel(model, range(0, 380, 12)), [draw(26, 4)], 8, Sampling(max_new_tokens=20)]
+    same(sample_batched(*crossing), row_sample(*crossing))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -262,18 +260,18 @@ def test_longrope_keeps_short_and_long_apart():
 def test_refusals():
     model, stock = models("llama")
     how = Sampling(max_new_tokens=3)
-    assert sample(model, [], 2, how, eos_ids=()) == []
+    assert sample(model, [], 2, how) == []
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        sample(model, [[5], []], 1, how, eos_ids=())
+        sample(model, [[5], []], 1, how)
     with pytest.raises(ValueError, match="seeds one per prompt"):
-        sample(model, [[5]], 1, how, eos_ids=(), seeds=[1, 2])
+        sample(model, [[5]], 1, how, seeds=[1, 2])
     with pytest.raises(RuntimeError, match='attention "lowalign"'):
-        sample(stock, [[5]], 1, how, eos_ids=())
+        sample(stock, [[5]], 1, how)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.nan
     with pytest.raises(UserError, match="logits for prompt 0 are not finite"):
-        sample(broken, [[5]], 1, how, eos_ids=())
+        sample(broken, [[5]], 1, how)
 
 
 @pytest.mark.parametrize(
