@@ -2,5 +2,5 @@
 
 import logging
 
-# bitsandbytes offers an optional CPU kernel at every import; without it nothing is missing here.
+# At every import bitsandbytes warns about an optional CPU kernel that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What is trained: adapters of any kind on the base, their weights and their folders."""
+"""What is trained: adapters of every kind on the base, their weights and their folders."""

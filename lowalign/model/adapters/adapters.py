@@ -40,7 +40,7 @@ class Adapters:
     def add(self, name: str, config: PeftConfig) -> None:
         """Add a fresh adapter: peft's LoraConfig (rsLoRA and DoRA too), PromptTuningConfig or PrefixTuningConfig.
 
-        A LoRA starts as the identity. Raises UserError when the name is taken or the config does not fit.
+        A LoRA starts as the identity. Raises UserError when the name is taken or the config does not fit the base.
         """
         if name in self.adapters or name in getattr(self.base.model, "peft_config", {}):
             raise UserError(f'there is an adapter "{name}" already; delete it first')

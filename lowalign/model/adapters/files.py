@@ -1,7 +1,7 @@
-"""Adapter folders: written so that stock peft loads them, read strictly, never executing anything.
+"""Adapter folders: stock peft can load what is written; what is read is checked, and no code in it is run.
 
 adapter_config.json, adapter_model.safetensors   as peft writes them
-lowalign.json                                    the base's identity, a hash of the weights, where it came from
+lowalign.json                                    the base's identity, a hash of the weights, and the run's metadata
 parents/0, parents/1, …                          the frozen adapters it was trained on top of, if any
 """
 
@@ -24,7 +24,7 @@ from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
 
 HEAD_MODULES = ["classifier", "score"]
-_WANTED = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
+_FILES = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def write(
     files: dict[str, str],
     meta: dict,
 ) -> None:
-    """Write an adapter folder, whole or not at all; an older one of that name is replaced.
+    """Write an adapter folder atomically; an older one of that name is replaced.
 
-    parents: frozen adapters it was trained on top of, written inside as parents/0, parents/1, … in the order they stack.
-    files: texts written beside (a chat template). meta: more entries of lowalign.json. Raises UserError when weights are
-    not finite or cannot be written.
+    parents: frozen adapters it was trained on top of, in the order they stack; written to parents/0, parents/1, …
+    files: name -> text of more files (a chat template). meta: more entries of lowalign.json. Raises UserError when
+    weights are not finite or cannot be written.
     """
     try:
         with new_folder(folder) as temp:
@@ -62,9 +62,9 @@ def write(
 
 
 def _write_one(folder: Path, adapter: StoredAdapter, identity: Identity, meta: dict) -> None:
-    bad = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"the adapter is not saved: {bad[0]} holds numbers that are not finite")
+    not_finite = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
+    if not_finite:
+        raise UserError(f"the adapter is not saved: {not_finite[0]} has values that are not finite")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -73,15 +73,15 @@ def _write_one(folder: Path, adapter: StoredAdapter, identity: Identity, meta: d
 
 
 def locate(folder_or_hub_id: str | Path) -> Path:
-    """The adapter's folder here; a run's folder stands for its `adapter` folder."""
+    """The local folder of an adapter, downloaded for a Hub id. A run's folder means its `adapter` folder."""
     run = Path(folder_or_hub_id) / "adapter"
-    return resolve(str(run if run.is_dir() else folder_or_hub_id), None, _WANTED)[0]
+    return resolve(str(run if run.is_dir() else folder_or_hub_id), None, _FILES)[0]
 
 
 def read(folder: Path) -> tuple[StoredAdapter, dict]:
-    """-> the adapter and its lowalign.json ({} in a folder stock peft wrote).
+    """-> the adapter and its lowalign.json ({} in a folder that stock peft wrote).
 
-    Raises UserError for anything but LoRA, prompt or prefix tuning in safetensors.
+    Raises UserError for a kind that is not in KINDS, weights that are not safetensors, and damaged files.
     """
     file = folder / "adapter_model.safetensors"
     try:
@@ -92,11 +92,11 @@ def read(folder: Path) -> tuple[StoredAdapter, dict]:
     if kind is None:
         raise UserError(f"{folder} holds a {raw.get('peft_type')} adapter; lowalign knows {', '.join(BY_PEFT_TYPE)}")
     if raw.get("auto_mapping"):
-        raise UserError(f"{folder} names classes to import (auto_mapping), which is not done")
+        raise UserError(f"{folder} names classes to import (auto_mapping); lowalign does not run code of an adapter")
     if not file.exists():
         raise UserError(f"{folder} has no adapter_model.safetensors; files that can hold code (.bin, .pt) are not read")
     if set(raw.get("modules_to_save") or ()) <= set(HEAD_MODULES):
-        raw["modules_to_save"] = None  # a head is told by its weights
+        raw["modules_to_save"] = None  # the weights show whether there is a head
     fields = kind.config_class.__dataclass_fields__.keys() - {"peft_type", "auto_mapping"}
     config = kind.config_class(**{k: v for k, v in raw.items() if k in fields})
     try:
@@ -127,7 +127,7 @@ def adapter_template(adapters: Sequence[str]) -> str | None:
 
 
 def check_base(folder: Path, meta: dict, identity: Identity) -> None:
-    """Refuse an adapter that was trained on another base. A stock peft folder does not say, and is let through."""
+    """Raises UserError for an adapter that was trained on another base. A stock peft folder names none and passes."""
     differences = identity.differences(meta.get("base", {}))
     if differences:
         raise UserError(
@@ -136,12 +136,11 @@ def check_base(folder: Path, meta: dict, identity: Identity) -> None:
         )
 
 
-def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Half an adapter, or one of another width, is an error; peft only warns."""
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{k}: {found[k]} in the file, {expected[k]} here" for k in expected if k in found and expected[k] != found[k]
-    ]
+def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless names and shapes are the same. (Stock peft only warns.)"""
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    differing = [k for k in expected if stored.get(k, expected[k]) != expected[k]]
+    shapes = [f"{k}: {stored[k]} in the file, {expected[k]} here" for k in differing]
     if missing or extra or shapes:
         parts = [f"{len(missing)} weights are missing (first: {missing[0]})"] if missing else []
         parts += [f"{len(extra)} weights have no place here (first: {extra[0]})"] if extra else []
@@ -150,7 +149,7 @@ def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[s
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 of the weights' file: an adapter's own identity."""
+    """sha256 of the file of weights, which identifies an adapter."""
     return file_hash(folder / "adapter_model.safetensors")
 
 

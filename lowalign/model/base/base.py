@@ -1,4 +1,4 @@
-"""The frozen base: load it (in 4 bit), name it exactly, and never let it change."""
+"""The frozen base: loaded (in 4 bit), identified, and never changed."""
 
 import json
 from dataclasses import dataclass
@@ -26,8 +26,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte a bloc
 class Base:
     """A frozen causal language model, its tokenizer and its identity. Make it with `Base.load`.
 
-    packed: whether packed attention is exact for this architecture; if not, `why_not` says what stands in the way and
-    every completion is computed as a row of its own. unquantized: share of the weights that is not in 4 bit.
+    packed: whether packed attention is exact for this architecture. If not, `why_not` is the reason, and every completion
+    is computed as a row of its own. unquantized: share of the weights that are not in 4 bit. eos_ids: tokens that end a
+    completion.
     """
 
     model: nn.Module
@@ -49,17 +50,17 @@ class Base:
         device: str = "auto",
         quiet: bool = False,
     ) -> "Base":
-        """Load a folder or a Hub model, frozen, every linear layer but the head in NF4 with double quantization.
+        """Load a folder or a Hub model, frozen.
 
-        quantization: "nf4", or "none" to keep the weights as stored. dtype: of computations, embeddings, norms and head.
-        Raises UserError for what cannot be a base: no safetensors, code of its own, encoder-decoder, another 4-bit or
-        8-bit scheme, not enough free memory.
+        quantization: "nf4" (every linear layer but the LM head, with double quantization, arXiv 2305.14314), or "none".
+        dtype: of computations, embeddings, norms and LM head. Raises UserError for a model that cannot be a base (no
+        safetensors, own code, encoder-decoder, quantized otherwise) and when free memory is too small.
         """
         if quantization not in ("nf4", "none"):
             raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
-        folder, commit = resolve(str(path_or_hub_id), revision, _WANTED)
+        folder, commit = resolve(str(path_or_hub_id), revision, _FILES)
         config = _checked_config(folder, quantization)
         head = _check_memory(folder, config, quantization, dtype, device)
         options = {}
@@ -81,7 +82,7 @@ class Base:
         if packed:
             model.set_attn_implementation(ATTN_IMPLEMENTATION)
         eos_ids = _eos_ids(model, tokenizer)
-        _give_pad(tokenizer, eos_ids)
+        _set_pad_token(tokenizer, eos_ids)
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
         base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not)
         if not quiet:
@@ -90,29 +91,29 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computations and the weights that are not in 4 bit."""
+        """The dtype of computations and of weights that are not in 4 bit."""
         return self.model.get_input_embeddings().weight.dtype
 
     @property
     def decoder(self) -> nn.Module:
-        """The model without its head: ids or embeddings in, hidden states out."""
+        """The model without the LM head: ids or embeddings -> hidden states."""
         return self.model.base_model
 
     def end_at(self, token: int) -> None:
-        """Let completions end at this token too, such as a chat template's end of turn."""
+        """End completions at this token too, such as the end of turn of a chat template."""
         self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, token)))
 
     def checksum(self) -> int:
-        """A number that changes with any bit of the base's weights (adapters on it do not count)."""
+        """A number that changes with any bit of the base's weights, and not with adapters."""
         return checksum(self.model)
 
     def summary(self) -> str:
-        """Two lines for the user: what was loaded, and how it will compute."""
+        """For the log: name, precision and device; whether and why packed attention is off."""
         lines = [
             f"base {self.identity.name}: {self.identity.quantization}, {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}; {self.unquantized:.1%} of its weights are not in 4 bit"
@@ -122,23 +123,23 @@ class Base:
         return "\n".join(lines)
 
 
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
+_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def freeze(model: nn.Module) -> None:
-    """No gradients, no dropout, and no repacking of 4-bit weights behind our back."""
+    """Turn off gradients, dropout, and the repacking of 4-bit weights by bitsandbytes."""
     model.eval()
     for p in model.parameters():
         p.requires_grad_(False)
     for module in model.modules():
-        # Checkpointing needs train mode, which would switch these on (gpt2: 0.31 in the logits).
+        # Checkpointing needs train mode, which would turn dropout on (gpt2: logits differ by 0.31).
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-        # On CPUs with AVX512-BF16 bitsandbytes rewrites the weights in place at the first forward in eval mode; the base
-        # changes its bits and later gradients are lost without an error.
+        # On CPUs with AVX512-BF16 bitsandbytes rewrites the weights in place at the first forward in eval mode: the bits
+        # of the base change, and later gradients are lost without an error.
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
@@ -149,7 +150,7 @@ def _checked_config(folder: Path, quantization: str):
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json cannot be read ({error}): this is not a model folder") from error
     if raw.get("auto_map"):
-        raise UserError(f"{folder} brings code of its own (auto_map in config.json), which lowalign never runs; use a model that transformers knows by itself")  # fmt: skip
+        raise UserError(f"{folder} has code of its own (auto_map in config.json), which lowalign never runs; use a model that transformers supports")  # fmt: skip
     if raw.get("is_encoder_decoder"):
         raise UserError(f"{folder} is an encoder-decoder model; lowalign trains causal language models")
     scheme = raw.get("quantization_config") or {}
@@ -166,7 +167,7 @@ def _checked_config(folder: Path, quantization: str):
 
 
 def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, device: str) -> str:
-    """Refuse before loading what cannot fit. Returns the name of the head, which stays unquantized."""
+    """-> the name of the LM head, which is not quantized. Raises UserError when the model does not fit in free memory."""
     with torch.device("meta"), _quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(config)
@@ -180,7 +181,7 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
     four_bit = sum(m.weight.numel() for m in linear.values()) if quantization == "nf4" else 0
     rest = sum(p.numel() for p in model.parameters()) - four_bit
     need = int(four_bit * NF4_BYTES + rest * dtype.itemsize)
-    # While loading, the largest tensor exists once more as it is stored.
+    # During loading, the largest tensor is in memory a second time, as stored.
     need += max((_largest_tensor(f) for f in folder.glob("*.safetensors")), default=0)
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if need > free:
@@ -199,18 +200,18 @@ def _numel(shape: list[int]) -> int:
 
 
 def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text: of the generation config, the model's config and the tokenizer."""
+    """The eos ids of the generation config, the model's config and the tokenizer."""
     ids: dict[int, None] = {}
-    for found in (getattr(model, "generation_config", None), model.config, tokenizer):
-        eos = getattr(found, "eos_token_id", None)
+    for config in (getattr(model, "generation_config", None), model.config, tokenizer):
+        eos = getattr(config, "eos_token_id", None)
         for i in eos if isinstance(eos, list | tuple) else [eos]:
             if i is not None:
                 ids[int(i)] = None
     return tuple(ids)
 
 
-def _give_pad(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:
-    """A pad token that is not an eos, from the vocabulary as it is. Packs hold no padding; others that load this do."""
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:
+    """Set a pad token of the vocabulary that is no eos. Packs need none; other code that uses the tokenizer does."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in eos_ids:
         return
     special = [t for t in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(t) not in eos_ids]
@@ -224,7 +225,7 @@ def _give_pad(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> N
 
 
 def _unquantized(model: nn.Module) -> float:
-    """Share of the weights that is not in 4 bit, counted in weights (a 4-bit one packs two into a byte)."""
+    """The share of the weights that are not in 4 bit, by number of weights, not bytes."""
     four_bit = other = 0
     for p in model.parameters():
         if isinstance(p, bnb.nn.Params4bit):
@@ -235,7 +236,7 @@ def _unquantized(model: nn.Module) -> float:
 
 
 class _quiet_transformers:
-    """Around loading: transformers' progress bars and advice are about options that are set here."""
+    """Context manager: no progress bars and no advice from transformers while loading."""
 
     def __enter__(self) -> None:
         self.verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""From a folder or a Hub id to a folder on this machine."""
+"""Folder or Hub id -> local folder, downloaded if needed."""
 
 from pathlib import Path
 
@@ -14,11 +14,10 @@ TOKENIZER_FILES = [
 ]
 
 
-def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tuple[Path, str | None]:
-    """The folder that holds it, and the Hub commit (None for a local folder).
+def resolve(path_or_hub_id: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
+    """-> the local folder, and the Hub commit (None for a folder of the user).
 
-    wanted: patterns of the files to download; nothing else is fetched. Raises UserError when there is neither a folder
-    nor a Hub repository of that name.
+    patterns: of the files to download. Raises UserError when there is neither a folder nor a Hub repository of that name.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -26,7 +25,7 @@ def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tup
     if folder.exists() or path_or_hub_id.startswith((".", "/", "~")) or path_or_hub_id.count("/") > 1:
         raise UserError(f"{path_or_hub_id} is not a folder")
     try:
-        snapshot = snapshot_download(path_or_hub_id, revision=revision, allow_patterns=wanted)
+        snapshot = snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'"{path_or_hub_id}" is neither a folder here nor reachable on the Hub: {reason}') from error
@@ -34,7 +33,7 @@ def resolve(path_or_hub_id: str, revision: str | None, wanted: list[str]) -> tup
 
 
 def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a Hub model; code that comes with it is never run. Raises UserError."""
+    """The tokenizer in a folder or of a Hub model; code in the repository is never run. Raises UserError."""
     folder, _ = resolve(path_or_hub_id, revision, TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(folder)

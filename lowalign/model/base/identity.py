@@ -1,4 +1,4 @@
-"""Which base this is, to the bit: what an adapter is tied to."""
+"""The exact identity of a base, which is stored with every adapter that is trained on it."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from lowalign.durable import file_hash
 
 @dataclass(frozen=True)
 class Identity:
-    """What an adapter was trained on.
+    """The base that an adapter was trained on.
 
-    revision: the Hub commit, None for a folder. weights: one hash over the weight files, the same for a Hub model and a
-    copy of it. config, template: hashes. vocabulary: its size.
+    revision: Hub commit; None for a folder. weights: hash of the weight files, the same for a Hub model and a copy of it.
+    config, template: hashes. vocabulary: number of tokens.
     """
 
     name: str
@@ -31,21 +31,21 @@ class Identity:
     quantization: str
 
     def differences(self, other: dict) -> list[str]:
-        """Lines "field: ours, theirs" for what makes a stored identity another base."""
-        mine = asdict(self)
-        keys = [k for k in ("weights", "config", "vocabulary") if k in other and other[k] != mine[k]]
-        return [f"{k}: here {mine[k]}, the adapter's {other[k]}" for k in keys]
+        """A line for each field by which a stored identity is another base."""
+        own = asdict(self)
+        keys = [k for k in ("weights", "config", "vocabulary") if k in other and other[k] != own[k]]
+        return [f"{k}: here {own[k]}, the adapter's {other[k]}" for k in keys]
 
 
 def identify(
     name: str, folder: Path, commit: str | None, tokenizer: PreTrainedTokenizerBase, quantization: str
 ) -> Identity:
-    """The identity of a model folder; `commit` is its Hub commit, None for a folder of the user's."""
+    """The identity of a model folder. commit: of the Hub; None for a folder of the user."""
     config = json.loads((folder / "config.json").read_text())
-    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):  # nothing the model computes
+    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):  # no effect on results
         config.pop(key, None)
     return Identity(
-        name=name if commit else folder.name,  # a path says nothing on another machine
+        name=name if commit else folder.name,  # a path has no meaning on another machine
         revision=commit,
         weights=_short("".join(_weights_hash(file) for file in sorted(folder.glob("*.safetensors")))),
         config=_short(json.dumps(config, sort_keys=True)),
@@ -56,7 +56,7 @@ def identify(
 
 
 def _weights_hash(file: Path) -> str:
-    """sha256 of a file; one in the Hub's cache is a link to a blob of that name and is not read."""
+    """sha256 of a file. In the Hub's cache it is the name of the blob that the file links to."""
     blob = file.resolve().name
     if file.is_symlink() and len(blob) == 64:
         return blob
@@ -68,7 +68,7 @@ def _short(text: str) -> str:
 
 
 def checksum(model: nn.Module) -> int:
-    """A number that changes with any bit of the base's own weights; adapters injected into it do not count."""
+    """A number that changes with any bit of the base's own weights, and not with adapters in its layers."""
     total = 0
     for i, tensor in enumerate(_own_tensors(model)):
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -78,9 +78,12 @@ def checksum(model: nn.Module) -> int:
 
 
 def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """The base's own weights, with the scales of 4-bit ones, in a fixed order; adapters injected into it left out."""
-    adapter = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.adapter_layer_names
-               for p in getattr(m, n).parameters()}  # fmt: skip
+    """The base's own weights and buffers, with the scales of 4-bit weights, in a fixed order.
+
+    Not those that adapters add to a layer: it is then a BaseTunerLayer, which names them in adapter_layer_names.
+    """
+    parts = [getattr(m, n) for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.adapter_layer_names]
+    adapter = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
     for p in model.parameters():
         if id(p) not in adapter:
             yield p.data
@@ -90,4 +93,4 @@ def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
                 if state.nested:
                     yield state.state2.absmax
                     yield state.offset
-    yield from model.buffers()
+    yield from (buffer for buffer in model.buffers() if id(buffer) not in adapter)

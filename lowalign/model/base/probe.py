@@ -1,9 +1,9 @@
-"""Is packed attention exact for this architecture? A probe that can fail.
+"""A test whether packed attention is exact for an architecture.
 
-A few random tokens through the real weights would see nothing: a sliding window or a soft cap that is ignored changes
-the logits by 5e-7 there. So a two-layer fp32 model of the same class is built, with a window of 8 and large weights
-(N(0, 1.5/sqrt(fan_in))), packed rows are compared with rows of their own through the model's own attention, and the
-log-prob kernel with the model's own logits.
+A few random tokens through the real weights cannot show it: ignoring a sliding window or a soft cap changes the logits by
+5e-7 there. So the test builds a two-layer fp32 model of the same class, with a window of 8 and large weights
+(N(0, (1.5/sqrt(fan_in))²)). It compares log-probs of packed rows by our kernels with those of single rows by the model's
+own attention and logits.
 """
 
 import copy
@@ -18,11 +18,11 @@ from lowalign.model.attention.packed import Layout
 from lowalign.model.forward.logprob import LMHead, token_logprobs
 
 WINDOW = 8
-TOLERANCE = 1e-3  # of the log-probs' spread; honest models show 4e-6, an ignored window 5, an ignored soft cap 2e-2
+TOLERANCE = 1e-3  # times the std of the log-probs; correct: 4e-6, ignored window: 5, ignored soft cap: 2e-2
 
 
 def probe(config: PretrainedConfig) -> tuple[bool, str]:
-    """(True, "") when packed log-probs equal rows of their own; (False, reason) otherwise."""
+    """(True, "") when log-probs of packed rows equal those of single rows; (False, reason) otherwise."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
@@ -44,7 +44,7 @@ def probe(config: PretrainedConfig) -> tuple[bool, str]:
 
 
 def _small(config: PretrainedConfig) -> nn.Module:
-    """Two layers of the same class, same head size and grouping of heads, one of each layer type."""
+    """A model of the same class with two layers, one of each layer type, and the same head size and groups of heads."""
     small = copy.deepcopy(config)
     heads = config.num_attention_heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
