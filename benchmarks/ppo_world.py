@@ -1,12 +1,12 @@
-"""PPO in the tiny world: what the exact reward, the KL and the pretraining loss do, over seeds and variants.
+"""PPO in the tiny world: exact reward, KL and pretraining loss over seeds and variants.
 
     python benchmarks/ppo_world.py --out ppo_world --seeds 3 [--variants gae no-kl ptx …]
 
 Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
-and OUT/ppo_world.svg. A run takes one to two minutes; what is in runs.json already is not run again.
+and OUT/ppo_world.svg. A run takes one to two minutes; those that are in runs.json already are skipped.
 
 Variants: gae, the demo's PPO in ten rounds, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
-base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the exact score of the world as its reward.
+base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the exact score of the world as reward.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def by_the_rules(prompts: list, completions: list[str]) -> list[float]:
 
 @torch.no_grad()
 def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
-    """Loss per token on pages of the world that nothing was trained on."""
+    """Loss per token on held-out pages of the world."""
     host = Host(base)
     stack = load_stack(host, "policy", str(adapter))
     pages = [chat.document(page) for page in world.pretraining_text(48, seed=99)]
@@ -74,14 +74,14 @@ def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
     return -logps.sum().item() / sum(page.supervised for page in pages)
 
 
-def run_variant(name: str, seed: int, base: Base, chat: Chat, inputs: Path, out: Path) -> dict:
-    """One PPO run: the metrics of its rounds, and its score by the rules of the world."""
+def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path) -> dict:
+    """One PPO run: reward and KL of its rounds, and the exact score of its policy."""
     folder = out / f"{name}-{seed}"
-    config = variant(replace(demo.ppo_config(inputs), out=folder), name, seed, inputs / "pages.jsonl")
+    config = variant(replace(demo.ppo_config(prepared), out=folder), name, seed, prepared / "pages.jsonl")
     if code := ppo(replace(config, resume=folder.exists()), base):
         raise SystemExit(code)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    sft_run = None if name in FROM_BASE else str(inputs / "sft")
+    sft_run = None if name in FROM_BASE else str(prepared / "sft")
     start = evaluate("sft" if sft_run else "base", base, chat, sft_run)
     end = evaluate(name, base, chat, str(folder), reference=sft_run)
     rate, half_width = end.win_rate(start)
@@ -94,14 +94,14 @@ def run_variant(name: str, seed: int, base: Base, chat: Chat, inputs: Path, out:
         "start_score": start.mean("total"),
         "place": end.mean("place"),
         "wins": rate,
-        "half": half_width,
+        "half_width": half_width,
         "final_kl": log[-1]["kl"] if end.kl is None else end.kl,
         "page_loss": page_loss(base, chat, folder),
     }
 
 
 def plot(runs: list[dict], file: Path) -> None:
-    """Reward and KL over the rounds, a line a seed, as SVG."""
+    """Write reward and KL over the rounds as SVG, one line for each seed."""
     width, height, left = 340, 220, 50
     parts = []
     for k, (key, title) in enumerate((("reward", "reward (as the reward model sees it)"), ("kl", "KL to SFT, nats an answer"))):  # fmt: skip
@@ -127,17 +127,17 @@ def plot(runs: list[dict], file: Path) -> None:
 
 
 def table(runs: list[dict], start: float) -> str:
-    """Means over the seeds, with 95 % intervals of the score where there are several."""
+    """Means over the seeds, with 95 % intervals of the gain in score for several seeds."""
     lines = [f"page loss of the SFT policy: {start:.3f}"]
     for name in dict.fromkeys(r["variant"] for r in runs):
-        of_variant = [r for r in runs if r["variant"] == name]
-        mean = lambda key: sum(r[key] for r in of_variant) / len(of_variant)  # noqa: B023, E731
-        gain = [r["score"] - r["start_score"] for r in of_variant]
+        mine = [r for r in runs if r["variant"] == name]
+        mean = lambda key: sum(r[key] for r in mine) / len(mine)  # noqa: B023, E731
+        gain = [r["score"] - r["start_score"] for r in mine]
         centre = sum(gain) / len(gain)
         spread = math.sqrt(sum((g - centre) ** 2 for g in gain) / max(1, len(gain) - 1))
         t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(gain), math.nan)  # Student's t, 95 %
         lines.append(
-            f"{name:11} seeds {len(of_variant)}  score {mean('start_score'):.3f} -> {mean('score'):.3f} "
+            f"{name:11} seeds {len(mine)}  score {mean('start_score'):.3f} -> {mean('score'):.3f} "
             f"(gain {centre:.3f} ± {t * spread / math.sqrt(len(gain)):.3f})  wins {mean('wins'):.0%}  "
             f"KL {mean('final_kl'):.1f}  place {mean('place'):.0%}  page loss {mean('page_loss'):.3f}"
         )
@@ -152,23 +152,23 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    inputs = options.out / "made"
-    inputs.mkdir(parents=True, exist_ok=True)
+    prepared = options.out / "made"
+    prepared.mkdir(parents=True, exist_ok=True)
     base = Base.load(demo.BASE, **vars(demo.BASE_CONFIG))
     chat = Chat(base.tokenizer)
-    for train, config in ((sft, demo.sft_config(inputs)), (reward, demo.reward_config(inputs))):
+    for train, config in ((sft, demo.sft_config(prepared)), (reward, demo.reward_config(prepared))):
         if not (config.out / "adapter").exists():
             train(replace(config, resume=config.out.exists()), base)
-    demo.write(inputs / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
+    demo.write(prepared / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
     file = options.out / "runs.json"
     runs = json.loads(file.read_text()) if file.exists() else []
     for seed in range(options.seeds):
         for name in options.variants:
             if not any((r["variant"], r["seed"]) == (name, seed) for r in runs):
-                runs.append(run_variant(name, seed, base, chat, inputs, options.out))
+                runs.append(one(name, seed, base, chat, prepared, options.out))
                 file.write_text(json.dumps(runs, indent=1) + "\n")
     plot(runs, options.out / "ppo_world.svg")
-    print(table(runs, page_loss(base, chat, inputs / "sft")))
+    print(table(runs, page_loss(base, chat, prepared / "sft")))
 
 
 if __name__ == "__main__":
