@@ -48,12 +48,20 @@ def reward_config(out: Path) -> RewardConfig:
         model=str(BASE),
         out=out / "reward",
         data=PreferenceConfig(
-            files=(write(out / "rankings.jsonl", world.ranking_rows(720, seed=0)),),
+            files=(write(out / "rankings.jsonl", world.ranking_rows(528, seed=0)),),
             eval=(write(out / "rankings_held_out.jsonl", world.ranking_rows(48, seed=0, split="held_out")),),
             cache=False,
         ),
         adapter=LORA,
-        train=TrainConfig(steps=90, batch_size=8, learning_rate=2e-3, checkpointing="off", log_every=15),
+        train=TrainConfig(
+            steps=44,
+            batch_size=12,
+            learning_rate=4e-3,
+            schedule="linear",
+            warmup=0.1,
+            checkpointing="off",
+            log_every=11,
+        ),
         base=BASE_CONFIG,
         init=str(out / "sft"),
     )

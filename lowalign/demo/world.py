@@ -49,7 +49,7 @@ HELD_OUT_PHRASINGS = (
 MIN_SENTENCES, MAX_SENTENCES = 3, 6
 FLAWS = ("none", "none", "none", "repeated", "long")
 """Flaws of answers in a ranking, drawn evenly; all answers name the right place, as an SFT policy does."""
-MIN_GAP = 0.05
+MIN_GAP = 0.1
 """The least difference between the scores of two answers in a ranking: people rank what they can tell apart."""
 
 
