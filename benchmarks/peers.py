@@ -27,11 +27,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import astuple
 from pathlib import Path
 
@@ -52,16 +54,42 @@ class Contestant:
         self, name: str, case: str, shape: str, folder: Path, options: argparse.Namespace, allocator: str
     ) -> None:
         self.name, self.log, self.steps = name, folder / f"{name}.log", []
+        settings = Settings(options.checkpointing, options.attention)
+        rounds = options.warmup + options.pairs
+        arguments = [name, case, shape, str(folder / "model"), str(rounds), *astuple(settings)]
+        if options.tiny and case != "ppo":
+            return self._fork(arguments)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "LD_PRELOAD"}
         environment |= ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-        python = options.trl_python if name == "trl" else Path(sys.executable)
-        settings = Settings(options.checkpointing, options.attention)
-        rounds = str(options.warmup + options.pairs)
-        command = [python, CONTESTANTS, name, case, shape, folder / "model", rounds, *astuple(settings)]
+        command = [options.trl_python if name == "trl" else sys.executable, CONTESTANTS, *arguments]
         with self.log.open("w") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
+            process = subprocess.Popen(command, **pipes, text=True, env=environment)
+        self.pid, self.wait, self.requests, self.answers = process.pid, process.wait, process.stdin, process.stdout
+
+    def _fork(self, arguments: list[str]) -> None:
+        """A fork of this process instead of a fresh one, which would import for seconds; its memory means nothing."""
+        import contestants
+
+        (requests_out, requests_in), (answers_out, answers_in) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            with self.log.open("w") as log:
+                os.dup2(log.fileno(), 2)
+            os.dup2(requests_out, 0)
+            os.dup2(answers_in, 1)
+            os.closerange(3, 4096)  # the other ends, and those of other contestants
+            sys.argv[1:] = arguments
+            try:
+                contestants.main()
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        os.close(requests_out)
+        os.close(answers_in)
+        self.wait = lambda: os.waitpid(self.pid, 0)
+        self.requests, self.answers = os.fdopen(requests_in, "w"), os.fdopen(answers_out)
 
     def ready(self) -> None:
         """Wait until it has loaded."""
@@ -70,19 +98,19 @@ class Contestant:
 
     def step(self) -> None:
         """Let it train one step, and wait for it."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self.requests.write("step\n")
+        self.requests.flush()
         self.steps.append(self._answer())
 
     def stop(self) -> None:
         """End it."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+        self.requests.close()
+        self.answers.close()
 
     def _answer(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
             sys.exit(f"{self.name} has ended:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
@@ -91,7 +119,7 @@ class Contestant:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--case", choices=[*CASES, "ppo", "all"], default="all")
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "ppo", "all"], default=["all"])
     parser.add_argument("--pairs", type=int, default=10, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both")
@@ -99,7 +127,9 @@ def main() -> None:
         "--checkpointing", choices=["on", "off"], default="off", help="recompute activations, all of them"
     )
     parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager", help="of the peers")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows, without trl but in ppo")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and short rows, in forks, without trl but in ppo"
+    )
     parser.add_argument(
         "--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that trl runs in"
     )
@@ -115,7 +145,7 @@ def main() -> None:
     report |= {"allocators": ALLOCATORS, "results": []}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"), shape)
-        for case in CASES if options.case == "all" else [options.case]:
+        for case in CASES if "all" in options.case else options.case:
             for allocator in ALLOCATORS if options.allocator == "both" else [options.allocator]:
                 result = compare(case, shape, Path(folder), options, allocator)
                 report["results"].append(result)

@@ -5,7 +5,7 @@
 Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
 and OUT/ppo_world.svg. A run takes one to two minutes; those that are in runs.json already are skipped.
 
-Variants: gae, the demo's own run, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
+Variants: gae, the demo's PPO in ten rounds, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
 base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the exact score of the world as reward.
 """
 
@@ -23,9 +23,9 @@ from lowalign.commands.reward import reward
 from lowalign.commands.sft import sft
 from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
-from lowalign.demo import run as demo
+from lowalign.demo import configs as demo
 from lowalign.demo import world
-from lowalign.demo.measure import measure
+from lowalign.demo.evaluation import evaluate
 from lowalign.model.policy import load_stack
 
 FROM_BASE = {"base-lora": 2e-3, "base-prompt": 0.1, "base-prefix": 0.1}  # their learning rates
@@ -34,8 +34,9 @@ COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
 
 def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
-    """The demo's PPO, changed in one thing."""
-    config = replace(config, train=replace(config.train, seed=seed), sampling=replace(config.sampling, seed=seed))
+    """The demo's PPO in ten rounds, changed in one thing."""
+    train = replace(config.train, steps=40, seed=seed)  # ten rounds
+    config = replace(config, train=train, sampling=replace(config.sampling, seed=seed))
     if name == "no-kl":
         return replace(config, ppo=replace(config.ppo, kl=0.0))
     if name == "ptx":
@@ -81,9 +82,9 @@ def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path)
         raise SystemExit(code)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sft_run = None if name in FROM_BASE else str(prepared / "sft")
-    start = measure("sft" if sft_run else "base", base, chat, sft_run)
-    end = measure(name, base, chat, str(folder), reference=sft_run)
-    rate, half = end.against(start)
+    start = evaluate("sft" if sft_run else "base", base, chat, sft_run)
+    end = evaluate(name, base, chat, str(folder), reference=sft_run)
+    rate, half_width = end.win_rate(start)
     return {
         "variant": name,
         "seed": seed,
@@ -93,7 +94,7 @@ def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path)
         "start_score": start.mean("total"),
         "place": end.mean("place"),
         "wins": rate,
-        "half": half,
+        "half_width": half_width,
         "final_kl": log[-1]["kl"] if end.kl is None else end.kl,
         "page_loss": page_loss(base, chat, folder),
     }
@@ -153,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prepared = options.out / "made"
     prepared.mkdir(parents=True, exist_ok=True)
-    base = Base.load(demo.BASE)
+    base = Base.load(demo.BASE, **vars(demo.BASE_CONFIG))
     chat = Chat(base.tokenizer)
     for train, config in ((sft, demo.sft_config(prepared)), (reward, demo.reward_config(prepared))):
         if not (config.out / "adapter").exists():

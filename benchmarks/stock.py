@@ -150,8 +150,8 @@ def plain_logps(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     inputs = padded(examples)
     labels = inputs.pop("labels")[:, 1:]
     logits = model(**inputs).logits[:, :-1].float()
-    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return -each.view(labels.shape).sum(1)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return -losses.view(labels.shape).sum(1)
 
 
 def dpo_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:

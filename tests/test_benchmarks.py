@@ -5,18 +5,27 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_gpu_benchmark_in_its_tiny_form(tmp_path):
+@pytest.fixture(autouse=True)
+def benchmarks_are_importable(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_gpu_benchmark_in_its_tiny_form(tmp_path, monkeypatch):
+    import gpu
+
     out = tmp_path / "tiny.json"
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--steps", "3", "--out", out]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--steps", "2", "--out", str(out)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main()
     report = json.loads(out.read_text())
     assert set(report["versions"]) == {"torch", "transformers", "peft", "bitsandbytes"}
     sft = [c for c in report["cases"] if c["method"] == "sft"]
@@ -34,40 +43,45 @@ def test_gpu_benchmark_in_its_tiny_form(tmp_path):
     assert ppo["sampling_tokens_per_second"] > 0 and ppo["training_tokens_per_second"] > 0
     assert ppo["length"] == ppo["new_tokens"] == 16  # none ended early
     assert 5 < ppo["entropy"] < math.log(512)
-    assert (
-        ppo["kl"] != 0 and ppo["value_loss"] > 0
-    )  # the policy left its reference, the value function has errors to learn from
+    # The policy left its reference, and the value function has errors to learn from.
+    assert ppo["kl"] != 0 and ppo["value_loss"] > 0
 
 
-@pytest.mark.parametrize("case, loss", [("dpo", 0.693147), ("reward4", 0.693147)])
-def test_peers_in_their_tiny_form(tmp_path, case, loss):
+def test_peers_in_their_tiny_form(tmp_path):
     out = tmp_path / "tiny.json"
-    command = [sys.executable, ROOT / "benchmarks" / "peers.py", "--tiny", "--case", case, "--allocator", "glibc"]
-    subprocess.run([*command, "--pairs", "2", "--out", out], check=True, capture_output=True, timeout=300)
-    (result,) = json.loads(out.read_text())["results"]
-    peers = {"plain", "plain-cached"} if case == "dpo" else {"plain"}
-    assert result["contestants"].keys() == peers | {"lowalign"}
-    assert result["fastest_peer"] in peers and result["to_fastest_peer"] > 0
-    for contestant in result["contestants"].values():
-        assert contestant["cpu_seconds"] > 0 and contestant["peak_mb"] > contestant["rss_before_mb"] / 2
-        assert abs(contestant["first_loss"] - loss) < 0.1  # ln 2: nothing is learned yet
-        # The same model, rows and steps in 16 bit, padded or packed.
-        assert contestant["largest_loss_difference"] < 0.01
+    command = [sys.executable, ROOT / "benchmarks" / "peers.py", "--tiny", "--case", "dpo", "reward4"]
+    command += ["--allocator", "glibc", "--warmup", "0", "--pairs", "2", "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=600)
+    results = json.loads(out.read_text())["results"]
+    assert [result["case"] for result in results] == ["dpo", "reward4"]
+    for result in results:
+        peers = {"plain", "plain-cached"} if result["case"] == "dpo" else {"plain"}
+        assert result["contestants"].keys() == peers | {"lowalign"}
+        assert result["fastest_peer"] in peers and result["to_fastest_peer"] > 0
+        for contestant in result["contestants"].values():
+            assert contestant["cpu_seconds"] > 0 and contestant["peak_mb"] > contestant["rss_before_mb"] / 2
+            assert abs(contestant["first_loss"] - math.log(2)) < 0.1  # the loss before anything is learned
+            # The same model, rows and steps in 16 bit, padded or packed.
+            assert contestant["largest_loss_difference"] < 0.01
 
 
-def test_ppo_contestant_in_its_tiny_form(tmp_path, monkeypatch):
-    """lowalign's side of the case ppo, which can do without the environment of the peer."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_ppo_contestant_in_its_tiny_form(tmp_path):
+    """lowalign's side of the case ppo, in a process of its own; the other side needs another environment."""
     from cases import make_model
+    from peers import Contestant
 
     make_model(tmp_path / "model", "tiny")
-    command = [sys.executable, ROOT / "benchmarks" / "contestants.py", "lowalign", "ppo", "tiny", tmp_path / "model"]
-    told = subprocess.run(
-        [*command, "2", "off", "eager"], input="step\n" * 2, capture_output=True, text=True, timeout=300
-    )
-    ready, *rounds = map(json.loads, told.stdout.splitlines())
-    assert len(rounds) == 2 and ready["threads"] == 1
-    for step in rounds:
-        assert step["cpu"] > 0 and step["peak"] >= ready["rss"]
+    options = Namespace(tiny=True, warmup=0, pairs=2, checkpointing="off", attention="eager")
+    contestant = Contestant("lowalign", "ppo", "tiny", tmp_path, options, "glibc")
+    try:
+        contestant.ready()
+        contestant.step()
+        contestant.step()
+    finally:
+        contestant.stop()
+    assert len(contestant.steps) == 2 and contestant.start["threads"] == 1
+    for step in contestant.steps:
+        assert step["cpu"] > 0 and step["peak"] >= contestant.start["rss"]
         # Whitened advantages have mean 0, so at a ratio near 1 the steps of a round make about 0 on average.
         assert abs(step["loss"]) < 0.1

@@ -20,7 +20,7 @@ MOODS = {
     0.25: ("dull", "poor", "dreary", "boring"),
     0.0: ("horrible", "terrible", "dreadful", "miserable"),
 }
-"""Cheerfulness of a sentence -> the words that give it."""
+"""Cheerfulness of a sentence -> the mood words that give it."""
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Greta", "Henry", "Ida", "Jack", "Laura", "Tom")
 SIGHTS = ("harbour", "market", "river", "bridge", "museum", "garden", "church", "castle", "square", "tower", "beach")
@@ -36,7 +36,7 @@ GREETINGS = tuple(f"Dear {name}," for name in NAMES)
 CLOSINGS = tuple(f"{word}, {name}" for word in ("Love", "Yours") for name in NAMES)
 OPENERS = ("Greetings from {}.", "I am writing from {}.", "We are in {} now.", "Hello from {}.")
 
-# (form, what fills {0}, what fills {1}); {mood} takes a word of MOODS.
+# (form, values for {0}, values for {1}); {mood} takes a word of MOODS.
 SENTENCE_FORMS = (
     ("The {0} is {mood}.", SIGHTS + THINGS, ("",)),
     ("We had a {mood} {0} {1}.", OUTINGS, TIMES),
@@ -64,7 +64,7 @@ FRAME = frozenset((*GREETINGS, *CLOSINGS, *(opener.format(place) for opener in O
 
 
 def postcard(rng: random.Random, place: str, sentences: int | None = None) -> str:
-    """A postcard from `place` to a friend, in a mood drawn evenly; three or four body sentences if not said."""
+    """A postcard from `place` to a friend, in a random mood; three or four body sentences by default."""
     body = [rng.choice(OPENERS).format(place), *mood_sentences(rng, place, sentences or rng.choice((3, 4)))]
     return f"{rng.choice(GREETINGS)}\n{' '.join(body)}\n{rng.choice(CLOSINGS)}"
 
@@ -85,9 +85,9 @@ def mood_sentences(rng: random.Random, place: str, n: int, forms: tuple = SENTEN
 def pretraining_text(n: int, seed: int) -> list[str]:
     """`n` pages of raw text, one document each: post boxes, diaries, guides, lists, and loose sheets of anything.
 
-    The heading of a page decides what follows: in answered post a card comes from the place just asked for, in lost
-    post and on loose sheets from any place; under a heading that says "one" the page ends after one item.
-    So the base can follow an instruction and can stop, but does neither unless something before the text says so.
+    The heading of a page decides what follows. In answered post a card comes from the place of the request before it; in
+    lost post and on loose sheets from any place. Under a heading with "one" the page ends after one item.
+    So the base can follow a request and can stop, but does neither without such a heading.
     """
     rng = random.Random(f"pages {seed}")
     return [_page(rng) for _ in range(n)]
@@ -144,7 +144,7 @@ REQUESTS = (
     "I want {1} to write from {0}.",
 )
 
-# (kind of page, empty for one without a heading; what it may hold)
+# (heading, empty for pages without one; what the page may contain)
 PAGES: tuple[tuple[str, tuple[Callable[[random.Random], str], ...]], ...] = (
     ("Answered post", (_answered,)),
     ("Lost post", (_lost,)),

@@ -1,9 +1,9 @@
 """Remakes the small base that `lowalign demo` aligns: `python -m lowalign.demo.make_base --out DIR`.
 
-A Llama of 1.9 million parameters and its tokenizer, both trained from nothing on `grammar.pretraining_text`. It knows
-postcards and the other pages of the little language; of the chat format it knows only that the tokens exist.
-It takes about ten minutes on one core. With the same arguments, on the same machine and library versions, the
-folder comes out bit for bit.
+A Llama of 1.9 million parameters and its tokenizer, both trained from nothing on `grammar.pretraining_text`. It can
+write postcards and the other pages; the chat format is in its vocabulary, but not in its training text.
+This takes about ten minutes on one core. The same arguments, machine and library versions give a folder with the same
+bits.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(pages: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `pages`; like Llama's it begins every text with bos."""
+    """A byte-level BPE tokenizer trained on `pages`; like Llama's, it starts every text with bos."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,9 +80,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, pages: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages end to end in rows of CONTEXT tokens, the last of a row cut: ids and positions, both `(rows, CONTEXT)`.
+    """Concatenate pages into rows, the last page of a row truncated: ids and positions, both `(rows, CONTEXT)`.
 
-    Positions begin at 0 with every page, by which transformers knows to keep its attention within the page.
+    Positions restart at 0 with every page; from this transformers sees the pages and keeps attention within each.
     """
     rows: list[list[int]] = []
     positions: list[list[int]] = []
@@ -106,19 +106,19 @@ def next_token_loss(model: LlamaForCausalLM, rows: torch.Tensor, positions: torc
 
 
 def prepare_chat_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give the chat tokens, which no page holds, a start: both read like a blank line, end-of-turn is written like eos.
+    """Initialise the chat tokens, which are in no page: both inputs from a blank line, the output of end-of-turn from eos.
 
-    Left as pretraining leaves them, tokens never seen are noise as input and all alike as output. A little noise
-    keeps end-of-turn and eos apart.
+    Pretraining leaves unseen tokens as noise in the input embedding and all alike in the output. A little noise keeps
+    end-of-turn and eos apart.
     """
-    read, written = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     blank_line = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     start, end = tokenizer.convert_tokens_to_ids([TURN, END_OF_TURN])
     with torch.no_grad():
         for row in (start, end):
-            read[row] = read[blank_line].mean(0) + 0.1 * read.std() * torch.randn_like(read[row])
-        eos = written[tokenizer.eos_token_id]
-        written[end] = eos + 0.1 * eos.std() * torch.randn_like(eos)
+            inputs[row] = inputs[blank_line].mean(0) + 0.1 * inputs.std() * torch.randn_like(inputs[row])
+        eos = outputs[tokenizer.eos_token_id]
+        outputs[end] = eos + 0.1 * eos.std() * torch.randn_like(eos)
 
 
 def pretrain(model: LlamaForCausalLM, rows: tuple[torch.Tensor, torch.Tensor], held_out: tuple) -> None:
@@ -136,9 +136,12 @@ def pretrain(model: LlamaForCausalLM, rows: tuple[torch.Tensor, torch.Tensor], h
         optimizer.zero_grad()
         if step % 100 == 0 or step == len(batches):
             with torch.no_grad():
-                new = next_token_loss(model, *held_out)
+                held_out_loss = next_token_loss(model, *held_out)
             seconds = time.monotonic() - started
-            print(f"step {step}/{len(batches)}  loss {loss:.3f}  held-out {new:.3f}  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step}/{len(batches)}  loss {loss:.3f}  held-out {held_out_loss:.3f}  {seconds:.0f} s",
+                flush=True,
+            )
 
 
 def main() -> None:

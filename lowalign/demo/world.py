@@ -1,14 +1,14 @@
 """A tiny world of postcards: its grammar, the rows each method trains on, and an exact score.
 
-Everything is a pure function of its seed, and the score is a rule about the text alone, so what a method gains in this
-world can be measured without a learned judge. Four kinds of data come from one grammar:
+All data are pure functions of a seed. The score is a rule about the text alone, so what a method gains can be measured
+without a learned judge. Four kinds of data come from one grammar:
 
 - `pretraining_text`: raw pages (albums, diaries, post boxes, lists) for the base, without any chat format;
 - `sft_rows`: instructions with a postcard as the answer, in every mood;
 - `prompts`: instructions alone, to sample from;
 - `ranking_rows`: instructions with four answers, best first by `score`.
 
-Held-out prompts ask for places and use phrasings that no training prompt has. (The pages know every place.)
+Held-out prompts use places and phrasings that no training prompt has. (The pages name every place.)
 """
 
 import random
@@ -48,14 +48,14 @@ HELD_OUT_PHRASINGS = (
 
 MIN_SENTENCES, MAX_SENTENCES = 3, 6
 FLAWS = ("none", "none", "none", "repeated", "long")
-"""What is wrong with an answer in a ranking besides its mood; they all name the place, as an SFT policy does."""
-MIN_GAP = 0.05
-"""What the scores of two answers in a ranking differ by at least: people rank what they can tell apart."""
+"""Flaws of answers in a ranking, drawn evenly; all answers name the right place, as an SFT policy does."""
+MIN_GAP = 0.1
+"""The least difference between the scores of two answers in a ranking: people rank what they can tell apart."""
 
 
 @dataclass(frozen=True)
 class CardScore:
-    """What `score` found; every part lies in [0, 1]."""
+    """The score of a postcard; every part lies in [0, 1]."""
 
     cheerful: float
     place: float
@@ -68,9 +68,9 @@ class CardScore:
 
 
 def score(prompt: str | Messages, completion: str, stopped: bool) -> CardScore:
-    """CardScore one answer; exact, from the text alone.
+    """Score one answer; exact, from the text alone.
 
-    - place: 1.0 if the place asked for is the only one named, 0.5 if others are named too, 0.0 if it is missing.
+    - place: 1.0 if the requested place is the only one named, 0.5 if others are named too, 0.0 if it is missing.
     - stopped: 1.0 if the answer ended its turn by itself (`stopped`), else 0.0.
     - cheerful: each sentence counts `CHEERFULNESS[sentence]`; one the grammar cannot write, one that was written
       before, and every one after the sixth count 0. The part is the sum divided by the number of sentences, by 3 if
@@ -78,11 +78,11 @@ def score(prompt: str | Messages, completion: str, stopped: bool) -> CardScore:
 
     `prompt` is the instruction or its messages. Raises ValueError if it does not name exactly one place.
     """
-    asked = _places_in(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-    if len(asked) != 1:
-        raise ValueError(f"the prompt must name exactly one place of the world, found {sorted(asked) or 'none'}")
+    requested = _places_in(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    if len(requested) != 1:
+        raise ValueError(f"the prompt must name exactly one place of the world, found {sorted(requested) or 'none'}")
     named = _places_in(completion)
-    place = 0.0 if not asked <= named else 1.0 if asked == named else 0.5
+    place = 0.0 if not requested <= named else 1.0 if requested == named else 0.5
 
     seen: set[str] = set()
     values = []
@@ -99,28 +99,28 @@ def _places_in(text: str) -> set[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    """The lines of `text`, cut after each full stop."""
+    """The lines of `text`, split after each full stop."""
     return [part.strip() for line in text.splitlines() for part in re.findall(r"[^.]+\.?|\.", line) if part.strip()]
 
 
 def prompts(n: int, seed: int, split: Split = "train") -> list[Messages]:
-    """`n` instructions, each as one user message; none comes twice before all of the split have come once."""
+    """`n` instructions, each as one user message; none repeats before all of the split have been used."""
     places = HELD_OUT_PLACES if split == "held_out" else sorted(set(PLACES) - set(HELD_OUT_PLACES))
     phrasings = HELD_OUT_PHRASINGS if split == "held_out" else PHRASINGS
     rng = random.Random(f"prompts {split} {seed}")
     pairs = [(place, phrasing) for place in places for phrasing in phrasings]
-    drawn: list[Messages] = []
-    while len(drawn) < n:
+    instructions: list[Messages] = []
+    while len(instructions) < n:
         rng.shuffle(pairs)
-        drawn += [[{"role": "user", "content": phrasing.format(place)}] for place, phrasing in pairs]
-    return drawn[:n]
+        instructions += [[{"role": "user", "content": phrasing.format(place)}] for place, phrasing in pairs]
+    return instructions[:n]
 
 
 def sft_rows(n: int, seed: int, split: Split = "train") -> list[dict[str, Messages]]:
-    """`n` rows {"messages": [user, assistant]}; the answers name the place asked for and are of every mood."""
+    """`n` rows {"messages": [user, assistant]}; the answers name the requested place and are of every mood."""
     rng = random.Random(f"sft {split} {seed}")
     return [
-        {"messages": [*messages, {"role": "assistant", "content": postcard(rng, asked_place(messages))}]}
+        {"messages": [*messages, {"role": "assistant", "content": postcard(rng, requested_place(messages))}]}
         for messages in prompts(n, seed, split)
     ]
 
@@ -135,14 +135,14 @@ def ranking_rows(n: int, seed: int, split: Split = "train") -> list[dict[str, li
     return [{"prompt": messages, "completions": _ranked(rng, messages)} for messages in prompts(n, seed, split)]
 
 
-def asked_place(messages: Messages) -> str:
+def requested_place(messages: Messages) -> str:
     """The place that the last message names."""
     (place,) = _places_in(messages[-1]["content"])
     return place
 
 
 def _ranked(rng: random.Random, messages: Messages) -> list[str]:
-    place = asked_place(messages)
+    place = requested_place(messages)
     totals: dict[str, float] = {}
     while len(totals) < 4:
         flaw = rng.choice(FLAWS)
@@ -153,6 +153,6 @@ def _ranked(rng: random.Random, messages: Messages) -> list[str]:
         total = score(messages, text, stopped=True).total
         if all(abs(total - other) >= MIN_GAP for other in totals.values()):
             totals[text] = total
-        elif rng.random() < 0.05:  # what there is may leave no room for a fourth
+        elif rng.random() < 0.05:  # the texts so far may leave no gap for another: start over
             totals.clear()
     return sorted(totals, key=totals.__getitem__, reverse=True)

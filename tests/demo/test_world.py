@@ -13,7 +13,7 @@ import lowalign.demo
 from lowalign.demo import grammar, world
 
 BASE = Path(lowalign.demo.__file__).parent / "base"
-ASKED = "Write a postcard from Lisbon."
+INSTRUCTION = "Write a postcard from Lisbon."
 
 
 def card(body: str) -> str:
@@ -57,16 +57,16 @@ def card(body: str) -> str:
     ],
 )
 def test_score_by_hand(text, cheerful, place):
-    score = world.score(ASKED, text, stopped=True)
+    score = world.score(INSTRUCTION, text, stopped=True)
     assert score.cheerful == pytest.approx(cheerful, abs=1e-12)
     assert (score.place, score.stopped) == (place, 1.0)
     assert score.total == pytest.approx(cheerful / 2 + place / 4 + 1 / 4, abs=1e-12)
-    assert world.score(ASKED, text, stopped=False).total == pytest.approx(cheerful / 2 + place / 4, abs=1e-12)
+    assert world.score(INSTRUCTION, text, stopped=False).total == pytest.approx(cheerful / 2 + place / 4, abs=1e-12)
 
 
 def test_score_takes_messages_and_refuses_other_prompts():
     text = card("The harbour is wonderful. The tea is nice. Our room was plain.")
-    assert world.score([{"role": "user", "content": ASKED}], text, True) == world.score(ASKED, text, True)
+    assert world.score([{"role": "user", "content": INSTRUCTION}], text, True) == world.score(INSTRUCTION, text, True)
     for wrong in ("Write a postcard.", "Write a postcard from Lisbon or Oslo."):
         with pytest.raises(ValueError, match="exactly one place"):
             world.score(wrong, text, True)
@@ -79,8 +79,8 @@ def test_held_out_prompts_are_new_in_place_and_in_phrasing():
         return set(contents), places, {re.sub("|".join(world.PLACES), "{}", content) for content in contents}
 
     train, held_out = parts("train"), parts("held_out")
-    assert [len(found) for found in train] == [384, 48, 8]  # 48 places in 8 phrasings
-    assert [len(found) for found in held_out] == [64, 16, 4]
+    assert [len(part) for part in train] == [384, 48, 8]  # 48 places in 8 phrasings
+    assert [len(part) for part in held_out] == [64, 16, 4]
     assert all(seen.isdisjoint(new) for seen, new in zip(train, held_out, strict=True))
 
 
@@ -99,8 +99,10 @@ def test_rows_are_a_function_of_the_seed(rows, split):
 def test_pages_are_a_function_of_the_seed_without_chat_format():
     pages = world.pretraining_text(300, 1)
     assert pages == world.pretraining_text(300, 1) != world.pretraining_text(300, 2)
-    asked = {messages[-1]["content"] for split in ("train", "held_out") for messages in world.prompts(999, 0, split)}
-    assert not [page for page in pages if "<|" in page or any(prompt in page for prompt in asked)]
+    instructions = {
+        messages[-1]["content"] for split in ("train", "held_out") for messages in world.prompts(999, 0, split)
+    }
+    assert not [page for page in pages if "<|" in page or any(text in page for text in instructions)]
 
 
 def test_sft_answers_are_postcards_from_the_place_in_every_mood():
@@ -116,7 +118,7 @@ def test_sft_answers_are_postcards_from_the_place_in_every_mood():
 def test_rankings_are_ordered_by_the_score(split):
     for row in world.ranking_rows(200, 0, split):
         totals = [world.score(row["prompt"], text, stopped=True).total for text in row["completions"]]
-        assert len(totals) == 4 and all(world.asked_place(row["prompt"]) in text for text in row["completions"])
+        assert len(totals) == 4 and all(world.requested_place(row["prompt"]) in text for text in row["completions"])
         assert all(better >= worse + world.MIN_GAP - 1e-9 for better, worse in itertools.pairwise(totals))
 
 
@@ -162,9 +164,9 @@ def test_shipped_special_tokens_are_distinct_and_end_the_turn():
 
 def test_chat_template_renders():
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    messages = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "Dear Anna,"}]
-    asked = f"<|bos|><|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == asked
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == asked + "Dear Anna,<|im_end|>\n"
+    messages = [{"role": "user", "content": INSTRUCTION}, {"role": "assistant", "content": "Dear Anna,"}]
+    prompt = f"<|bos|><|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == prompt
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt + "Dear Anna,<|im_end|>\n"
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     assert [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("<|bos|>", "<|im_start|>")] == [1, 2]

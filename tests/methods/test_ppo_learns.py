@@ -12,7 +12,7 @@ from lowalign import Base, Host
 from lowalign.commands.ppo import ppo
 from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
-from lowalign.demo import run as demo
+from lowalign.demo import configs as demo
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.model.adapters.kinds import peft_config

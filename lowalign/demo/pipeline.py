@@ -1,0 +1,97 @@
+"""The stages of the demo in order, and the table of what each one gained."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from lowalign.commands.best_of_n import best_of_n
+from lowalign.commands.dpo import dpo
+from lowalign.commands.ppo import ppo
+from lowalign.commands.reward import reward
+from lowalign.commands.sft import sft
+from lowalign.data.chat import Chat
+from lowalign.demo import configs
+from lowalign.demo.configs import BASE, BASE_CONFIG, BEST_OF
+from lowalign.demo.evaluation import EVAL_PROMPTS, Evaluation, evaluate
+from lowalign.log import log
+from lowalign.model.base.base import Base
+from lowalign.rewards.selection import kl_bound
+
+
+def run_stages(out: Path) -> int:
+    """base → SFT → reward model → best-of-n → DPO, PPO, all on one 4-bit base that is loaded once. Returns the exit code."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    torch.set_num_threads(1)  # a model this small is slower on several
+    base = Base.load(BASE, **vars(BASE_CONFIG))
+    chat = Chat(base.tokenizer)
+    sft_run, reward_run = str(out / "sft"), str(out / "reward")
+    evaluations = [evaluate("base", base, chat, None)]
+    print_answers(evaluations[-1])
+
+    log("\nSFT: a LoRA on the 4-bit base learns to follow instructions and to stop")
+    if code := sft(configs.sft_config(out), base):
+        return code
+    evaluations.append(evaluate("sft", base, chat, sft_run))
+    print_answers(evaluations[-1])
+
+    log("\nreward model: a second LoRA, on the frozen first, learns from rankings A > B > C > D which card is better")
+    if code := reward(configs.reward_config(out), base):
+        return code
+    evaluations.append(evaluate(f"best-of-{BEST_OF}", base, chat, sft_run, n=BEST_OF, reward=reward_run))
+    evaluations[-1].kl = kl_bound(BEST_OF)
+
+    log(f"\nbest-of-{BEST_OF}: the SFT policy answers training instructions, and the reward model ranks its answers")
+    if code := best_of_n(configs.best_of_n_config(out), base):
+        return code
+    log("\nDPO: a third LoRA, on the frozen first, learns from the best and the worst of those answers")
+    if code := dpo(configs.dpo_config(out), base):
+        return code
+    evaluations.append(evaluate("dpo", base, chat, str(out / "dpo"), reference=sft_run))
+    print_answers(evaluations[-1])
+
+    log("\nPPO: a fourth LoRA, on the frozen first, learns from its own answers and their rewards")
+    if code := ppo(configs.ppo_config(out), base):
+        return code
+    evaluations.append(evaluate("ppo", base, chat, str(out / "ppo"), reference=sft_run))
+    print_answers(evaluations[-1])
+
+    print_table(evaluations, out)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    print(f"\n{seconds:.0f} s, {cpu_seconds:.0f} s of CPU; all files are in {out}")
+    return 0
+
+
+def print_answers(evaluation: Evaluation) -> None:
+    """Print the first answers."""
+    print(f"\n--- answers of {evaluation.name}", *evaluation.answers, sep="\n", flush=True)
+
+
+def held_out_losses(run: Path) -> tuple[float, float]:
+    """Held-out loss before the first and after the last step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
+    return losses[0], losses[-1]
+
+
+def print_table(evaluations: list[Evaluation], out: Path) -> None:
+    """Print what each stage gained."""
+    before, after = held_out_losses(out / "sft")
+    metrics = json.loads((out / "reward" / "adapter" / "lowalign.json").read_text())["reward"]
+    print(f"\nSFT, held-out loss: {before:.3f} -> {after:.3f}")
+    print(f"reward model, held-out rankings: {metrics['accuracy']:.1%} of {metrics['pairs']} pairs in the right order")
+    print(f"\nmeans over {EVAL_PROMPTS} instructions with places and phrasings that are in no training row,")
+    print("scored by the exact rules of the world (wins with 95 % intervals)")
+    heads = (f"{'names the place':>16}{'stops in time':>15}{'cheerful':>10}", f"{'reward':>8}{'wins over sft':>18}")
+    print(f"{'':12}{''.join(heads)}{'KL to sft':>11}")
+    sft_evaluation = next(e for e in evaluations if e.name == "sft")
+    for e in evaluations:
+        rate, half_width = e.win_rate(sft_evaluation)
+        wins = "" if e is sft_evaluation else f"{rate:.0%} ± {half_width:.0%}"
+        bound = "≤ " if e.name.startswith("best-of") else ""  # log n - (n-1)/n, for every reward
+        kl = "" if e.kl is None else f"{bound}{e.kl:.1f} nats"
+        print(
+            f"{e.name:12}{e.mean('place'):>16.0%}{e.mean('stopped'):>15.0%}"
+            f"{e.mean('cheerful'):>10.2f}{e.mean('total'):>8.2f}{wins:>18}{kl:>11}"
+        )
