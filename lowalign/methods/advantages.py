@@ -1,4 +1,4 @@
-"""How much better an action was than expected: from a value function (gae), or from the other samples of a prompt."""
+"""Advantages: from a value function (gae), or from the other samples of a prompt (group, rloo)."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     after = 0.0
     for t in range(len(delta) - 1, -1, -1):
         advantages[t] = after = delta[t] + gamma * lam * after
-    found = values.new_tensor(advantages)
-    return found, found + values
+    result = values.new_tensor(advantages)
+    return result, result + values
 
 
 def group(rewards: Tensor, std: bool = True) -> Tensor:
@@ -34,7 +34,7 @@ def rloo(rewards: Tensor) -> Tensor:
 
 
 def whiten(values: Sequence[Tensor]) -> list[Tensor]:
-    """All tokens of all completions together to mean 0 and variance 1 (2403.17031, detail 13)."""
+    """Normalise all tokens of all completions together to mean 0 and variance 1 (arXiv 2403.17031, detail 13)."""
     flat = torch.cat(list(values))
     if len(flat) < 2:
         return list(values)
@@ -43,7 +43,7 @@ def whiten(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 class AdaptiveKL:
-    """The coefficient of the KL penalty, fixed, or moved so that the KL nears a target.
+    """The coefficient of the KL penalty: fixed, or adapted so that the KL approaches a target.
 
     e = clip(KL/target - 1, -0.2, 0.2), β ← β (1 + e · samples/horizon). arXiv 1909.08593 section 2.2.
     """
@@ -52,19 +52,19 @@ class AdaptiveKL:
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, samples: int) -> None:
-        """Take a round's mean KL of a completion, in nats, into account."""
+        """kl: mean KL of a round's completions, in nats. samples: number of completions."""
         if self.target is not None:
             self.beta *= 1 + min(0.2, max(-0.2, kl / self.target - 1)) * samples / self.horizon
 
 
 class RunningMoments:
-    """Mean and variance of all that was seen, a batch at a time (Chan et al. 1979)."""
+    """Mean and variance of all values so far, updated by batches (Chan et al. 1979)."""
 
     def __init__(self, count: float = 0.0, mean: float = 0.0, m2: float = 0.0) -> None:
         self.count, self.mean, self.m2 = count, mean, m2
 
     def update(self, values: Sequence[float]) -> None:
-        """Take a batch in."""
+        """Add a batch."""
         n, mean = len(values), sum(values) / len(values)
         delta, total = mean - self.mean, self.count + n
         self.m2 += sum((v - mean) ** 2 for v in values) + delta**2 * self.count * n / total
@@ -73,6 +73,6 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """The spread of all that was seen; 1 while all of it was the same (but for rounding) or there was nothing."""
+        """Standard deviation of all values so far; 1 without values and while all are equal up to rounding."""
         spread = (self.m2 / self.count) ** 0.5 if self.count else 0.0
         return spread if spread > 1e-8 * abs(self.mean) else 1.0

@@ -1,9 +1,9 @@
-"""KTO: learn from single completions with thumbs up or down (arXiv 2402.01306).
+"""KTO: learn from single completions with a thumbs-up or thumbs-down label (arXiv 2402.01306).
 
 r = log π(y|x) - log π_ref(y|x)        z0 = max(0, mean over the step of log π(y'|x) - log π_ref(y'|x)), y' another prompt's
 L = mean of  λ_D (1 - σ(β (r - z0)))  for thumbs up,  λ_U (1 - σ(β (z0 - r)))  for thumbs down                (eq. 8)
 
-z0 is a constant of the whole step, without gradient: it is among the step's normalizers.
+z0 is one constant for the whole step, without gradient; it is passed with the step's normalizers.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class KTO(FixedDataMethod):
         self.reference, self.config = reference, config
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """The completions, how many of them are up and down, their weight, and z0."""
+        """Completions of the step, those with thumbs up and down, their total weight, and z0."""
         up = labels(examples)
         weight = sum(e.weight * len(e.completions) for e in examples)
         counts = {"completions": len(up), "up": sum(up) or 1, "down": len(up) - sum(up) or 1}
@@ -47,19 +47,19 @@ class KTO(FixedDataMethod):
 
     @torch.no_grad()
     def z0(self, examples: Sequence[Example]) -> float:
-        """How far the policy is from the reference on completions that do not belong to their prompts, at least 0."""
-        moved: list[float] = []
+        """Estimate of KL(π ‖ π_ref), at least 0: the mean log-ratio of completions paired with other prompts."""
+        log_ratios: list[float] = []
 
         def compute(group: list[Example]) -> None:
             with self.host.use(*self.stack):
                 logp = completion_logps(self.host, group)
-            moved.append((logp - reference_logps(self.host, self.reference, group)).sum().item())
+            log_ratios.append((logp - reference_logps(self.host, self.reference, group)).sum().item())
 
         in_micro_batches(mismatched(examples), self.token_budget, compute)
-        return max(0.0, sum(moved) / len(examples))
+        return max(0.0, sum(log_ratios) / len(examples))
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the step's loss."""
+        """Loss and metrics of one micro-batch, as its share of the step's."""
         c = self.config
         ref = reference_logps(self.host, self.reference, examples)
         with self.host.use(*self.stack):
@@ -81,7 +81,7 @@ class KTO(FixedDataMethod):
 
 
 def labels(examples: Sequence[Example]) -> list[bool]:
-    """Thumbs up or down of every completion."""
+    """Thumbs up (True) or down of every completion. In a ranking the best are up, the others down."""
     return [
         rank == min(e.rank) if e.label is None else e.label
         for e in examples
@@ -90,7 +90,7 @@ def labels(examples: Sequence[Example]) -> list[bool]:
 
 
 def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt with the first completion of the next Example, which says nothing about it."""
+    """Each prompt with the first completion of the next Example, which is unrelated to it."""
     others = [*examples[1:], examples[0]]
     return [
         Example(e.prompt, [o.completions[0]], None if o.masks is None else [o.masks[0]])

@@ -1,6 +1,6 @@
-"""Losses as pure functions: tensors in and out, equation and source at the line.
+"""Losses as pure functions of tensors, each with its equation and source.
 
-Functions of pairs take and give (N,) tensors, one number a pair; whoever calls weighs and sums them.
+Losses of pairs take and return (N,) tensors, one value per pair; the caller weights and sums them.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch.nn.functional import logsigmoid, relu
 
 
 def negative_log_likelihood(logps: list[Tensor], tokens: float) -> Tensor:
-    """-1/tokens Σ log π(y_t | x, y_<t): the supervised tokens' log-probs, each (length,), over the count of the whole step.
+    """-1/tokens Σ log π(y_t | x, y_<t). logps: of supervised tokens, each (length,). tokens: their number in the whole step.
 
-    Dividing by the step's count, not by this micro-batch's, is what makes the sum over micro-batches the step's mean.
+    Divided by the step's number, not this micro-batch's, so that the sum over micro-batches is the step's mean.
     """
     return -sum(logp.sum() for logp in logps) / tokens
 
@@ -25,27 +25,27 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
 
 def bradley_terry_tie(a: Tensor, b: Tensor) -> Tensor:
-    """-½ log σ(r_a - r_b) - ½ log σ(r_b - r_a): two completions that are equally good, each winning half the time."""
+    """-½ log σ(r_a - r_b) - ½ log σ(r_b - r_a): a tie: each of the two wins half the time."""
     return -0.5 * (logsigmoid(a - b) + logsigmoid(b - a))
 
 
 def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
     """-Σ_i log( exp r_i / Σ_(j: rank_j ≥ rank_i) exp r_j ): scores (K,), rank (K,) with the best lowest -> ().
 
-    The likelihood of picking best, second best, … in turn (Plackett 1975, doi 10.2307/2346567). Ties pick from the same
-    set (Breslow). With K = 2 it is the Bradley-Terry loss.
+    The likelihood of choosing the best, the second best, … in turn (Plackett 1975, doi 10.2307/2346567). Ties choose from
+    the same set (Breslow). With K = 2 it is the Bradley-Terry loss.
     """
-    open_ = rank[None, :] >= rank[:, None]
-    rivals = scores[None, :].masked_fill(~open_, float("-inf")).logsumexp(-1)
+    remaining = rank[None, :] >= rank[:, None]
+    rivals = scores[None, :].masked_fill(~remaining, float("-inf")).logsumexp(-1)
     return (rivals - scores).sum()
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(r_w + r_l)²: holds the mean score of a pair at zero. arXiv 2312.09244 eq. 2."""
+    """(r_w + r_l)²: keeps the mean score of a pair near zero. arXiv 2312.09244 eq. 2."""
     return (chosen + rejected) ** 2
 
 
-# -- DPO and its kin: h is the difference of two log-ratios, log π/π_ref (y_w) - log π/π_ref (y_l) ---------------------
+# -- DPO and related losses: h is the difference of two log-ratios, log π/π_ref (y_w) - log π/π_ref (y_l) ---------------------
 
 
 def dpo(h: Tensor, beta: float, smoothing: float = 0.0, robust: bool = False) -> Tensor:
@@ -68,7 +68,7 @@ def hinge(h: Tensor, beta: float) -> Tensor:
 def ipo(h: Tensor, tau: float) -> Tensor:
     """(h - 1/(2τ))² (arXiv 2310.12036 eq. 17), with h of log-ratios averaged over a completion's tokens.
 
-    The paper does not speak of the average, but its authors have confirmed it: a sum would grow with the length.
+    The paper does not mention the average; its authors have confirmed it, because a sum grows with the length.
     """
     return (h - 1 / (2 * tau)) ** 2
 
@@ -90,10 +90,10 @@ def _log_odds(logp: Tensor) -> Tensor:
 def kto(ratio: Tensor, label: Tensor, z0: Tensor | float, beta: float) -> Tensor:
     """1 - σ(β (r - z0)) of completions with thumbs up, 1 - σ(β (z0 - r)) of others; r = log π/π_ref. arXiv 2402.01306 eq. 8.
 
-    ratio, label (bool): (N,) -> (N,). z0: how far the policy has moved from the reference, a constant of the step.
+    ratio, label (bool): (N,) -> (N,). z0: estimate of KL(π ‖ π_ref), a constant of the step.
     """
-    lead = beta * (ratio - z0)
-    return 1 - lead.where(label, -lead).sigmoid()
+    margin = beta * (ratio - z0)
+    return 1 - margin.where(label, -margin).sigmoid()
 
 
 # -- PPO: everything per token, (N,) -> (N,) --------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def kto(ratio: Tensor, label: Tensor, z0: Tensor | float, beta: float) -> Tensor
 def clipped_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float, dual_clip: float = 0.0) -> Tensor:
     """-min(ρ A, clip(ρ, 1-ε, 1+ε) A) with ρ = π/π_old. arXiv 1707.06347 eq. 7.
 
-    dual_clip c > 1: where A < 0 the objective is held above c A, so that a huge ratio cannot dominate
-    (arXiv 1912.09729 eq. 5); 0 leaves it out.
+    dual_clip c > 1: where A < 0 the objective is at least c A, so that a huge ratio cannot dominate (arXiv 1912.09729
+    eq. 5); 0 turns it off.
     """
     ratio = (logp - old).exp()
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -116,13 +116,13 @@ def clipped_value(value: Tensor, old: Tensor, target: Tensor, clip: float) -> Te
     """½ max((V - R)², (clip(V, V_old ± ε) - R)²). arXiv 2005.12729 section 3, 2403.17031; clip 0: ½ (V - R)²."""
     error = (value - target) ** 2
     if clip:
-        held = old + (value - old).clamp(-clip, clip)
-        error = torch.maximum(error, (held - target) ** 2)
+        clipped = old + (value - old).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - target) ** 2)
     return 0.5 * error
 
 
 def k3(logp: Tensor, reference: Tensor) -> Tensor:
-    """π_ref/π - 1 - log π_ref/π: an estimate of KL(π ‖ π_ref) that is never negative; its gradient pulls to π_ref.
+    """π_ref/π - 1 - log π_ref/π: an estimate of KL(π ‖ π_ref) that is never negative; its gradient pulls π towards π_ref.
 
     joschu.net/blog/kl-approx; as a loss in arXiv 2402.03300 eq. 4.
     """

@@ -1,4 +1,4 @@
-"""The pairs in rankings: A > B > C > D is six of them, laid out flat for a whole batch at a time."""
+"""The pairs of rankings, as flat tensors for a whole batch. A > B > C > D has six pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from lowalign.data.pack import Example
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a batch; indices count the completions of all its Examples on end.
+    """All pairs of a batch. Indices count the completions of all Examples in order.
 
-    better, worse (P,): who is preferred to whom. weight (P,): every ranking counts its Example's weight, shared out among
-    its pairs: the 1/C(K,2) of InstructGPT (arXiv 2203.02155 eq. 1). margin (P,). tied_a, tied_b, tied_weight (Q,): the
-    pairs without a winner.
+    better, worse (P,): indices of the preferred and the other completion. weight (P,): the Example's weight divided by its
+    number of pairs, the 1/C(K,2) of InstructGPT (arXiv 2203.02155 eq. 1). margin (P,). tied_a, tied_b, tied_weight (Q,):
+    the same for ties.
     """
 
     better: Tensor
@@ -28,17 +28,17 @@ class Pairs:
 
 
 def all_pairs(examples: Sequence[Example], device: torch.device, ties: bool = False) -> Pairs:
-    """The pairs of a batch of rankings. ties: those without a winner count too."""
+    """The pairs of a batch of rankings. ties: include the pairs without a winner."""
     ordered: list[tuple[int, int, float, float]] = []
     tied: list[tuple[int, int, float]] = []
-    at = 0
+    start = 0
     for e in examples:
         wins, draws = compare(e.rank)
         draws = draws if ties else []
         share = e.weight / max(1, len(wins) + len(draws))
-        ordered += [(at + i, at + j, share, e.margin) for i, j in wins]
-        tied += [(at + i, at + j, share) for i, j in draws]
-        at += len(e.completions)
+        ordered += [(start + i, start + j, share, e.margin) for i, j in wins]
+        tied += [(start + i, start + j, share) for i, j in draws]
+        start += len(e.completions)
     columns = [*zip(*ordered, strict=True)] or [()] * 4
     drawn = [*zip(*tied, strict=True)] or [()] * 3
     index = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
@@ -49,7 +49,7 @@ def all_pairs(examples: Sequence[Example], device: torch.device, ties: bool = Fa
 
 
 def compare(rank: Sequence[float]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(better, worse) for each pair with a winner, and the pairs without one; the best has the lowest rank."""
+    """-> (better, worse) of each pair with a winner, and the tied pairs. The best completion has the lowest rank."""
     order = range(len(rank))
     wins = [(i, j) for i in order for j in order if rank[i] < rank[j]]
     draws = [(i, j) for i in order for j in order if i < j and rank[i] == rank[j]]
@@ -57,7 +57,7 @@ def compare(rank: Sequence[float]) -> tuple[list[tuple[int, int]], list[tuple[in
 
 
 def count(examples: Sequence[Example], ties: bool = False) -> dict[str, float]:
-    """What means are over: "rankings", the weight of those that have a pair, and "pairs", the number with a winner."""
+    """Normalizers: "rankings", the total weight of those with a pair, and "pairs", the number of pairs with a winner."""
     rankings, pairs = 0.0, 0
     for e in examples:
         wins, draws = compare(e.rank)

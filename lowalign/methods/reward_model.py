@@ -1,9 +1,9 @@
-"""Reward model: a scalar head on an adapter learns to score completions as people rank them.
+"""Reward model: an adapter with a scalar head learns to score completions as people rank them.
 
 L = -1/N Σ_rankings 1/C(K,2) Σ_(y_w > y_l) log σ(r(x, y_w) - r(x, y_l) - m)            arXiv 2203.02155 eq. 1
   + c (r(x, y_w) + r(x, y_l))²                                                          arXiv 2312.09244 eq. 2
 
-All K completions of a prompt go through the model together, the prompt once.
+All K completions of a prompt share one forward, in which the prompt is computed once.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ class RewardModel(FixedDataMethod):
         self.config, self.ties = config, ties
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """What the means are over."""
+        """Rankings, pairs and completions of the step."""
         return count(examples, self.ties) | {"completions": sum(len(e.completions) for e in examples)}
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the step's loss."""
+        """Loss and metrics of one micro-batch, as its share of the step's."""
         with self.host.use(*self.stack):
             r = self.host.scores(examples, self.stack[-1])
         flat = torch.cat(r)
@@ -52,8 +52,8 @@ class RewardModel(FixedDataMethod):
         r_w, r_l = flat[pairs.better], flat[pairs.worse]
         if self.config.loss == "plackett-luce":
             rank = lambda e: torch.tensor(e.rank, device=flat.device)  # noqa: E731
-            whole = [e.weight * losses.plackett_luce(s, rank(e)) for e, s in zip(examples, r, strict=True)]
-            summed = torch.stack(whole).sum()
+            per_ranking = [e.weight * losses.plackett_luce(s, rank(e)) for e, s in zip(examples, r, strict=True)]
+            summed = torch.stack(per_ranking).sum()
         else:
             summed = (pairs.weight * losses.bradley_terry(r_w, r_l, pairs.margin)).sum()
             tie = losses.bradley_terry_tie(flat[pairs.tied_a], flat[pairs.tied_b])
@@ -72,7 +72,7 @@ class RewardModel(FixedDataMethod):
 
 
 def scored(example: Example) -> Example:
-    """The Example with each completion cut behind its last supervised token, where its score is read."""
+    """The Example with each completion cut after its last supervised token, where its score is read."""
     ends = [max((t for t, m in enumerate(example.mask(i)) if m), default=len(c) - 1) + 1
             for i, c in enumerate(example.completions)]  # fmt: skip
     completions = [c[:end] for c, end in zip(example.completions, ends, strict=True)]
@@ -80,18 +80,18 @@ def scored(example: Example) -> Example:
 
 
 def reward_metrics(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:
-    """What scores are worth on rankings: mean and spread (of all scores), accuracy and calibration of their pairs.
+    """Metrics of scores on rankings: mean and std of all scores; accuracy and calibration error of the pairs, if any.
 
-    calibration_error: by how much σ(|r_w - r_l|), the model's confidence, is off the share of pairs it gets right, in ten
-    bins of equal width, weighted by their pairs (arXiv 1706.04599 eq. 3). Empty counts give nan.
+    scores: (K,) for each Example. calibration_error: difference between the model's confidence σ(|r_w - r_l|) and the
+    share of correct pairs, averaged over the pairs in ten bins of equal width (arXiv 1706.04599 eq. 3).
     """
     flat = torch.cat(list(scores)).double().cpu()
-    lead = [float(s[i] - s[j]) for s, e in zip(scores, examples, strict=True) if e.rank for i, j in compare(e.rank)[0]]
-    found = {"mean": flat.mean().item(), "std": flat.std(correction=0).item(), "completions": len(flat)}
-    if not lead:
-        return found
-    d = torch.tensor(lead, dtype=torch.float64)
+    leads = [float(s[i] - s[j]) for s, e in zip(scores, examples, strict=True) if e.rank for i, j in compare(e.rank)[0]]
+    metrics = {"mean": flat.mean().item(), "std": flat.std(correction=0).item(), "completions": len(flat)}
+    if not leads:
+        return metrics
+    d = torch.tensor(leads, dtype=torch.float64)
     right, confidence = (d > 0).double(), d.abs().sigmoid()
     bins = (confidence * 10).long().clamp(max=9)
-    off = sum(abs((confidence[bins == b] - right[bins == b]).sum().item()) for b in bins.unique().tolist())
-    return found | {"pairs": len(lead), "accuracy": right.mean().item(), "calibration_error": off / len(lead)}
+    error = sum(abs((confidence[bins == b] - right[bins == b]).sum().item()) for b in bins.unique().tolist())
+    return metrics | {"pairs": len(leads), "accuracy": right.mean().item(), "calibration_error": error / len(leads)}

@@ -1,12 +1,12 @@
-"""Checkpoints: whole or absent, verified before they are used, rotated after a newer one is safe.
+"""Checkpoints: written atomically, verified before use, rotated after a newer one is complete.
 
     OUT/checkpoints/step-000040/   weights.safetensors   fp32 weights, ADAPTER/TENSOR
-                                   optimizer.safetensors its state, ADAPTER/KEY
+                                   optimizer.safetensors optimizer state, ADAPTER/KEY
                                    method.safetensors    the method's tensors
-                                   state.json            step, numbers, and size and sha256 of the three files
-    OUT/checkpoints/best/weights.safetensors             the weights with the lowest held-out loss; step in its metadata
+                                   state.json            step, JSON values, size and sha256 of the three files
+    OUT/checkpoints/best/weights.safetensors             weights with the lowest held-out loss; step in its metadata
 
-Random generators are not stored: the engine seeds them from (seed, step) before each step.
+Random states are not stored: the engine seeds torch from (seed, step) before each step.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ PARTS = ("weights", "optimizer", "method")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written. state: what was given to `save` as state."""
+    """A verified checkpoint. state: the argument of `save`."""
 
     folder: Path
     step: int
@@ -46,8 +46,8 @@ class Checkpoint:
 def save(out: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`.
 
-    parts: for each of PARTS, tensors in CPU memory. Raises UserError when weights are not finite or the disk does not
-    take it; what was there before is then untouched.
+    parts: for each of PARTS, tensors in CPU memory. Raises UserError when a weight is not finite or writing fails; the
+    earlier checkpoints are then untouched.
     """
     folder = _folder(out, step)
     _refuse_not_finite(out, step, parts["weights"])
@@ -70,7 +70,7 @@ def save(out: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state:
 
 
 def save_best(out: Path, step: int, weights: Mapping[str, Tensor]) -> None:
-    """Keep these weights as the best so far, instead of those kept before. Raises UserError like `save`."""
+    """Write these weights as the best so far, in place of the last best. Raises UserError like `save`."""
     path = out / "checkpoints" / "best" / "weights.safetensors"
     _refuse_not_finite(out, step, weights)
     with _explained(path, out, _bytes({"weights": weights})):
@@ -78,7 +78,7 @@ def save_best(out: Path, step: int, weights: Mapping[str, Tensor]) -> None:
 
 
 def read_best(out: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, weights named ADAPTER/TENSOR) with the lowest held-out loss; None when nothing was evaluated."""
+    """(step, weights by ADAPTER/TENSOR) with the lowest held-out loss; None when there was no evaluation."""
     path = out / "checkpoints" / "best" / "weights.safetensors"
     if not path.exists():
         return None
@@ -87,7 +87,7 @@ def read_best(out: Path) -> tuple[int, dict[str, Tensor]] | None:
 
 
 def newest_valid(out: Path) -> Checkpoint | None:
-    """The newest checkpoint that is as it was written; newer ones that are not are named and skipped."""
+    """The newest checkpoint that passes verification; damaged newer ones are logged and skipped."""
     for step in reversed(steps(out)):
         folder = _folder(out, step)
         try:
@@ -98,13 +98,13 @@ def newest_valid(out: Path) -> Checkpoint | None:
 
 
 def steps(out: Path) -> list[int]:
-    """Steps there are checkpoints of, oldest first."""
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in (out / "checkpoints").glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    """The steps of all checkpoints, in ascending order."""
+    matches = (re.fullmatch(r"step-(\d+)", p.name) for p in (out / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def clean(out: Path, best: bool) -> None:
-    """Remove what a killed run left half-written; with `best`, the best weights of an earlier run too."""
+    """Remove incomplete files of a killed run; with `best`, also the best weights of an earlier run."""
     folder = out / "checkpoints"
     if best:
         shutil.rmtree(folder / "best", ignore_errors=True)
@@ -113,9 +113,9 @@ def clean(out: Path, best: bool) -> None:
 
 
 def check_space(out: Path, one: int, keep: int) -> None:
-    """Refuse a run whose checkpoints, of `one` byte count each, will not fit: `keep`, the best, and one being written."""
-    there = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*") if p.is_file())
-    needed, free = one * (keep + 2) - there, shutil.disk_usage(out).free
+    """Raises UserError unless the disk has room for `keep` checkpoints of `one` bytes, the best, and one being written."""
+    existing = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*") if p.is_file())
+    needed, free = one * (keep + 2) - existing, shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
             f"not enough disk space for checkpoints in {out}: {needed:,} bytes are needed ({keep + 2} of {one:,}), "
@@ -136,7 +136,7 @@ def _fingerprint(path: Path) -> dict:
 
 
 def _verified(folder: Path, step: int) -> dict:
-    """The state of a checkpoint. Raises OSError, ValueError, KeyError or TypeError when it is not as it was written."""
+    """The state of a checkpoint. Raises OSError, ValueError, KeyError or TypeError when it is damaged."""
     record = json.loads((folder / "state.json").read_text())
     if record["format"] != FORMAT or record["step"] != step:
         raise ValueError(f"state.json is of format {record['format']}, step {record['step']}")
@@ -148,7 +148,7 @@ def _verified(folder: Path, step: int) -> dict:
 
 
 def _rotate(out: Path, step: int, keep: int) -> None:
-    # One of a later step is a damaged one that was skipped: it must not count as newer than what was just written.
+    # A checkpoint of a later step is damaged (the run resumed from an earlier one), so it does not count as newer.
     for old in [s for s in steps(out) if s <= step][: -max(1, keep)]:
         remove_folder(_folder(out, old), "rotate-aside")
     write_point("rotate-done")
@@ -165,10 +165,10 @@ def _refuse_not_finite(out: Path, step: int, weights: Mapping[str, Tensor]) -> N
 
 @contextlib.contextmanager
 def _explained(path: Path, out: Path, needed: int) -> Iterator[None]:
-    """A failed write leaves nothing behind, and tells what is still there."""
+    """Turn a failed write into a UserError that names the last intact checkpoint."""
     try:
         yield
-    # A full disk is a SafetensorError, an OSError or a RuntimeError, depending on which library was writing.
+    # On a full disk safetensors, Python and torch raise different errors.
     except (SafetensorError, OSError, RuntimeError) as error:
         free = shutil.disk_usage(out).free
         raise UserError(
@@ -178,6 +178,6 @@ def _explained(path: Path, out: Path, needed: int) -> Iterator[None]:
 
 
 def last(out: Path) -> str:
-    """A sentence on what there is to go on from."""
-    there = steps(out)
-    return f"The last checkpoint, {_folder(out, there[-1])}, is intact." if there else "There is no earlier checkpoint."
+    """A sentence that names the last checkpoint."""
+    saved = steps(out)
+    return f"The last checkpoint, {_folder(out, saved[-1])}, is intact." if saved else "There is no earlier checkpoint."

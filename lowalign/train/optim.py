@@ -1,4 +1,4 @@
-"""AdamW in 32 bit, 8 bit and paged 8 bit over flat fp32 weights, its schedule, and its state as plain tensors."""
+"""AdamW (32-bit, 8-bit, paged 8-bit) on flat fp32 weights, the learning-rate schedule, optimizer state as tensors."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,18 @@ from lowalign.config.sections import TrainConfig
 from lowalign.errors import UserError
 from lowalign.log import log
 
-PAGED_FROM = 100_000  # elements; bitsandbytes keeps smaller states resident
+PAGED_FROM = 100_000  # elements; bitsandbytes does not page smaller states
 
 
 def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
-    """One parameter group per adapter, named after it, holding its flat master."""
+    """AdamW with one parameter group per adapter: its name and its flat master."""
     groups = [{"name": name, "params": [master]} for name, master in masters.items()]
     options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     cuda = all(master.is_cuda for master in masters.values())
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=cuda, **options)
 
-    import bitsandbytes as bnb  # takes seconds
+    import bitsandbytes as bnb  # the import takes seconds
 
     paged = config.optimizer == "paged_adamw_8bit"
     if paged and not cuda:
@@ -38,9 +38,9 @@ def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
 
 def schedule(config: TrainConfig, step: int, steps: int) -> float:
-    """What the learning rate is multiplied by at `step` (from 0) of `steps`.
+    """Learning-rate factor at `step` (from 0) of `steps`.
 
-    It rises in ceil(warmup · steps) equal parts, the last of them 1, and then falls; no step has a learning rate of 0.
+    Rises linearly to 1 over ceil(warmup · steps) steps, then follows the schedule; it is never 0.
     """
     warmup = math.ceil(config.warmup * steps - 1e-9)  # 0.07 · 100 is 7.000000000000001
     if step < warmup:
@@ -57,7 +57,7 @@ def state_bytes(config: TrainConfig, numel: int) -> int:
 
 
 def read_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The state as (tensors, numbers), named ADAPTER/KEY. The tensors are copies in CPU memory."""
+    """The state as (tensors, numbers), by ADAPTER/KEY. The tensors are copies in CPU memory."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, int] = {}
     for name, state in _states(optimizer):
@@ -70,10 +70,10 @@ def read_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]
 
 
 def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
-    """Put back what `read_state` gave, bit for bit.
+    """Restore what `read_state` returned, bit for bit. Raises UserError when the state is another optimizer's.
 
-    bitsandbytes' own load_state_dict would copy paged state into ordinary GPU memory; here its buffers are made anew by
-    itself (in managed memory where they were) and filled. Raises UserError when the state is another optimizer's.
+    bitsandbytes' own load_state_dict would copy paged state into ordinary GPU memory. Here bitsandbytes allocates its
+    buffers again (paged ones in managed memory), and they are filled.
     """
     saved: dict[str, dict] = {}
     for full, value in {**tensors, **numbers}.items():
@@ -101,7 +101,7 @@ def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Map
 
 
 def paged_state_is_managed(optimizer: Optimizer) -> dict[str, bool]:
-    """For each adapter, whether all of its 8-bit state lies in managed memory, from which the driver can page it out."""
+    """For each adapter, whether all of its 8-bit state is in managed memory, which the driver can page out."""
     managed = {id(t) for t in optimizer.page_mng.paged_tensors} if hasattr(optimizer, "page_mng") else set()
     return {
         name: "state1" in state and all(id(state[key]) in managed for key in ("state1", "state2"))
@@ -110,7 +110,7 @@ def paged_state_is_managed(optimizer: Optimizer) -> dict[str, bool]:
 
 
 def move_state(optimizer: Optimizer, name: str, device: torch.device | str) -> None:
-    """Park the state of an idle adapter in CPU memory, or bring it back. Paged state is left to the driver."""
+    """Move the state of an idle adapter to CPU memory, or back. Paged state is left to the driver."""
     state = dict(_states(optimizer))[name]
     for key, value in state.items():
         if isinstance(value, Tensor) and not getattr(value, "is_paged", False):

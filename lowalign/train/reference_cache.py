@@ -1,9 +1,8 @@
-"""The reference's log-probs of fixed data: computed once, kept on disk beside the tokenized rows, used again.
+"""The reference's log-probs of fixed data: computed once and kept on disk beside the tokenized rows.
 
-The values follow from the base, the reference's adapters and the token ids alone, and that is what their file is named
-by. In 16 bit they also move a little (2e-3 to 5e-2 a token) with what stands beside an Example in its pack; they are
-computed in the packs of the first pass over the data, so there they are the very numbers of a reference that is
-computed in each step.
+The file is named by a hash of all that decides the values: base, reference adapters and token ids. In 16 bit they also
+depend on the other Examples of a pack (2e-3 to 5e-2 per token). They are computed in the packs of the first epoch, where
+they equal those of a reference that is computed in each step.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ STORE_EVERY = 30.0  # seconds
 
 
 class _Recorder:
-    """Writes the reference's log-probs into the Examples: what MicroBatches takes for a method without gradient."""
+    """Writes the reference's log-probs into the Examples, in the form of a method for MicroBatches."""
 
     def __init__(self, host: Host, reference: tuple[str, ...]) -> None:
         self.host, self.reference = host, reference
@@ -53,39 +52,39 @@ class _Recorder:
 def fill_reference_logps(
     host: Host, reference: tuple[str, ...], examples: Sequence[Example], train: TrainConfig, stop: StopSignals
 ) -> None:
-    """Set the `reference` of every Example, from disk where it is known.
+    """Set the `reference` of every Example, from disk where it is stored.
 
-    Raises Interrupted after a signal, and UserError when a single Example is too large for memory; what was computed by
-    then is kept.
+    Raises Interrupted after a signal, and UserError when a single Example does not fit in memory; the values computed
+    until then are stored.
     """
     if not examples:
         return
     file = cache.cache_folder() / f"reference-{_key(host, reference, examples)}.safetensors"
-    known = _recall(file, examples)
+    stored = _load(file, examples)
     host.training(None)
     recorder = MicroBatches(_Recorder(host, reference), {}, train.token_budget, stop)
-    batches = _first_pass(examples, train)
+    batches = _first_epoch(examples, train)
     missing = sum(e.reference is None for e in examples)
-    if known:
+    if stored:
         _compare(recorder, batches[0])
     if not missing:
         log(f"the reference's log-probs of {len(examples):,} examples are known ({file})")
         return
     log(f"the reference's log-probs of {missing:,} examples are computed once, and kept in {file}")
-    stored = time.monotonic()
+    last_write = time.monotonic()
     try:
         for batch in batches:
             if any(e.reference is None for e in batch):
                 recorder.metrics(batch)
-            if time.monotonic() - stored > STORE_EVERY:
+            if time.monotonic() - last_write > STORE_EVERY:
                 _store(file, examples)
-                stored = time.monotonic()
+                last_write = time.monotonic()
     finally:
         _store(file, examples)
 
 
-def _first_pass(examples: Sequence[Example], train: TrainConfig) -> list[list[Example]]:
-    """The Examples as the first steps take them; those of the last, incomplete step by themselves."""
+def _first_epoch(examples: Sequence[Example], train: TrainConfig) -> list[list[Example]]:
+    """The batches of the first epoch; the Examples of the last, incomplete step are a batch of their own."""
     steps = range(len(examples) // train.batch_size)
     batches = [[examples[i] for i in step_order(len(examples), train.batch_size, train.seed, step)] for step in steps]
     seen = {id(e) for batch in batches for e in batch}
@@ -94,7 +93,7 @@ def _first_pass(examples: Sequence[Example], train: TrainConfig) -> list[list[Ex
 
 
 def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
-    """Tell by how much the known values differ from computed ones."""
+    """Log the largest difference between stored and recomputed values."""
     before = [e.reference for e in batch]
     recorder.metrics(batch)
     pairs = [(a, b) for old, e in zip(before, batch, strict=True) if old for a, b in zip(old, e.reference, strict=True)]
@@ -117,8 +116,8 @@ def _key(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) ->
     return digest.hexdigest()
 
 
-def _recall(file: Path, examples: Sequence[Example]) -> bool:
-    """Take the known values into the Examples; False when there are none."""
+def _load(file: Path, examples: Sequence[Example]) -> bool:
+    """Set the stored values in the Examples -> whether there were any."""
     try:
         values = load(file.read_bytes())["logps"].tolist()
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -133,7 +132,7 @@ def _recall(file: Path, examples: Sequence[Example]) -> bool:
 
 
 def _store(file: Path, examples: Sequence[Example]) -> None:
-    """Keep what is known so far; nan stands for the rest. A full disk costs a computation next time, nothing else."""
+    """Write the values computed so far, nan for the others. On a full disk they are computed again next time."""
     values = [v for e in examples for v in (e.reference or [math.nan] * len(e.completions))]
     try:
         write_file(file, save({"logps": torch.tensor(values, dtype=torch.float32)}))
