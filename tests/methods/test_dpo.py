@@ -37,12 +37,12 @@ def folder(tmp_path_factory):
 
 def row_logps(host, stack, e) -> list[torch.Tensor]:
     """For each completion, its supervised tokens' log-probs by the model's own logits, a row at a time."""
-    found = []
+    logps_by_completion = []
     for i, row in enumerate(apart(e)):
         with host.use(*stack):
             (logps,) = host.logprobs([row])[0]
-        found.append(logps[torch.tensor(e.mask(i))])
-    return found
+        logps_by_completion.append(logps[torch.tensor(e.mask(i))])
+    return logps_by_completion
 
 
 def plain_pair(name: str, c: DPOLossConfig, w, l, ref_w, ref_l):  # noqa: E741
