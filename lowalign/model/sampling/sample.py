@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lowalign.config.sections import Sampling
-from lowalign.data.micro_batches import free_memory
+from lowalign.data.micro_batches import free_memory, out_of_memory
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.rope import rope_scaling
@@ -74,12 +74,10 @@ def _all_done(
     done: dict[tuple[int, int], Completion] = {}
     while True:
         rows = begin(todo, max_rows)
-        try:
-            rows.finish()
-            return done | rows.done
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
+        reason = out_of_memory(rows.finish)
         done |= rows.done
+        if reason is None:
+            return done
         todo = [(prompt, j) for prompt, j in todo if (prompt.index, j) not in done]
         max_rows = rows.live // 2
         del rows
@@ -89,7 +87,7 @@ def _all_done(
             raise UserError(
                 f"out of memory with a single completion, which may take {length:,} tokens with its prompt{room}. Set "
                 "--sampling.max-new-tokens lower, leave out long prompts, or close other programs that use the card. "
-                f"The device said: {reason.splitlines()[0]}"
+                f"The device said: {reason}"
             )
         log(f"out of memory while sampling: what is not done begins anew, at most {max_rows} at a time (--sampling.max-rows)")  # fmt: skip
 
