@@ -12,8 +12,9 @@ from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
-from lowalign.methods.dpo import DPO, PAIR_LOSSES
+from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO, labels, mismatched
+from lowalign.methods.losses import PAIR_LOSSES
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
 
