@@ -2,13 +2,12 @@
 
 h = [log π(y_w|x) - log π_ref(y_w|x)] - [log π(y_l|x) - log π_ref(y_l|x)]        r(x, y) = β log π/π_ref (y|x)
 L = -1/N Σ log σ(β h)                                                            arXiv 2305.18290 eq. 7
-The other losses, with the same h or without a reference, are the entries of PAIR_LOSSES.
+The other losses, with the same h or without a reference, are in lowalign.methods.losses.
 
 Both completions of a prompt (or all K of a ranking) share one forward, in which the prompt is computed once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,39 +15,10 @@ from torch import Tensor
 from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.pack import Example
-from lowalign.methods import losses
 from lowalign.methods.fixed_data import FixedDataMethod
+from lowalign.methods.losses import PAIR_LOSSES
 from lowalign.methods.pairs import all_pairs, count
 from lowalign.model.host import Host, completion_logps
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """One value of --dpo.loss.
-
-    loss: (scores of the better completions (P,), of the worse (P,), options) -> (P,). The score of a completion is
-    log π - log π_ref, or log π when reference_free; with per_token it is divided by the completion's supervised tokens.
-    sft: weight of the best completions' own loss when --dpo.sft is 0.
-    """
-
-    loss: Callable[[Tensor, Tensor, DPOLossConfig], Tensor]
-    reference_free: bool = False
-    per_token: bool = False
-    sft: float = 0.0
-
-
-PAIR_LOSSES = {
-    "sigmoid": PairLoss(lambda better, worse, c: losses.dpo(better - worse, c.beta, c.label_smoothing, c.robust)),
-    "hinge": PairLoss(lambda better, worse, c: losses.hinge(better - worse, c.beta)),
-    "ipo": PairLoss(lambda better, worse, c: losses.ipo(better - worse, c.beta), per_token=True),
-    "simpo": PairLoss(
-        lambda better, worse, c: losses.simpo(better, worse, c.beta, c.gamma), reference_free=True, per_token=True
-    ),
-    "orpo": PairLoss(
-        lambda better, worse, c: c.beta * losses.odds_ratio(better, worse), reference_free=True, per_token=True, sft=1.0
-    ),
-}
-"""A new loss is a function in lowalign.methods.losses, an entry here, and its name in DPOLossConfig.loss."""
 
 
 class DPO(FixedDataMethod):

@@ -3,9 +3,14 @@
 Losses of pairs take and return (N,) tensors, one value per pair; the caller weights and sums them.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
+
+from lowalign.config.training import DPOLossConfig
 
 
 def negative_log_likelihood(logps: list[Tensor], tokens: float) -> Tensor:
@@ -85,6 +90,35 @@ def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def _log_odds(logp: Tensor) -> Tensor:
     return logp - (-logp.expm1()).log()
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """One value of --dpo.loss.
+
+    loss: (scores of the better completions (P,), of the worse (P,), options) -> (P,). The score of a completion is
+    log π - log π_ref, or log π when reference_free; with per_token it is divided by the completion's supervised tokens.
+    sft: weight of the best completions' own loss when --dpo.sft is 0.
+    """
+
+    loss: Callable[[Tensor, Tensor, DPOLossConfig], Tensor]
+    reference_free: bool = False
+    per_token: bool = False
+    sft: float = 0.0
+
+
+PAIR_LOSSES = {
+    "sigmoid": PairLoss(lambda better, worse, c: dpo(better - worse, c.beta, c.label_smoothing, c.robust)),
+    "hinge": PairLoss(lambda better, worse, c: hinge(better - worse, c.beta)),
+    "ipo": PairLoss(lambda better, worse, c: ipo(better - worse, c.beta), per_token=True),
+    "simpo": PairLoss(
+        lambda better, worse, c: simpo(better, worse, c.beta, c.gamma), reference_free=True, per_token=True
+    ),
+    "orpo": PairLoss(
+        lambda better, worse, c: c.beta * odds_ratio(better, worse), reference_free=True, per_token=True, sft=1.0
+    ),
+}
+"""A new loss is a function above, an entry here, and its name in DPOLossConfig.loss."""
 
 
 def kto(ratio: Tensor, label: Tensor, z0: Tensor | float, beta: float) -> Tensor:

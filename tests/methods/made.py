@@ -25,21 +25,21 @@ def rankings(sizes=(2, 2, 4, 3, 2), seed: int = 0, masked: bool = False) -> list
     """Rankings of these numbers of completions, in any order of rank."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(4, 300, (int(n),), generator=g).tolist()  # noqa: E731
-    made = []
+    examples = []
     for k in sizes:
         completions = [draw(n) for n in torch.randint(2, 14, (k,), generator=g)]
         masks = [[t % 3 != 1 for t in range(len(c))] for c in completions] if masked else None
         rank = torch.randperm(k, generator=g).tolist()
-        made.append(Example(draw(torch.randint(2, 12, (1,), generator=g)), completions, masks, rank))
-    return made
+        examples.append(Example(draw(torch.randint(2, 12, (1,), generator=g)), completions, masks, rank))
+    return examples
 
 
 def gradient(host: Host) -> torch.Tensor:
     """The policy's gradient, which is then forgotten."""
-    found = torch.cat([p.grad.flatten() for p in host.parameters("policy")])
+    whole = torch.cat([p.grad.flatten() for p in host.parameters("policy")])
     for p in host.parameters("policy"):
         p.grad = None
-    return found
+    return whole
 
 
 def apart(e: Example) -> list[Example]:

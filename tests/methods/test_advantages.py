@@ -114,12 +114,12 @@ def test_clipped_value():
 def test_k3_has_the_mean_and_the_least_of_a_divergence():
     """Its mean over tokens drawn from π is KL(π ‖ π_ref), exactly; it is never negative; its slope is 1 - π_ref/π."""
     log_p, log_q = draw(50).log_softmax(-1).requires_grad_(), draw(50, seed=1).log_softmax(-1)
-    found = losses.k3(log_p, log_q)
+    estimate = losses.k3(log_p, log_q)
     p, q = log_p.detach().exp().tolist(), log_q.exp().tolist()
     kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert (log_p.exp() * found).sum().item() == pytest.approx(kl, rel=1e-12)
-    assert (found >= 0).all() and losses.k3(log_p, log_p).abs().max() == 0
-    found.sum().backward()
+    assert (log_p.exp() * estimate).sum().item() == pytest.approx(kl, rel=1e-12)
+    assert (estimate >= 0).all() and losses.k3(log_p, log_p).abs().max() == 0
+    estimate.sum().backward()
     assert log_p.grad.tolist() == pytest.approx([1 - b / a for a, b in zip(p, q, strict=True)])
 
 
@@ -242,7 +242,7 @@ def test_a_round_in_numbers():
         {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
         | {"eos_share": 0.5, "truncated_share": 0.5, "explained_variance": 1 - 6 / 6.8}
     )
-    # Of a masked completion no log-prob is known: it says nothing on the divergence.
+    # A masked completion has no log-probs, so it does not count in the KL.
     r.masks = [[True, True], [False] * 3]
     assert ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)
 
@@ -254,11 +254,11 @@ def test_a_round_survives_a_checkpoint():
     for rounds, names in (([first, first], 5), ([first, second], 0), ([second], 0)):
         kept = to_tensors(rounds)
         assert len(kept) == 5 + names
-        for made, found in zip(rounds, from_tensors(kept, torch.device("cpu")), strict=True):
+        for original, restored in zip(rounds, from_tensors(kept, torch.device("cpu")), strict=True):
             for name in ("prompt", "completions", "rewards", "stopped"):
-                assert getattr(found, name) == getattr(made, name)
-            n = range(len(made.completions))
-            assert [found.mask(i) for i in n] == [made.mask(i) for i in n]
+                assert getattr(restored, name) == getattr(original, name)
+            n = range(len(original.completions))
+            assert [restored.mask(i) for i in n] == [original.mask(i) for i in n]
             if names:
                 for name in ("old", "reference_logps", "values", "advantages", "returns"):
-                    assert all(map(torch.equal, getattr(found, name), getattr(made, name)))
+                    assert all(map(torch.equal, getattr(restored, name), getattr(original, name)))

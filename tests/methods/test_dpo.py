@@ -12,8 +12,9 @@ from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import micro_batches
 from lowalign.errors import UserError
-from lowalign.methods.dpo import DPO, PAIR_LOSSES
+from lowalign.methods.dpo import DPO
 from lowalign.methods.kto import KTO, labels, mismatched
+from lowalign.methods.losses import PAIR_LOSSES
 from tests.methods.made import apart, gradient, host_with, rankings, relative
 from tests.tiny import tiny_folder
 
@@ -37,12 +38,12 @@ def folder(tmp_path_factory):
 
 def row_logps(host, stack, e) -> list[torch.Tensor]:
     """For each completion, its supervised tokens' log-probs by the model's own logits, a row at a time."""
-    found = []
+    logps_by_completion = []
     for i, row in enumerate(apart(e)):
         with host.use(*stack):
             (logps,) = host.logprobs([row])[0]
-        found.append(logps[torch.tensor(e.mask(i))])
-    return found
+        logps_by_completion.append(logps[torch.tensor(e.mask(i))])
+    return logps_by_completion
 
 
 def plain_pair(name: str, c: DPOLossConfig, w, l, ref_w, ref_l):  # noqa: E741

@@ -20,8 +20,8 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x)) if x > -700 else x
 
 
-def close(found: torch.Tensor, want: list[float]) -> None:
-    assert found.tolist() == pytest.approx(want, rel=1e-12, abs=1e-12)
+def close(values: torch.Tensor, want: list[float]) -> None:
+    assert values.tolist() == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
 def test_bradley_terry():

@@ -110,14 +110,14 @@ class Copies:
             self.head.copy_(host.weights(holder)[SCALAR_HEAD])
 
     def gradients(self, case: Case) -> dict[str, dict[str, Tensor]]:
-        found = {"policy": {n: p.grad for n, p in self.weights(self.policy).items()}}
+        gradients = {"policy": {n: p.grad for n, p in self.weights(self.policy).items()}}
         if case.ppo.get("advantage", "gae") == "gae":
-            found.setdefault("value", {n: p.grad for n, p in self.weights(self.value).items()})
+            gradients.setdefault("value", {n: p.grad for n, p in self.weights(self.value).items()})
             holder = "policy" if case.share else "value"
-            found[holder] = found[holder] | {SCALAR_HEAD: self.head.grad}
+            gradients[holder] = gradients[holder] | {SCALAR_HEAD: self.head.grad}
             if case.share:
-                del found["value"]
-        return found
+                del gradients["value"]
+        return gradients
 
     def zero_grad(self) -> None:
         for p in (*self.policy.parameters(), *self.value.parameters(), self.head):
@@ -230,8 +230,8 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
     held = torch.max(-a * ratio, -a * ratio.clamp(1 - c.ppo.clip, 1 + c.ppo.clip))
     if c.ppo.dual_clip:
         held = torch.where(a < 0, torch.min(held, -c.ppo.dual_clip * a), held)
-    found = {"policy_loss": mean(held)}
-    loss = found["policy_loss"]
+    parts = {"policy_loss": mean(held)}
+    loss = parts["policy_loss"]
     if c.ppo.advantage == "gae":
         if copies.value is not copies.policy:
             _, _, hidden = data.distribution(copies.value, 1.0)
@@ -239,10 +239,10 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
         error = (value - target) ** 2
         if c.ppo.value_clip:
             near = torch.min(torch.max(value, before - c.ppo.value_clip), before + c.ppo.value_clip)
-            found["value_clipped"] = mean(((near - target) ** 2 > error).float())
+            parts["value_clipped"] = mean(((near - target) ** 2 > error).float())
             error = torch.max(error, (near - target) ** 2)
-        found["value_loss"] = 0.5 * mean(error)
-        loss = loss + c.ppo.value_coef * found["value_loss"]
+        parts["value_loss"] = 0.5 * mean(error)
+        loss = loss + c.ppo.value_coef * parts["value_loss"]
     if c.ppo.kl_in == "loss":
         away = r.reference[rows] - logp
         loss = loss + c.ppo.kl * mean(away.exp() - away - 1)
@@ -253,18 +253,18 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
         for i, e in enumerate(ptx):
             taught[i, len(e.prompt) - 1 : len(e.prompt) - 1 + len(e.completions[0])] = torch.tensor(e.masks[0])
         logps, _, _ = text.distribution(copies.policy, 1.0)
-        found["ptx_loss"] = -(logps * taught).sum() / taught.sum()
-        loss = loss + c.ppo.ptx_coef * found["ptx_loss"]
-    found["approx_kl"] = mean((ratio - 1 - ratio.log()).detach())
-    found["clipfrac"] = mean(((ratio - 1).abs() > c.ppo.clip).float())
-    return found | {"loss": loss}
+        parts["ptx_loss"] = -(logps * taught).sum() / taught.sum()
+        loss = loss + c.ppo.ptx_coef * parts["ptx_loss"]
+    parts["approx_kl"] = mean((ratio - 1 - ratio.log()).detach())
+    parts["clipfrac"] = mean(((ratio - 1).abs() > c.ppo.clip).float())
+    return parts | {"loss": loss}
 
 
 def plain_metrics(r: Round, c: PPOConfig, stopped: list[bool]) -> dict[str, float]:
     """Metrics of the round."""
     ended = sum(stopped) / len(stopped)
     learnt_rows = r.learnt.any(1)
-    found = {
+    metrics = {
         "reward": r.raw.mean(),
         "reward_earned": r.earned.mean(),
         "kl": ((r.old - r.reference) * r.learnt).sum(1)[learnt_rows].mean(),
@@ -276,8 +276,8 @@ def plain_metrics(r: Round, c: PPOConfig, stopped: list[bool]) -> dict[str, floa
     }
     if c.ppo.advantage == "gae":
         left = (r.returns - r.values)[r.learnt].var() / r.returns[r.learnt].var()
-        found["explained_variance"] = 1 - left
-    return {name: float(value) for name, value in found.items()}
+        metrics["explained_variance"] = 1 - left
+    return {name: float(value) for name, value in metrics.items()}
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ def four_roles(folder, kinds, **options) -> tuple[Host, PPO]:
 
 def bits(tensors) -> str:
     """A fingerprint of all their bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for t in tensors:
-        found.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def base_bits(host: Host) -> str:

@@ -156,11 +156,11 @@ def test_a_round_ends_early_when_the_policy_went_too_far(host):
     method = ppo(host, target_kl=1e-3)
     run = engine(host, method)
     for step, round_ in enumerate([0, 0, 1, 1]):
-        found = run.gradients(method.batch(step), 0)
+        metrics = run.gradients(method.batch(step), 0)
         assert method.round == round_
         shift(host, 0.1 if step == 0 else 0.0)
-        assert step != 1 or found["approx_kl"] > 1e-3
-        assert step in (1, 3) or found["approx_kl"] == 0
+        assert step != 1 or metrics["approx_kl"] > 1e-3
+        assert step in (1, 3) or metrics["approx_kl"] == 0
     never = ppo(host, target_kl=1e6)
     for step in range(4):
         engine(host, never).gradients(never.batch(step), 0)
@@ -214,10 +214,10 @@ def test_out_of_memory_while_a_round_is_evaluated(host, monkeypatch, capsys):
     method.batch(0)
     tokens = host.tokens
 
-    def small(pack, wanted):
+    def small(pack, request):
         if len(pack) > 1:
             raise torch.OutOfMemoryError("the card is full")
-        return tokens(pack, wanted)
+        return tokens(pack, request)
 
     monkeypatch.setattr(host, "tokens", small)
     batch = other.batch(0)
@@ -321,6 +321,6 @@ def test_a_masked_completion_is_not_learned_from(host):
         r.masks = [[False] * len(c) for c in r.completions]
     method.unit_ratio_packs.clear()
     run = engine(host, method)
-    found = run.gradients(batch, 0)
+    metrics = run.gradients(batch, 0)
     assert all(not flat.master.grad.any() for flat in run.flats.values())
-    assert found["loss"] == 0 and found["reward"] == pytest.approx(method.round_metrics["reward"])
+    assert metrics["loss"] == 0 and metrics["reward"] == pytest.approx(method.round_metrics["reward"])

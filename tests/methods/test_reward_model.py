@@ -129,11 +129,11 @@ def test_completions_are_cut_behind_their_last_supervised_token():
 
 def test_quality_by_hand():
     examples = [Example([1], [[2], [3]], rank=[0, 1]), Example([1], [[2], [3]], rank=[1, 0])]
-    found = reward_metrics([torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])], examples)
+    metrics = reward_metrics([torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])], examples)
     # leads 2 and -1: one of two is right; confidences σ(2) = .8808 and σ(1) = .7311 fall into two bins
-    assert found["accuracy"] == 0.5 and found["mean"] == 0.75
-    assert found["std"] == pytest.approx((((2 - 0.75) ** 2 + (1 - 0.75) ** 2 + 2 * 0.75**2) / 4) ** 0.5)
-    assert found["calibration_error"] == pytest.approx((abs(0.88080 - 1) + abs(0.73106 - 0)) / 2, abs=1e-5)
+    assert metrics["accuracy"] == 0.5 and metrics["mean"] == 0.75
+    assert metrics["std"] == pytest.approx((((2 - 0.75) ** 2 + (1 - 0.75) ** 2 + 2 * 0.75**2) / 4) ** 0.5)
+    assert metrics["calibration_error"] == pytest.approx((abs(0.88080 - 1) + abs(0.73106 - 0)) / 2, abs=1e-5)
 
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -154,8 +154,10 @@ def stock_scores(model) -> torch.Tensor:
 def test_stock_peft_gives_the_same_scores(folder, kind, tmp_path):
     host = host_with(folder, kind, head=True)
     host.save("policy", tmp_path / "reward")
-    told = tmp_path / "reward" / "adapter_config.json"  # names the base as the Hub would know it
-    told.write_text(told.read_text().replace(json.dumps(host.base.identity.name), json.dumps(str(folder))))
+    config_file = tmp_path / "reward" / "adapter_config.json"  # names the base as the Hub would know it
+    config_file.write_text(
+        config_file.read_text().replace(json.dumps(host.base.identity.name), json.dumps(str(folder)))
+    )
     stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
     torch.testing.assert_close(our_scores(host), stock_scores(stock), rtol=1e-5, atol=1e-6)
 
@@ -167,14 +169,14 @@ def test_stock_peft_gives_the_same_scores_on_four_bits(folder, kind, tmp_path):
     base = Base.load(folder, dtype="bfloat16", device="cpu", quiet=True)
     ours = Host(base)
     ours.load("policy", tmp_path / "reward")
-    found = our_scores(ours)
+    scores = our_scores(ours)
     ours.delete("policy")
     stock = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     stock.model = Base.load(folder, dtype="bfloat16", device="cpu", quiet=True).model.model  # the same four bits
     stock.is_loaded_in_4bit = True  # peft adds a LoRA to 4-bit layers in another order of rounding
     stock.score.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # the head stays in fp32
     stock = PeftModel.from_pretrained(stock, tmp_path / "reward").eval()
-    torch.testing.assert_close(found, stock_scores(stock), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores, stock_scores(stock), rtol=1e-5, atol=1e-6)
 
 
 STOCK = {

@@ -20,9 +20,9 @@ def folder(tmp_path_factory):
 def rows() -> list[Example]:
     g = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(4, 300, (n,), generator=g).tolist()  # noqa: E731
-    made = [Example(draw(int(p)), [draw(int(c))]) for p, c in torch.randint(1, 20, (7, 2), generator=g)]
-    made.append(Example(draw(6), [draw(8)], masks=[[True, True, False, False, False, True, True, False]]))
-    return [*made, Example([], [draw(9)])]
+    examples = [Example(draw(int(p)), [draw(int(c))]) for p, c in torch.randint(1, 20, (7, 2), generator=g)]
+    examples.append(Example(draw(6), [draw(8)], masks=[[True, True, False, False, False, True, True, False]]))
+    return [*examples, Example([], [draw(9)])]
 
 
 def host_with(folder, kind) -> Host:
@@ -52,10 +52,10 @@ def plain_loss(host, examples) -> torch.Tensor:
 
 
 def gradient(host) -> torch.Tensor:
-    found = torch.cat([p.grad.flatten() for p in host.parameters("policy")])
+    whole = torch.cat([p.grad.flatten() for p in host.parameters("policy")])
     for p in host.parameters("policy"):
         p.grad = None
-    return found
+    return whole
 
 
 def test_equals_full_logits(folder):
@@ -78,7 +78,7 @@ def test_the_micro_batch_changes_nothing(folder, kind):
     host.training("on")
     method = SFT(host, rows(), ("policy",), TrainConfig(batch_size=9))
     examples = method.batch(0)
-    found = []
+    results = []
     for budget in (1000, 60, 1):
         groups = micro_batches(examples, budget)
         normalizers = method.normalizers(examples)
@@ -87,11 +87,11 @@ def test_the_micro_batch_changes_nothing(folder, kind):
             part, _ = method.loss(group, normalizers)
             part.backward()
             loss += part.item()
-        found.append((len(groups), loss, gradient(host)))
-    assert [n for n, _, _ in found] == sorted({n for n, _, _ in found}) and found[-1][0] == 9
-    for _, loss, grad in found[1:]:
-        assert loss == pytest.approx(found[0][1], rel=1e-6)
-        assert (grad - found[0][2]).norm() <= 1e-5 * found[0][2].norm()  # 4.8e-7 seen
+        results.append((len(groups), loss, gradient(host)))
+    assert [n for n, _, _ in results] == sorted({n for n, _, _ in results}) and results[-1][0] == 9
+    for _, loss, grad in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-6)
+        assert (grad - results[0][2]).norm() <= 1e-5 * results[0][2].norm()  # 4.8e-7 seen
 
 
 def test_each_pass_sees_every_row_once(folder):

@@ -30,11 +30,11 @@ def _names(out: Path) -> list[str]:
 def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
     folder = _save(tmp_path, 40)
     assert folder == tmp_path / "checkpoints" / "step-000040"
-    found = checkpoint.newest_valid(tmp_path)
-    assert (found.folder, found.step, found.state) == (folder, 40, {"number": 0.1 + 0.2, "step": 40})
-    for name, tensor in found.read("weights").items():
+    newest = checkpoint.newest_valid(tmp_path)
+    assert (newest.folder, newest.step, newest.state) == (folder, 40, {"number": 0.1 + 0.2, "step": 40})
+    for name, tensor in newest.read("weights").items():
         assert torch.equal(tensor, WEIGHTS[name]) and torch.equal(tensor.signbit(), WEIGHTS[name].signbit())
-    assert found.read("optimizer")["policy/state1"].tolist() == list(range(9)) and found.read("method") == {}
+    assert newest.read("optimizer")["policy/state1"].tolist() == list(range(9)) and newest.read("method") == {}
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
@@ -233,13 +233,13 @@ def test_too_little_space_is_told_before_the_run(tmp_path, monkeypatch):
 
 
 def test_the_estimate_is_about_what_a_checkpoint_takes(tmp_path, monkeypatch):
-    asked: list[int] = []
-    monkeypatch.setattr(checkpoint, "check_space", lambda out, one, keep: asked.append(one))
+    estimates: list[int] = []
+    monkeypatch.setattr(checkpoint, "check_space", lambda out, one, keep: estimates.append(one))
     for kind in ("adamw", "adamw_8bit"):
         toy.run(tmp_path / kind, optimizer=kind)
         folder = checkpoint.newest_valid(tmp_path / kind).folder
         real = sum(p.stat().st_size for p in folder.iterdir())
-        assert abs(real - asked[-1]) < 5000  # headers, maps and state.json, which do not grow with the weights
+        assert abs(real - estimates[-1]) < 5000  # headers, maps and state.json, which do not grow with the weights
 
 
 def test_the_files_are_what_the_format_says(tmp_path):

@@ -286,14 +286,14 @@ def test_out_of_memory_gives_what_a_smaller_budget_gives(tmp_path, capsys, when)
 
 def test_out_of_memory_does_not_change_the_result(tmp_path):
     """Against a device where all fits, without dropout: equal but for the order of fp32 sums."""
-    found = []
+    weights = []
     for room in (30, 1000):
         method = toy.ToyMethod(toy.ToyHost(dropout=0.0))
         _small_device(method, room, "forward")
         host, _, _ = toy.run(tmp_path / str(room), method=method, token_budget=90, optimizer="adamw")
-        found.append(toy.weights(host))
+        weights.append(toy.weights(host))
     # As above: Adam turns a rounding error in a tiny gradient into a part of a step.
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-4) and not torch.equal(*found)
+    assert torch.allclose(*weights, rtol=1e-4, atol=1e-4) and not torch.equal(*weights)
 
 
 def test_the_smaller_budget_is_kept_unless_another_is_asked_for(tmp_path):
@@ -301,12 +301,12 @@ def test_the_smaller_budget_is_kept_unless_another_is_asked_for(tmp_path):
     _small_device(method, 30, "forward")
     toy.run(tmp_path, method=method, token_budget=90)
     kept = checkpoint.newest_valid(tmp_path).state["token_budget"]["now"]
-    for asked, expected in ((90, kept), (50, 50)):
+    for budget, expected in ((90, kept), (50, 50)):
         again = toy.ToyMethod(toy.ToyHost(), hook=toy.signal_at(3))
-        toy.run(tmp_path, method=again, token_budget=asked, resume=True)
+        toy.run(tmp_path, method=again, token_budget=budget, resume=True)
         again.hook = toy.signal_at(4)
-        toy.run(tmp_path, method=again, token_budget=asked, resume=True)
-        assert checkpoint.newest_valid(tmp_path).state["token_budget"] == {"asked": asked, "now": expected}
+        toy.run(tmp_path, method=again, token_budget=budget, resume=True)
+        assert checkpoint.newest_valid(tmp_path).state["token_budget"] == {"asked": budget, "now": expected}
 
 
 def test_a_single_example_that_does_not_fit_is_told_with_its_source(tmp_path):

@@ -20,11 +20,11 @@ def lines(out: Path) -> list[dict]:
 
 def test_one_object_a_line_with_the_names_of_the_field(tmp_path):
     toy.run(tmp_path, steps=5, log_every=2, eval_every=4)
-    found = lines(tmp_path)
-    assert [(line["step"], "loss" in line) for line in found] == [
+    records = lines(tmp_path)
+    assert [(line["step"], "loss" in line) for line in records] == [
         (0, False), (2, True), (4, True), (4, False), (5, True), (5, False),
     ]  # fmt: skip
-    for line in found:
+    for line in records:
         names = (
             {"loss", "rows", "grad_norm", "lr", "tokens_per_second"} if "loss" in line else {"eval/loss", "eval/rows"}
         )

@@ -111,18 +111,18 @@ def test_state_is_loaded_into_the_buffers_that_bitsandbytes_makes(monkeypatch):
     """On CUDA those are in managed memory; a copy of them would not be."""
     flats, optimizer = _new("adamw_8bit")
     _step(flats, optimizer, 0)
-    made: list[torch.Tensor] = []
+    buffers: list[torch.Tensor] = []
     original = bnb.optim.AdamW8bit.get_state_buffer
 
     def spy(self, p, dtype=torch.float32):
-        made.append(original(self, p, dtype))
-        return made[-1]
+        buffers.append(original(self, p, dtype))
+        return buffers[-1]
 
     monkeypatch.setattr(bnb.optim.AdamW8bit, "get_state_buffer", spy)
     again, resumed = _new("adamw_8bit")
     load_state(resumed, *read_state(optimizer))
     assert paged_state_is_managed(resumed) == {"policy": False, "value": False}
-    monkeypatch.setattr(resumed.page_mng, "paged_tensors", made)
+    monkeypatch.setattr(resumed.page_mng, "paged_tensors", buffers)
     assert paged_state_is_managed(resumed) == {"policy": True, "value": True}
     _step(again, resumed, 1)
     assert paged_state_is_managed(resumed) == {"policy": True, "value": True}

@@ -27,9 +27,9 @@ def test_the_unfinished_step_is_dropped_and_the_last_one_saved(tmp_path, number)
     host, _, result = toy.run(tmp_path, hook=hook)
     assert result.stopped_by == number and result.step == 5
     assert reached[-1] == (5, 0)  # that micro-batch is finished, no other is begun
-    found = checkpoint.newest_valid(tmp_path)
-    assert found.step == 5
-    saved = torch.cat([t.flatten() for t in found.read("weights").values()])
+    newest = checkpoint.newest_valid(tmp_path)
+    assert newest.step == 5
+    saved = torch.cat([t.flatten() for t in newest.read("weights").values()])
     assert torch.equal(saved.sort().values, toy.weights(host).sort().values)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
@@ -119,6 +119,6 @@ def test_from_outside(tmp_path, number):
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 128 + number
-    found = checkpoint.newest_valid(tmp_path)
+    newest = checkpoint.newest_valid(tmp_path)
     steps = metrics.read_text().count('"loss"')
-    assert found.step == steps >= 3
+    assert newest.step == steps >= 3

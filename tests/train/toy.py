@@ -127,14 +127,14 @@ class ToyMethod:
 def rows(count: int, seed: int) -> list[Example]:
     """Rows of 4 to 15 tokens that count up in sevens, so that what is learned on some holds for others."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    examples = []
     for i in range(count):
         length, start = (
             int(torch.randint(low, high, (), generator=generator)) for low, high in ((4, 16), (0, VOCABULARY))
         )
         ids = [(start + 7 * k) % VOCABULARY for k in range(length)]
-        made.append(Example(ids[:2], [ids[2:]], source=f"toy.jsonl:{i + 1}"))
-    return made
+        examples.append(Example(ids[:2], [ids[2:]], source=f"toy.jsonl:{i + 1}"))
+    return examples
 
 
 def heldout() -> list[Example]:

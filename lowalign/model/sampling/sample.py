@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lowalign.config.sections import Sampling
-from lowalign.data.micro_batches import free_memory
+from lowalign.data.micro_batches import free_memory, out_of_memory
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.rope import rope_scaling
@@ -62,12 +62,10 @@ def _sample_group(
     done: dict[tuple[int, int], Completion] = {}
     while True:
         batcher = SampleBatcher(source, sampling, waiting, max_rows)
-        try:
-            batcher.finish()
-            return done | batcher.done
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
+        reason = out_of_memory(batcher.finish)
         done |= batcher.done
+        if reason is None:
+            return done
         waiting = [(prompt, j) for prompt, j in waiting if (prompt.index, j) not in done]
         max_rows = batcher.last_forward_rows // 2
         del batcher  # its keys and values
@@ -77,7 +75,7 @@ def _sample_group(
             raise UserError(
                 f"out of memory with a single completion, which may take {length:,} tokens with its prompt{free}. Set "
                 "--sampling.max-new-tokens lower, leave out long prompts, or close other programs that use the card. "
-                f"The device said: {reason.splitlines()[0]}"
+                f"The device said: {reason}"
             )
         log(f"out of memory while sampling: unfinished samples start again, at most {max_rows} at a time (--sampling.max-rows)")  # fmt: skip
 
