@@ -89,12 +89,12 @@ class Host(Adapters):
         seeds: one per prompt. A sample depends only on sampling.seed, its prompt's seed and its number, not on the rest
         of the batch. When memory runs out, unfinished samples start again with half as many at a time.
         """
-        source = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check)
+        sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check)
         run = sample_batched if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
         try:
-            return run(source, prompts, n, sampling or Sampling(), seeds)
+            return run(sampled, prompts, n, sampling or Sampling(), seeds)
         finally:
             self.base.model.train(was_training)
 

@@ -1,1 +1,1 @@
-"""The attention function registered with transformers: packed, blockwise, and over the sampler's cache."""
+"""The attention registered with transformers: over Packs and over the sampler's cache, behind a soft prompt."""

@@ -61,13 +61,13 @@ def block_attention(
         out, lse = kernel(query, key, value, attn_mask=bias, scale=scale)
         # The kernel returns a log-sum-exp of 0 for a query that sees no key.
         return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -torch.inf)
-    exact = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(exact) @ key.to(exact).mT * scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ key.to(dtype).mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).nan_to_num() @ value.to(exact)).to(query.dtype), scores.logsumexp(-1)
+    return (scores.softmax(-1).nan_to_num() @ value.to(dtype)).to(query.dtype), scores.logsumexp(-1)
 
 
 def varlen_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:

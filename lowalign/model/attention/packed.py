@@ -14,7 +14,7 @@ from lowalign.log import log
 from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, visible
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
-SCORES = 2**20  # on the CPU: the backward writes out all scores of a head, at most this many
+MAX_SCORES = 2**20  # on the CPU: the backward writes out all scores of a head, at most this many
 
 
 @dataclass
@@ -59,7 +59,7 @@ def dense_attention(
 ) -> Tensor:
     """(B, H, Q, D) on (B, Hkv, K, D) -> (B, H, Q, D). mask (Q, K) bool; None: causal, Q = K."""
     if softcap is None:
-        on_cpu = query.device.type == "cpu" and query.shape[2] * key.shape[2] <= SCORES
+        on_cpu = query.device.type == "cpu" and query.shape[2] * key.shape[2] <= MAX_SCORES
         return (_OnCPU.apply if on_cpu and torch.is_grad_enabled() else _fused)(query, key, value, mask, scale)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))

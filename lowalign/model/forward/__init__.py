@@ -1,1 +1,1 @@
-"""Hidden states, log-probabilities, values and scores of packed or single rows."""
+"""Log-probabilities, entropies, values and scores of Examples, from packed rows or one row per completion."""

@@ -128,7 +128,7 @@ def _no_checkpointing(model: nn.Module, needed: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def row_sample(
-    source: SampledModel,
+    sampled: SampledModel,
     prompts: Sequence[Sequence[int]],
     n: int,
     sampling: Sampling,
@@ -137,22 +137,22 @@ def row_sample(
     """As `sample_batched`, one completion at a time through the model's own cache."""
     results = []
     for i, prompt in enumerate(prompts):
-        if not prompt and not source.soft.virtual_tokens:
+        if not prompt and not sampled.soft.virtual_tokens:
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
-        source.check()
+        sampled.check()
         seed = i if seeds is None else seeds[i]
         random = [uniforms(sampling.seed, seed, j, sampling.max_new_tokens) for j in range(n)]
-        results.append([_sample_one(source, list(prompt), sampling, numbers) for numbers in random])
+        results.append([_sample_one(sampled, list(prompt), sampling, numbers) for numbers in random])
     return results
 
 
-def _sample_one(source: SampledModel, prompt: list[int], sampling: Sampling, random: list[float]) -> Completion:
+def _sample_one(sampled: SampledModel, prompt: list[int], sampling: Sampling, random: list[float]) -> Completion:
     """One completion. random: a uniform number for each token it may get."""
-    model = source.model
-    logits, cache = _logits(model, prompt, source.soft, keep=1, use_cache=True)
+    model = sampled.model
+    logits, cache = _logits(model, prompt, sampled.soft, keep=1, use_cache=True)
     device, length = logits.device, cache.get_seq_length()
     eos = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=device)
-    eos[0, list(source.eos_ids)] = True
+    eos[0, list(sampled.eos_ids)] = True
     ids: list[int] = []
     logps: list[Tensor] = []
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
@@ -169,7 +169,7 @@ def _sample_one(source: SampledModel, prompt: list[int], sampling: Sampling, ran
         )
         ids.append(int(token))
         logps.append(logp)
-        if ids[-1] in source.eos_ids:
+        if ids[-1] in sampled.eos_ids:
             break
         total = length + len(ids)
         output = model(
@@ -180,4 +180,4 @@ def _sample_one(source: SampledModel, prompt: list[int], sampling: Sampling, ran
             use_cache=True,
         )
         logits = output.logits[:, -1]
-    return Completion(ids, torch.cat(logps).cpu(), ids[-1] in source.eos_ids)
+    return Completion(ids, torch.cat(logps).cpu(), ids[-1] in sampled.eos_ids)

@@ -1,1 +1,1 @@
-"""Drawing completions."""
+"""Sampling completions: which samples share a forward, and how each token is drawn."""

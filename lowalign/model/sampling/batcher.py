@@ -76,12 +76,12 @@ class SampleBatcher:
     """
 
     def __init__(
-        self, source: SampledModel, sampling: Sampling, waiting: Sequence[tuple[PromptTask, int]], max_rows: int
+        self, sampled: SampledModel, sampling: Sampling, waiting: Sequence[tuple[PromptTask, int]], max_rows: int
     ) -> None:
-        self.source, self.sampling, self.device = source, sampling, source.device
+        self.sampled, self.sampling, self.device = sampled, sampling, sampled.device
         self.waiting = deque(waiting)
         self.max_rows = min(max_rows, len(self.waiting))
-        self.cache = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), source.soft)
+        self.cache = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), sampled.soft)
         self.rows: list[PartialCompletion] = []
         self.last_forward_rows = 0  # samples of the last forward, including those that only started with it
         self.first_logits: dict[int, Tensor] = {}  # prompt -> (V,) for its first token, until all its samples started
@@ -136,7 +136,7 @@ class SampleBatcher:
 
     def _prefill(self, prompts: list[PromptTask]) -> None:
         """One forward of whole prompts, end to end: stores keys and values, and the logits of the first tokens."""
-        embed, prepend = self.source.model.get_input_embeddings(), self.source.soft.prepend
+        embed, prepend = self.sampled.model.get_input_embeddings(), self.sampled.soft.prepend
         words = [prepend(embed(torch.tensor(p.ids, dtype=torch.long, device=self.device))) for p in prompts]
         lengths, key_lengths = [len(w) for w in words], [p.length for p in prompts]
         self.cache.batch = PromptBatch([p.index for p in prompts], lengths, key_lengths, self.device)
@@ -158,16 +158,16 @@ class SampleBatcher:
         return self._forward(positions, input_ids=last)
 
     def _forward(self, positions: Tensor, **inputs: Tensor) -> Tensor:
-        self.source.check()
+        self.sampled.check()
         with no_mask():
-            output = self.source.model(
+            output = self.sampled.model(
                 **inputs, position_ids=positions[None].to(self.device), use_cache=False, sampler_cache=self.cache
             )
         return output.logits[0]
 
     def _append(self, rows: list[PartialCompletion], logits: Tensor) -> None:
         """Draw one token for each row. logits (rows, V)."""
-        how, eos_ids = self.sampling, list(self.source.eos_ids)
+        how, eos_ids = self.sampling, list(self.sampled.eos_ids)
         random = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=self.device)
         banned = None
         too_short = [len(row.ids) < how.min_new_tokens for row in rows]
@@ -186,7 +186,7 @@ class SampleBatcher:
 
     def _retire(self) -> None:
         """Remove finished rows, move the last live ones into their slots, free prompts that no sample needs."""
-        stopped = [row.ids[-1] in self.source.eos_ids for row in self.rows]
+        stopped = [row.ids[-1] in self.sampled.eos_ids for row in self.rows]
         finished = [stop or len(row.ids) == row.prompt.limit for row, stop in zip(self.rows, stopped, strict=True)]
         for row, stop, end in zip(self.rows, stopped, finished, strict=True):
             if end:

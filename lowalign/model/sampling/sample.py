@@ -16,7 +16,7 @@ from lowalign.model.sampling.batcher import Completion, PromptTask, SampleBatche
 
 @torch.no_grad()
 def sample_batched(
-    source: SampledModel,
+    sampled: SampledModel,
     prompts: Sequence[Sequence[int]],
     n: int,
     sampling: Sampling,
@@ -35,33 +35,33 @@ def sample_batched(
         raise ValueError(
             f"n must be at least 1 and seeds one per prompt: n = {n}, {len(seeds)} seeds, {len(prompts)} prompts"
         )
-    config = source.model.config.get_text_config()
+    config = sampled.model.config.get_text_config()
     # Dynamic RoPE continues beyond the positions in the config.
     last = None if rope_scaling(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
     positions = last or math.inf
     tasks = []
     for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        length = source.soft.length + len(ids)
-        if not ids and not source.soft.virtual_tokens:
+        length = sampled.soft.length + len(ids)
+        if not ids and not sampled.soft.virtual_tokens:
             raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
         if length >= positions:
             raise UserError(f"prompt {i} takes {length} of the model's {positions} positions; shorten it")
         tasks.append(PromptTask(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
     results: list[list[Completion]] = [[] for _ in prompts]
     for group, max_rows in _groups(config, tasks, sampling.max_rows):
-        done = _sample_group(source, sampling, [(task, j) for task in group for j in range(n)], max_rows)
+        done = _sample_group(sampled, sampling, [(task, j) for task in group for j in range(n)], max_rows)
         for task in group:
             results[task.index] = [done[task.index, j] for j in range(n)]
     return results
 
 
 def _sample_group(
-    source: SampledModel, sampling: Sampling, waiting: list[tuple[PromptTask, int]], max_rows: int
+    sampled: SampledModel, sampling: Sampling, waiting: list[tuple[PromptTask, int]], max_rows: int
 ) -> dict[tuple[int, int], Completion]:
     """The samples by (prompt, number); when memory runs out, unfinished ones start again, half as many at a time."""
     done: dict[tuple[int, int], Completion] = {}
     while True:
-        batcher = SampleBatcher(source, sampling, waiting, max_rows)
+        batcher = SampleBatcher(sampled, sampling, waiting, max_rows)
         reason = out_of_memory(batcher.finish)
         done |= batcher.done
         if reason is None:

@@ -33,7 +33,7 @@ PROMPTS = [draw(14, 0), draw(5, 1), draw(20, 2), draw(1, 3)]
 
 @cache
 def models(kind, dtype=torch.float64):
-    """An architecture twice: with our attention in `dtype`, and as it is in fp64."""
+    """Two copies of a model: with our attention in `dtype`, and with its own in fp64."""
     model, stock = with_stock(tiny_model(kind))
     return model.to(dtype), stock
 
@@ -51,7 +51,7 @@ def sample(model, prompts, n, sampling, *, eos_ids=(), soft=NO_SOFT_PROMPT, seed
 
 
 def soft_prompt(kind, model):
-    """Four virtual tokens, or a prefix of four, or none; large enough to matter."""
+    """Four virtual tokens, a prefix of four, or none; large enough to change the results."""
     torch.manual_seed(7)
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -118,7 +118,7 @@ def test_greedy_equals_stock_generate(kind):
 @pytest.mark.parametrize("soft", ["prompt", "prefix"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_soft_prompts(kind, soft):
-    """Greedy with a soft prompt: every token is the likeliest of a teacher-forced forward, also where no prompt follows."""
+    """Greedy behind a soft prompt: each token is the likeliest of a teacher-forced forward, also for an empty prompt."""
     model, stock = models(kind)
     learned = soft_prompt(soft, model)
     prompts = [*PROMPTS, []] if soft == "prompt" else PROMPTS
@@ -133,7 +133,7 @@ def test_soft_prompts(kind, soft):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_a_prompt_computed_in_chunks(kind, monkeypatch):
-    """Chunks shorter than the window, behind a prefix, several prompts to a forward, and to several."""
+    """Chunks shorter than the window, behind a prefix; several prompts per forward, and several forwards."""
     model, stock = models(kind, torch.float32)
     prefix = soft_prompt("prefix", model)
     monkeypatch.setattr(sampler_cache, "CHUNK", 5)
@@ -173,7 +173,7 @@ def test_a_learned_sink_takes_its_share():
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_log_probs_are_those_of_the_whole_distribution(kind):
-    """At the sampling temperature, whatever top-k, top-p and min_new_tokens leave of it."""
+    """At the sampling temperature, before top-k, top-p and min_new_tokens."""
     model, stock = models(kind, torch.float32)
     how = Sampling(temperature=0.7, top_k=20, top_p=0.9, max_new_tokens=30, min_new_tokens=10, seed=3)
     for prompt, completions in zip(PROMPTS, sample(model, PROMPTS, 2, how, eos_ids=range(0, 380, 9)), strict=True):
@@ -215,8 +215,8 @@ def reference_varlen(
 
 @pytest.mark.parametrize("soft", ["none", "prefix"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_the_calls_of_the_ragged_kernel(kind, soft, monkeypatch):
-    """The path that CUDA takes, with the flash kernel replaced by its definition."""
+def test_the_calls_of_the_varlen_kernel(kind, soft, monkeypatch):
+    """The CUDA path, with the flash kernel replaced by its definition."""
     model, _ = models(kind)
     how = {"eos_ids": range(0, 380, 12), "soft": soft_prompt(soft, model)}
     want = sample(model, PROMPTS, 3, Sampling(max_new_tokens=80, max_rows=5), **how)
@@ -229,8 +229,8 @@ def test_the_calls_of_the_ragged_kernel(kind, soft, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["", "lse", "used", "window", "old", "refuses"])
-def test_a_ragged_kernel_that_is_not_as_expected_is_left_alone(broken, monkeypatch, capsys):
-    """One line says so; the check itself is made against the definition."""
+def test_a_wrong_varlen_kernel_is_not_used(broken, monkeypatch, capsys):
+    """One line is logged. The check runs against the definition of the kernel."""
 
     def kernel(*args, seqused_k=None, return_aux, window_size, enable_gqa, scale):
         if broken == "refuses":

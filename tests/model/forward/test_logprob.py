@@ -41,7 +41,7 @@ def test_values_and_gradients_in_fp64(softcap, scale, temperature, bias, entropy
 
 
 def test_a_trained_head_gets_its_gradients():
-    """A head that learns takes the plain path: its own weight's gradient equals autograd's."""
+    """A trained LM head takes the plain path: the gradients of its weights equal those of autograd."""
     torch.manual_seed(0)
     hidden, labels = torch.randn(300, 8, dtype=torch.float64), torch.randint(0, 20, (300,))
     grads = []
@@ -59,8 +59,8 @@ def test_a_trained_head_gets_its_gradients():
         assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_logits_are_never_all_there():
-    """Nothing of size N x V is kept between forward and backward."""
+def test_logits_are_not_kept_for_the_backward():
+    """No tensor of size N x V is kept between forward and backward."""
     layer = nn.Linear(8, 1000).requires_grad_(False)
     kept = []
     hidden = torch.randn(700, 8, requires_grad=True)

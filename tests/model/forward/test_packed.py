@@ -26,7 +26,7 @@ ADAPTERS = {
 
 
 def examples(seed: int = 0) -> list[Example]:
-    """Several completions, one, and no prompt at all; rows longer than the window of 8."""
+    """Examples with three, one and two completions, longer than the window of 8."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(4, 380, (n,), generator=g).tolist()  # noqa: E731
     return [
@@ -90,7 +90,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
     (flatten(got) @ weight).backward()
     a = torch.cat([p.grad.flatten() for p in parameters])
     b = torch.cat([p.grad.flatten() for p in host.parameters("a")])
-    # LoRA's A and B come in another order in each library, so compare what does not depend on it, then each by name.
+    # The libraries order LoRA's A and B differently: compare the norm, which does not depend on it, then each by name.
     assert torch.allclose(a.norm(), b.norm(), rtol=ROUNDING)
     if adapter == "lora":
         theirs = {
@@ -105,7 +105,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
 
 
 def test_prefix_with_projection_equals_stock(folders):
-    """The reparametrised prefix, weights copied over by name."""
+    """A prefix with its projection; weights are copied by name."""
     config = partial(
         PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"
     )
@@ -149,7 +149,7 @@ def test_supervised_only_zeroes_the_rest(folders):
     "kind,broken", [("mistral", "sliding_window"), ("gemma2", "softcap"), ("gemma2", "sliding_window")]
 )
 def test_the_probe_sees_a_keyword_that_is_ignored(kind, broken, monkeypatch):
-    """A kernel that forgets the window, or the soft cap, must not pass."""
+    """A kernel that ignores the window or the soft cap must not pass."""
     assert probe.probe(CONFIGS[kind]()) == (True, "")
     honest = interface.packed_attention
 
@@ -196,7 +196,7 @@ def test_a_model_without_the_attention_interface_takes_rows(tmp_path):
 
 
 def test_longrope_keeps_short_and_long_apart(tmp_path):
-    """A short Example beside one past the original length keeps the short factors (it moves by 0.02 otherwise)."""
+    """A short Example beside one past the original length keeps the short factors (else its log-probs change by 0.02)."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
     base = load(tiny_folder(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=32))

@@ -17,11 +17,11 @@ def truncated(logits, temperature, top_k, top_p):
         p[order[top_k:]] = 0
         p /= p.sum()
     if top_p < 1:
-        held = 0.0
+        mass = 0.0
         for token in order.tolist():
-            if held >= top_p:
+            if mass >= top_p:
                 p[token] = 0
-            held += float(p[token])
+            mass += float(p[token])
         p /= p.sum()
     return p
 
@@ -72,7 +72,7 @@ def test_a_point_on_the_total_finds_the_last_place_that_added_something():
     assert _invert(cumulative, torch.zeros(2, 1)).tolist() == [[1], [2]]
 
 
-def test_barred_tokens_give_up_their_share_but_not_their_log_prob():
+def test_banned_tokens_give_up_their_share_but_not_their_log_prob():
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     logits[7] += 12  # nearly all of the mass
     banned = torch.zeros(2, 300, dtype=torch.bool)

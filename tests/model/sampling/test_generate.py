@@ -36,7 +36,7 @@ def stock_generate(model, prompt) -> list[int]:
     ids = torch.tensor([prompt])
     fixed = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed)[0].tolist()
-    # With inputs_embeds alone (prompt tuning) the prompt is not given back.
+    # With inputs_embeds alone (prompt tuning) the output does not repeat the prompt.
     return out[len(prompt) :] if out[: len(prompt)] == prompt else out
 
 
@@ -79,7 +79,7 @@ def test_a_stack_and_its_samples(folders):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_rows_fall_back_draws_the_same(adapter, folders):
-    """The fall-back sampler and the packed one give the same samples from the same seeds."""
+    """The fallback sampler and the packed one draw the same samples from the same seeds."""
     results = []
     for packed in (True, False):
         base = load(folders["mistral"])

@@ -1,4 +1,4 @@
-"""What is sampled: independent of the batch, of the exact distribution, ended where it should be."""
+"""Samples do not depend on the batch, follow the exact distribution, and end where they should."""
 
 import contextlib
 import copy
@@ -29,14 +29,14 @@ from tests.model.attention.test_sampler_cache import (
 from tests.model.sampling.test_draw import truncated
 from tests.tiny import tiny_model
 
-# -- nothing else in the batch matters --------------------------------------------------------------------------------
+# -- independence of the batch ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "kind,soft", [("llama", "prompt"), ("llama", "prefix"), ("mistral", "prefix"), ("gemma2", "none")]
 )
 def test_samples_do_not_depend_on_what_else_is_sampled(kind, soft):
-    """Alone or together, in any order, few rows at a time or many, with ends at different times, and whatever n."""
+    """Alone or together, in any order, few or many rows at a time, with different ends, for any n."""
     model, _ = models(kind)
     learned = soft_prompt(soft, model)
     eos = list(range(0, 380, 12))
@@ -75,7 +75,7 @@ def small_device(model, rows: int, after: int = 0):
 @pytest.mark.parametrize("soft", ["none", "prompt", "prefix"])
 @pytest.mark.parametrize("after", [0, 9])
 def test_out_of_memory_costs_time_and_changes_no_sample(soft, after, capsys):
-    """At the first token, or later, when some are done and stay so and a prompt is begun again at any of its samples."""
+    """At the first token, or later: finished samples are kept, and a prompt starts again at any of its samples."""
     model, _ = models("llama")
     how = {"eos_ids": range(0, 380, 12), "soft": soft_prompt(soft, model)}
     run = lambda: sample(model, PROMPTS, 5, Sampling(max_new_tokens=30, seed=1), **how)  # noqa: E731
@@ -103,7 +103,7 @@ def test_one_completion_has_to_fit(rows):
             run()
 
 
-def test_it_can_be_left_between_forwards():
+def test_check_can_abort_between_forwards():
     model, _ = models("llama")
     calls = []
 
@@ -121,14 +121,14 @@ def test_seeds():
     how = Sampling(max_new_tokens=12)
     ids = lambda *args, **kw: [[c.ids for c in cs] for cs in sample(model, *args, **kw)]  # noqa: E731
     a, b = ids([PROMPTS[0]] * 2, 2, how)
-    assert len({tuple(x) for x in a + b}) == 4  # the same prompt twice has samples of its own each time
+    assert len({tuple(x) for x in a + b}) == 4  # the same prompt twice gets different samples
     assert ids([PROMPTS[0]] * 2, 2, how, seeds=[0, 0]) == [a, a]
     assert ids([PROMPTS[0]], 2, Sampling(max_new_tokens=12, seed=1)) != [a]
     assert ids([PROMPTS[0]], 2, Sampling(max_new_tokens=5)) == [[x[:5] for x in a]]
 
 
 def test_each_token_is_computed_once():
-    """A prompt once, however many samples hang on it and however they are admitted; a sample's last token never."""
+    """A prompt once, for any number of samples in any order; the last token of a sample never."""
     model, _ = models("llama")
     seen = []
     hook = model.model.register_forward_pre_hook(
@@ -145,7 +145,7 @@ def test_each_token_is_computed_once():
 
 @pytest.mark.parametrize("budget,rows", [(150, 64), (400, 12)])
 def test_keys_and_values_stay_within_the_budget(budget, rows):
-    """Prompts as long as a sample of theirs is live or waits, samples at their longest; and no more rows than asked for."""
+    """Counted: prompts with a live or waiting sample, and samples at their longest. Never more rows than max_rows."""
     model, _ = models("llama")
     tokens = []
 
@@ -211,8 +211,8 @@ def test_any_eos_ends_a_completion():
         assert cut.stopped == (cut.ids[-1] in eos)
 
 
-def test_min_new_tokens_bars_every_eos_until_then():
-    """Before that the likeliest other token is taken; after it the eos ends the completion as ever."""
+def test_min_new_tokens_bans_every_eos_until_then():
+    """Before that the likeliest other token is taken; after it an eos ends the completion."""
     model, stock = models("llama")
     (free,) = sample(model, PROMPTS[:1], 1, GREEDY)[0]
     eos = sorted({free.ids[0], free.ids[2], free.ids[5]})
@@ -238,9 +238,9 @@ def test_a_completion_ends_with_the_positions_of_the_model():
 
 
 def test_longrope_keeps_short_and_long_apart():
-    """Beside a long prompt a short one keeps its factors; on either side of the switch log-probs are the model's own.
+    """A short prompt beside a long one keeps its factors; on both sides of the switch log-probs are the model's own.
 
-    Past the switch a sample does not see the others' positions: it is what a row of its own with a cache gives.
+    Past the switch a sample does not depend on the positions of others: it equals a single row with a cache.
     """
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
@@ -254,7 +254,7 @@ def test_longrope_keeps_short_and_long_apart():
     same(sample_batched(*crossing), row_sample(*crossing))
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_refusals():
