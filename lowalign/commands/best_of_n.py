@@ -43,7 +43,7 @@ from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 from lowalign.train.signals import Interrupted, StopSignals
 
-BLOCK = 64  # prompts that are sampled, scored and written together
+PROMPTS_PER_BLOCK = 64  # prompts that are sampled, scored and written together
 
 Prompts = Sequence[tuple[PromptRow, list[int]]]  # rows and their token ids
 
@@ -93,7 +93,11 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     """Sample and score one round, and write all files of its folder but the sft run."""
     folder.mkdir(exist_ok=True)
     journal, total = Journal(folder / "candidates.jsonl"), len(prompts)
-    done = len(journal.lines) if len(journal.lines) == total else len(journal.lines) // BLOCK * BLOCK
+    done = (
+        len(journal.lines)
+        if len(journal.lines) == total
+        else len(journal.lines) // PROMPTS_PER_BLOCK * PROMPTS_PER_BLOCK
+    )
     # A block is always computed as a whole: it then has the same bits however often a run was interrupted.
     journal.keep(done)
     if done < total:
@@ -101,8 +105,8 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
         rewards = load_rewards(config.reward, host, chat, config.allow_base_mismatch, config.token_budget)
         with tqdm(total=total, initial=done, unit="prompt", disable=None) as bar:
-            for start in range(done, total, BLOCK):
-                block = range(start, min(start + BLOCK, total))
+            for start in range(done, total, PROMPTS_PER_BLOCK):
+                block = range(start, min(start + PROMPTS_PER_BLOCK, total))
                 journal.add(_candidates(config, host, stack, rewards, prompts, block))
                 bar.update(len(block))
         for name in tuple(host.adapters):

@@ -51,7 +51,7 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
         facts += [f"margin {example.margin:g}"] if example.margin else []
         facts += [f"weight {example.weight:g}"] if example.weight != 1 else []
         print(f"\n{example.source} ({', '.join(facts)})")
-        print(show(example, tokenizer, colour))
+        print(marked_text(example, tokenizer, colour))
     return len(dataset.bad)
 
 
@@ -64,7 +64,7 @@ def _encoder(config: AnyDataConfig) -> RowEncoder:
     return max(PREFERENCE_ENCODER, SFT_ENCODER, key=likeness)
 
 
-def show(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def marked_text(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """The text of an Example, its supervised spans in green or in «…», long spans shortened. Preferences have headings for
     prompt and answers, the best answer first."""
     answers = [_marked(ids, example.mask(i), tokenizer, colour) for i, ids in enumerate(example.completions)]

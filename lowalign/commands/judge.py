@@ -24,13 +24,13 @@ from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.judge_prompt import JudgePrompt
-from lowalign.rewards.pairwise import Line, ModelJudge, Pair, RewardJudge, summary, summary_lines
+from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, summary, summary_lines
 from lowalign.rewards.rewards import load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 
-BLOCK = 32  # pairs of answers whose verdicts are computed and written together
+PAIRS_PER_BLOCK = 32  # pairs of answers whose verdicts are computed and written together
 
 
 def judge(config: JudgeConfig) -> int:
@@ -63,10 +63,10 @@ def judge(config: JudgeConfig) -> int:
 
 
 def _blocks(pairs: Sequence[Pair], whole_rows: bool) -> Iterator[list[Pair]]:
-    """The pairs in order, BLOCK together. whole_rows: do not divide the pairs of a row; such a block may be larger."""
+    """The pairs in order, PAIRS_PER_BLOCK together. whole_rows: do not divide the pairs of a row; such a block may be larger."""
     block: list[Pair] = []
     for pair in pairs:
-        if len(block) >= BLOCK and not (whole_rows and pair.row is block[-1].row):
+        if len(block) >= PAIRS_PER_BLOCK and not (whole_rows and pair.row is block[-1].row):
             yield block
             block = []
         block.append(pair)
@@ -97,7 +97,7 @@ def _load(config: JudgeConfig, adapters: Sequence[str]) -> tuple[Host, Chat]:
     return Host(base), Chat(base.tokenizer, adapter_template(adapters))
 
 
-def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
+def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine]) -> None:
     """Write pairs.jsonl, disagreements.jsonl and report.json, and log the report."""
     preferences, disagreements = [], []
     for (row, i, j), line in zip(pairs, lines, strict=True):

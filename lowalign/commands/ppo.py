@@ -23,7 +23,7 @@ from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.model.policy import add_fresh, load_stack
+from lowalign.model.policy import Stack, add_fresh, load_stack
 from lowalign.rewards.reward_run import RunReward
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
@@ -31,8 +31,6 @@ from lowalign.train.run import Job, check_and_log_start, named_run, reference_st
 from lowalign.train.run_folder import Journal
 
 VALUE = "value"
-
-Stack = tuple[str, ...]
 
 
 def ppo(config: PPOConfig, base: Base | None = None) -> int:

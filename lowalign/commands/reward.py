@@ -14,8 +14,9 @@ from lowalign.log import log
 from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
+from lowalign.model.policy import Stack
 from lowalign.rewards.reward_run import score_examples
-from lowalign.train.run import Job, Stack, read_rows, run
+from lowalign.train.run import Job, load_rows, run
 
 EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
 
@@ -36,7 +37,7 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         ties = config.data.ties == "keep"
         return RewardModel(host, rows, policy, config.reward, config.train, ties)
 
-    return run(config, Job("reward", partial(read_rows, config, load), start, finish=_evaluate), base)
+    return run(config, Job("reward", partial(load_rows, config, load), start, finish=_evaluate), base)
 
 
 def _evaluate(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:

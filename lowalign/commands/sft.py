@@ -8,7 +8,8 @@ from lowalign.data.pack import Example
 from lowalign.methods.sft import SFT
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.train.run import Job, Stack, check_and_log_start, read_rows, run
+from lowalign.model.policy import Stack
+from lowalign.train.run import Job, check_and_log_start, load_rows, run
 
 
 def sft(config: SFTConfig, base: Base | None = None) -> int:
@@ -18,4 +19,4 @@ def sft(config: SFTConfig, base: Base | None = None) -> int:
         check_and_log_start(host, policy, initial, rows, config)
         return SFT(host, rows, policy, config.train)
 
-    return run(config, Job("sft", partial(read_rows, config, load_examples), start), base)
+    return run(config, Job("sft", partial(load_rows, config, load_examples), start), base)

@@ -21,8 +21,8 @@ from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollout import Rollout, flat, supervised
 from lowalign.model.forward.packed import TokenRequest
 from lowalign.model.host import Host
+from lowalign.model.policy import Stack
 
-Stack = tuple[str, ...]
 ScoreFunction = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
 """The numbers of the prompts, and for each the ids of its completions -> for each prompt its completions' rewards."""
 

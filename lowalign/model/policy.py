@@ -18,6 +18,7 @@ from lowalign.model.forward.logprob import LMHead
 from lowalign.model.forward.packed import hidden_states, pack_behind
 from lowalign.model.host import Host
 
+Stack = tuple[str, ...]  # names of adapters that act together, in the order they stack
 POLICY, INIT = "policy", "init"
 KL_TOKENS = 256  # at most; tokens the KL divergence is averaged over
 CHECK_EXAMPLES, CHECK_TOKENS = 4, 512  # for the check of the start; tokens of each prompt and completion

@@ -27,7 +27,9 @@ from lowalign.rewards.rewards import Rewards
 
 EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
 
-Line = dict[str, Any]  # of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers
+VerdictLine = dict[
+    str, Any
+]  # of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers
 
 
 class Pair(NamedTuple):
@@ -49,7 +51,7 @@ class Pair(NamedTuple):
             return EMPTY
         return "both answers are the same" if a == b else ""
 
-    def line(self, verdict: str, **more: Any) -> Line:
+    def line(self, verdict: str, **more: Any) -> VerdictLine:
         """The pair's line of verdicts.jsonl."""
         return {"source": self.row.source, "a": self.i, "b": self.j, "verdict": verdict, **more}
 
@@ -64,7 +66,7 @@ class ModelJudge:
     prompt: JudgePrompt
     config: JudgeConfig
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[Line]:
+    def __call__(self, pairs: Sequence[Pair]) -> list[VerdictLine]:
         """The line of each pair."""
         questions = [pair.unfit() or self._questions(pair) for pair in pairs]
         askable = [question for both in questions if not isinstance(both, str) for question in both]
@@ -99,7 +101,7 @@ class RewardJudge:
     chat: Chat | None
     config: JudgeConfig
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[Line]:
+    def __call__(self, pairs: Sequence[Pair]) -> list[VerdictLine]:
         """The line of each pair."""
         rows = {id(pair.row): self._encode(pair.row) for pair in pairs}
         scores = self._scores([row for row in rows.values() if row.ids])
@@ -195,7 +197,7 @@ def winner(lead: float, margin: float) -> str:
     return "a" if lead > 0 else "b"
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
+def summary(lines: Sequence[VerdictLine]) -> dict[str, Any]:
     """The counts of verdicts. first_place: share of the questions won by the answer in the first place; 0.5 without a bias
     for a place, None when no question was asked."""
     counts = Counter(line["verdict"] for line in lines)

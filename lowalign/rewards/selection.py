@@ -64,10 +64,12 @@ def sizes(n: int) -> list[int]:
 
 # -- files and figures of a round ------------------------------------------------------------------------------------
 
-Line = dict[str, Any]  # of candidates.jsonl: prompt, completions: [{completion, score, parts, stopped, tokens}]
+CandidateLine = dict[
+    str, Any
+]  # of candidates.jsonl: prompt, completions: [{completion, score, parts, stopped, tokens}]
 
 
-def write_datasets(folder: Path, lines: Sequence[Line], unfinished: bool, raw: bool) -> dict[str, int]:
+def write_datasets(folder: Path, lines: Sequence[CandidateLine], unfinished: bool, raw: bool) -> dict[str, int]:
     """Write best.jsonl, pairs.jsonl and rankings.jsonl -> how many rows each has.
 
     unfinished: completions cut off at the length limit may be the best. raw: prompts are plain text, not user messages.
@@ -94,7 +96,7 @@ def write_datasets(folder: Path, lines: Sequence[Line], unfinished: bool, raw: b
     return {name: len(part) for name, part in rows.items()}
 
 
-def report(lines: Sequence[Line]) -> dict[str, Any]:
+def report(lines: Sequence[CandidateLine]) -> dict[str, Any]:
     """The figures of a round, over all completions of its prompts.
 
     mean_reward: by k, expected_best averaged over the prompts. divergence: by k, kl_bound in nats. acceptance: share of

@@ -27,15 +27,13 @@ from lowalign.log import log
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.policy import check_start, load_stack, start_policy
+from lowalign.model.policy import Stack, check_start, load_stack, start_policy
 from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
 from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
-
-Stack = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def check_and_log_start(host: Host, policy: Stack, reference: Stack, rows: list[
         log(check_start(host, policy, reference, rows))
 
 
-def read_rows(
+def load_rows(
     config: RunConfig, load: Callable[..., Dataset], tokenizer: PreTrainedTokenizerBase, chat: Chat
 ) -> tuple[list[Example], list[Example]]:
     """-> the Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""

@@ -42,7 +42,7 @@ def vowels(prompts, completions):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(best_of_n, "BLOCK", 4)
+    monkeypatch.setattr(best_of_n, "PROMPTS_PER_BLOCK", 4)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def straight(world, tmp_path_factory):
     """An uninterrupted run with the function."""
     out = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(best_of_n, "BLOCK", 4)
+        patch.setattr(best_of_n, "PROMPTS_PER_BLOCK", 4)
         assert main(flags(world, out)) == 0
     return out
 
@@ -193,7 +193,7 @@ def test_cut_off_at_any_byte_and_resumed(world, straight, tmp_path, share):
 
 
 def small_blocks_main(arguments: list[str]) -> None:
-    best_of_n.BLOCK = 4
+    best_of_n.PROMPTS_PER_BLOCK = 4
     main(arguments)
 
 
@@ -227,7 +227,7 @@ ROUNDS = ("--rounds", "2", "--sampling.seed", "5", "--train", "--sft.adapter.kin
 def rounds(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounds") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(best_of_n, "BLOCK", 4)
+        patch.setattr(best_of_n, "PROMPTS_PER_BLOCK", 4)
         assert main(flags(world, out, *ROUNDS)) == 0
     return out
 

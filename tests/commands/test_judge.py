@@ -192,7 +192,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
 
 def test_cut_anywhere_and_resumed(config, monkeypatch):
     """With any part of verdicts.jsonl left by a kill, the same command with --resume writes the same bytes."""
-    monkeypatch.setattr(lowalign.commands.judge, "BLOCK", 3)
+    monkeypatch.setattr(lowalign.commands.judge, "PAIRS_PER_BLOCK", 3)
     assert judge(config) == 0
     whole = files(config.out)
     verdicts = config.out / "verdicts.jsonl"
@@ -220,7 +220,7 @@ def test_cut_anywhere_and_resumed(config, monkeypatch):
 
 
 def test_a_failure_keeps_the_blocks_before_it(config, monkeypatch):
-    monkeypatch.setattr(lowalign.commands.judge, "BLOCK", 3)
+    monkeypatch.setattr(lowalign.commands.judge, "PAIRS_PER_BLOCK", 3)
     work, calls = lowalign.rewards.pairwise.log_odds, []
 
     def fail(*args):

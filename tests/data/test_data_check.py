@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.commands.data_check import check, show
+from lowalign.commands.data_check import check, marked_text
 from lowalign.config.commands import AnyDataConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
@@ -67,7 +67,7 @@ def test_colour_and_long_rows() -> None:
     (example,) = Chat(tokenizer).example(
         [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "ho"}]
     )
-    text = show(example, tokenizer, colour=True)
+    text = marked_text(example, tokenizer, colour=True)
     assert text.endswith("\x1b[32mho<|im_end|>\x1b[0m") and " […] " in text and len(text) < 1300
 
 

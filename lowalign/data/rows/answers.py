@@ -13,7 +13,7 @@ from typing import Any
 
 from lowalign.data.rows.read import RowError, parse_rows
 from lowalign.data.rows.rewrite import tools_as_text
-from lowalign.data.rows.strict_json import kind_of
+from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import Prompt, expected, read_turns
 
 
@@ -58,7 +58,7 @@ def _parse(data: dict[str, Any]) -> tuple[Prompt, list[Prompt]]:
     if "completions" in data:
         values = data["completions"]
         if not isinstance(values, list):
-            raise RowError(f'"completions" must be a list of answers, found {kind_of(values)}')
+            raise RowError(f'"completions" must be a list of answers, found {json_type(values)}')
         return prompt, [_answer(value, f"completions[{i}]") for i, value in enumerate(values)]
     names = ["completion_a", "completion_b"] if {"completion_a", "completion_b"} & data.keys() else ["completion"]
     for name in names:
@@ -81,5 +81,5 @@ def _text(value: Any, column: str) -> Prompt:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise RowError(f'"{column}" must be text or a list of turns, found {kind_of(value)}')
+        raise RowError(f'"{column}" must be text or a list of turns, found {json_type(value)}')
     return read_turns(value, column)

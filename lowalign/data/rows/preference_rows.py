@@ -15,7 +15,7 @@ from typing import Any
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.sft_rows import SFT_ROWS, string, with_system
-from lowalign.data.rows.strict_json import kind_of
+from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import (
     Message,
     Prompt,
@@ -105,7 +105,7 @@ def _conversation(data: dict[str, Any], name: str) -> list[Message]:
 def _ranking(data: dict[str, Any]) -> Preference:
     values = data["completions"]
     if not isinstance(values, list):
-        raise RowError(f'"completions" must be a list of answers, found {kind_of(values)}')
+        raise RowError(f'"completions" must be a list of answers, found {json_type(values)}')
     if len(values) < 2:
         raise RowError(f'"completions" has {len(values)} of the two or more answers that a ranking needs')
     named = {f"completions[{i}]": value for i, value in enumerate(values)}
@@ -114,7 +114,7 @@ def _ranking(data: dict[str, Any]) -> Preference:
     if ranks is None:
         return Preference(**prompt_and_completions, rank=range(len(values)))
     if not isinstance(ranks, list):
-        raise RowError(f'"ranks" must be a list of numbers, the best lowest, found {kind_of(ranks)}')
+        raise RowError(f'"ranks" must be a list of numbers, the best lowest, found {json_type(ranks)}')
     if len(ranks) != len(values):
         raise RowError(f'"ranks" has {len(ranks)} numbers for {len(values)} completions')
     ranks = [_number(rank, f"ranks[{i}]", -math.inf) for i, rank in enumerate(ranks)]
@@ -170,7 +170,7 @@ def _margin(data: dict[str, Any]) -> float:
 
 def _number(value: Any, name: str, least: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(f"{name} must be a number, found {kind_of(value)}")
+        raise RowError(f"{name} must be a number, found {json_type(value)}")
     # 1e999 is read as infinite, and an integer may be larger than any float.
     if not least <= value < math.inf or abs(value) > 1e300:
         raise RowError(

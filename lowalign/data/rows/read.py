@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowalign.data.rows.strict_json import StrictParser, half_surrogate, kind_of
+from lowalign.data.rows.strict_json import StrictParser, half_surrogate, json_type
 from lowalign.errors import UserError
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
@@ -163,7 +163,7 @@ def _skip(text: str, at: int) -> int:
 
 def _checked(name: str, line: int, data: Any, message: str, raw: str) -> Row | BadRow:
     if not message and not isinstance(data, dict):
-        message = f"a row must be an object {{…}}, found {kind_of(data)}"
+        message = f"a row must be an object {{…}}, found {json_type(data)}"
     message = message or _invalid_text(data, raw)
     if not message:
         return Row(data, name, line)

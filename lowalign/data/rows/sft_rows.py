@@ -5,7 +5,7 @@ from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import RowError
-from lowalign.data.rows.strict_json import kind_of
+from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import Message, Tools, as_messages, read_tools, read_turns, require_answer, unsupervised
 
 
@@ -36,7 +36,7 @@ def string(data: dict[str, Any], name: str, empty: bool = False) -> str:
     """The text in a column; "" where it is absent or null. Raises RowError when it is no string, or empty."""
     value = data.get(name)
     if value is not None and not isinstance(value, str):
-        raise RowError(f'"{name}" must be a string, found {kind_of(value)}')
+        raise RowError(f'"{name}" must be a string, found {json_type(value)}')
     if not empty and not (value or "").strip():
         raise RowError(f'"{name}" is empty')
     return value or ""
@@ -79,7 +79,7 @@ def _alpaca(data: dict[str, Any]) -> Conversation:
     messages = []
     history = data.get("history") or []
     if not isinstance(history, list):
-        raise RowError(f'"history" must be a list of pairs, found {kind_of(history)}')
+        raise RowError(f'"history" must be a list of pairs, found {json_type(history)}')
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)):
             raise RowError(f"history[{i}] must be a pair of texts: what the user said and the answer")

@@ -59,6 +59,6 @@ def half_surrogate(data: Any, raw: str) -> str:
     return ""
 
 
-def kind_of(value: object) -> str:
+def json_type(value: object) -> str:
     """The type of a JSON value, in words."""
     return KINDS.get(type(value), type(value).__name__)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lowalign.data.rows.read import RowError
-from lowalign.data.rows.strict_json import half_surrogate, kind_of
+from lowalign.data.rows.strict_json import half_surrogate, json_type
 
 Message = dict[str, Any]
 Prompt = str | list[Message]  # plain text, or messages; also an answer to one
@@ -67,7 +67,7 @@ def as_messages(value: Any, role: str = "user") -> Any:
 def read_turns(value: Any, column: str) -> list[Message]:
     """The messages of a list of turns. Raises RowError, which names the turn as in `messages[2]`."""
     if not isinstance(value, list):
-        raise RowError(f'"{column}" must be a list of turns, found {kind_of(value)}')
+        raise RowError(f'"{column}" must be a list of turns, found {json_type(value)}')
     if not value:
         raise RowError(f'"{column}" is empty')
     role_key = "from" if column == "conversations" else "role"
@@ -78,7 +78,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
 
 def _message(turn: Any, at: str, role_key: str) -> Message:
     if not isinstance(turn, dict):
-        raise RowError(f"{at} must be an object, found {kind_of(turn)}")
+        raise RowError(f"{at} must be an object, found {json_type(turn)}")
     role_key = next((key for key in ("role", "from") if key in turn), role_key)
     content_key = "value" if role_key == "from" else "content"
     if role_key not in turn:
@@ -118,7 +118,7 @@ def _content(value: Any, at: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, dict | bool | int | float):
-        raise RowError(f"{at} must be a string or a list of text parts, found {kind_of(value)}")
+        raise RowError(f"{at} must be a string or a list of text parts, found {json_type(value)}")
     texts = []
     for j, part in enumerate(value):
         if isinstance(part, dict) and part.get("type", "text") != "text":
@@ -141,7 +141,7 @@ def _calls(value: Any, at: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         arguments = {} if arguments in (None, "") else _from_json(arguments, f"{at}: the arguments")
         if not isinstance(arguments, dict):
-            raise RowError(f"{at}: the arguments must be an object, found {kind_of(arguments)}")
+            raise RowError(f"{at}: the arguments must be an object, found {json_type(arguments)}")
         call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append(call_id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not calls:
@@ -192,12 +192,12 @@ def read_tools(value: Any) -> Tools:
     if value in (None, []):
         return None
     if not isinstance(value, list):
-        raise RowError(f'"tools" must be a list of functions, found {kind_of(value)}')
+        raise RowError(f'"tools" must be a list of functions, found {json_type(value)}')
     tools = []
     for i, tool in enumerate(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            problem = expected("name", function) if isinstance(function, dict) else f"found {kind_of(tool)}"
+            problem = expected("name", function) if isinstance(function, dict) else f"found {json_type(tool)}"
             raise RowError(f"tools[{i}]: a tool must be an object with a name; {problem}")
         tools.append({"type": "function", "function": function})
     return tools

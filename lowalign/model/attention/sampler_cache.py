@@ -19,7 +19,7 @@ from lowalign.model.attention.blockwise import (
 from lowalign.model.attention.sampler_layout import PromptBatch, TokenBatch
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
-CHUNK = 512  # queries of a prompt computed at a time where their scores are held in memory
+QUERY_ROWS = 512  # queries of a prompt computed at a time where their scores are held in memory
 ROOM = 64  # tokens in a sample's key buffer at first; the buffer doubles when it is full
 UNBOUNDED = (-1, -1)  # flash kernel: every query sees every key of its sequence
 
@@ -121,7 +121,7 @@ def _prompt_tokens(query: Tensor, key: Tensor, value: Tensor, cache: SamplerCach
     for queries, pair in zip(query.split(cache.batch.lengths, 2), stored, strict=True):
         k, v = (x.transpose(0, 1)[None].repeat_interleave(groups, 1) for x in pair)
         position = k.shape[2] - queries.shape[2]
-        for q in queries.split(CHUNK, 2):
+        for q in queries.split(QUERY_ROWS, 2):
             start, stop = max(0, position + 1 - layer.window) if layer.window else 0, position + q.shape[2]
             places = torch.arange(start, stop, device=q.device)
             mask = visible(places[position - start :], places, layer.window)[None, None]

@@ -99,11 +99,6 @@ class Base:
         """The dtype of computations and of weights that are not in 4 bit."""
         return self.model.get_input_embeddings().weight.dtype
 
-    @property
-    def decoder(self) -> nn.Module:
-        """The model without the LM head: ids or embeddings -> hidden states."""
-        return self.model.base_model
-
     def end_at(self, token: int) -> None:
         """End completions at this token too, such as the end of turn of a chat template."""
         self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, token)))

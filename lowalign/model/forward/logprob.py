@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # hidden states whose logits exist at a time
+LOGIT_ROWS = 256  # hidden states whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class TokenLogprob(torch.autograd.Function):
         d_logp = torch.empty_like(hidden) if keep else None
         d_entropy = torch.empty_like(hidden) if keep and with_entropy else None
         factor = lm_head.scale / temperature
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(hidden), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
             y = labels[part, None]
             z = lm_head.cap(dtype, lm_head.module(hidden[part]))
             c = None if lm_head.softcap is None or not keep else 1 - (z / lm_head.softcap) ** 2
@@ -119,7 +119,7 @@ def token_logprobs(
 
     parts = [
         checkpoint(plain, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+        for h, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
     ]
     if not parts:
         return hidden.new_zeros(0, dtype=torch.float32), None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # tokens; drawing takes two steps: a block of the vocabulary, then a token of the block
+TOKENS_PER_BLOCK = 128  # tokens; drawing takes two steps: a block of the vocabulary, then a token of the block
 CANDIDATES = 64  # top-p sorts the likeliest 64 tokens, then eight times as many, until they hold its mass
 
 
@@ -39,7 +39,7 @@ def draw_tokens(
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         scores = scores / temperature
-    if padding := -scores.shape[1] % BLOCK:
+    if padding := -scores.shape[1] % TOKENS_PER_BLOCK:
         scores = F.pad(scores, (0, padding), value=-torch.inf)
     weights, mass, lse = _blocks(scores)
     allowed, allowed_lse = scores, lse
@@ -55,14 +55,14 @@ def draw_tokens(
         block = _invert(mass, point)
         within = weights[torch.arange(len(weights), device=weights.device), block[:, 0]].double().cumsum(-1)
         before = mass.gather(1, block) - within[:, -1:]
-        token = block * BLOCK + _invert(within, (point - before).clamp_(min=0))
+        token = block * TOKENS_PER_BLOCK + _invert(within, (point - before).clamp_(min=0))
     return token[:, 0], (scores.gather(1, token) - lse)[:, 0]
 
 
 def _blocks(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, V) -> weights (R, V / BLOCK, BLOCK), their cumulative sum by blocks (R, V / BLOCK) fp64, log-sum-exp (R, 1)."""
+    """(R, V) -> weights (R, V / TOKENS_PER_BLOCK, TOKENS_PER_BLOCK), their cumulative sum by blocks (R, V / TOKENS_PER_BLOCK) fp64, log-sum-exp (R, 1)."""
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_().view(len(scores), -1, BLOCK)
+    weights = (scores - top).exp_().view(len(scores), -1, TOKENS_PER_BLOCK)
     mass = weights.sum(-1).double().cumsum(-1)
     return weights, mass, top + mass[:, -1:].log().to(scores.dtype)
 

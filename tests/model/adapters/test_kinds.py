@@ -49,9 +49,9 @@ class Scale(Adapter):
 
     def __init__(self, base, name, config):
         super().__init__(base, name, config)
-        if not isinstance(base.decoder.norm, ScaledNorm):
-            base.decoder.norm = ScaledNorm(base.decoder.norm)
-        base.decoder.norm.scales[name] = nn.Parameter(torch.tensor([config.start]))
+        if not isinstance(base.model.base_model.norm, ScaledNorm):
+            base.model.base_model.norm = ScaledNorm(base.model.base_model.norm)
+        base.model.base_model.norm.scales[name] = nn.Parameter(torch.tensor([config.start]))
 
     @staticmethod
     def layers(model):
@@ -63,13 +63,13 @@ class Scale(Adapter):
             layer.names = names
 
     def own_weights(self):
-        return {"scale": self.base.decoder.norm.scales[self.name]}
+        return {"scale": self.base.model.base_model.norm.scales[self.name]}
 
     def file_name(self, key):
         return key
 
     def remove(self):
-        del self.base.decoder.norm.scales[self.name]
+        del self.base.model.base_model.norm.scales[self.name]
 
 
 @pytest.fixture

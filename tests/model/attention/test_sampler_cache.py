@@ -136,7 +136,7 @@ def test_a_prompt_computed_in_chunks(kind, monkeypatch):
     """Chunks shorter than the window, behind a prefix; several prompts per forward, and several forwards."""
     model, stock = models(kind, torch.float32)
     prefix = soft_prompt("prefix", model)
-    monkeypatch.setattr(sampler_cache, "CHUNK", 5)
+    monkeypatch.setattr(sampler_cache, "QUERY_ROWS", 5)
     monkeypatch.setattr(batcher, "PREFILL_TOKENS", 30)
     got = sample(model, PROMPTS, 1, Sampling(max_new_tokens=3), soft=prefix)
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowalign.model.sampling.draw import BLOCK, _invert, draw_tokens, uniforms
+from lowalign.model.sampling.draw import TOKENS_PER_BLOCK, _invert, draw_tokens, uniforms
 
 ALMOST_ONE = 1 - 2**-24
 TRUNCATIONS = [(0, 1.0), (7, 1.0), (1, 1.0), (0, 0.6), (0, 0.999), (20, 0.7), (10**6, 1.0)]
@@ -26,7 +26,7 @@ def truncated(logits, temperature, top_k, top_p):
     return p
 
 
-@pytest.mark.parametrize("vocabulary", [5, BLOCK, 1000])
+@pytest.mark.parametrize("vocabulary", [5, TOKENS_PER_BLOCK, 1000])
 @pytest.mark.parametrize("top_k,top_p", TRUNCATIONS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_a_grid_of_uniform_numbers_gives_each_token_its_share(temperature, top_k, top_p, vocabulary):
@@ -53,15 +53,15 @@ def test_greedy_takes_the_likeliest_at_temperature_one():
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (50, 1.0), (0, 0.9999999), (30, 0.999)])
 def test_probability_zero_is_never_drawn(top_k, top_p):
     """At both ends of the uniform numbers, with whole blocks of the vocabulary impossible and others almost."""
-    vocabulary = 6 * BLOCK + 5
+    vocabulary = 6 * TOKENS_PER_BLOCK + 5
     u = torch.tensor([0.0, 2**-24, 0.5, ALMOST_ONE])
     for seed in range(50):
         g = torch.Generator().manual_seed(seed)
         logits = 5 * torch.randn(vocabulary, generator=g)
         logits[torch.rand(vocabulary, generator=g) < 0.7] = -torch.inf
-        logits[:BLOCK] = -torch.inf
-        logits[-BLOCK - 5 :] = -200.0  # underflows to 0 beside the others
-        logits[3 * BLOCK] = 1.0
+        logits[:TOKENS_PER_BLOCK] = -torch.inf
+        logits[-TOKENS_PER_BLOCK - 5 :] = -200.0  # underflows to 0 beside the others
+        logits[3 * TOKENS_PER_BLOCK] = 1.0
         tokens, _ = draw_tokens(logits.expand(len(u), -1), u, 1.0, top_k, top_p)
         assert (logits.double().softmax(-1)[tokens] > 1e-40).all()
 
