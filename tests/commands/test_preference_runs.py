@@ -215,4 +215,4 @@ def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, 
     if verb == "dpo" and kind == "lora":
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["rewards/margins"] == 0
     if verb == "dpo" and kind != "lora":
-        assert "starts at a divergence of" in capsys.readouterr().err
+        assert "starts at a KL divergence of" in capsys.readouterr().err

@@ -152,10 +152,13 @@ def test_signal_saves_and_leaves(world, straight, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_times(world, straight, tmp_path, kind):
     """Killed at random times and resumed, until it ends by itself."""
+    begin = time.monotonic()
+    assert child.run(flags(world, tmp_path / "whole", kind=kind)) == 0
+    duration = time.monotonic() - begin  # of a run that is not killed, on this machine
     out, rng, kills = tmp_path / "run", random.Random(kind), 0
     while True:
         process = child.start(flags(world, out, "--resume", kind=kind))
-        process.join(rng.uniform(0.5, 3) if kills < 12 else None)
+        process.join(rng.uniform(0.05, 0.9) * duration if kills < 8 else None)
         if process.exitcode is not None:
             break
         process.kill()
