@@ -32,6 +32,9 @@ CONFIGS = {
         | k
     ),
     "phi3": lambda **k: hf.Phi3Config(**_SHAPE | k),
+    "qwen3_moe": lambda **k: hf.Qwen3MoeConfig(
+        **_SHAPE | {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | k
+    ),
     "gpt2": lambda **k: hf.GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, **k
     ),

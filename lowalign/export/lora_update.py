@@ -43,8 +43,8 @@ class LoraUpdate:
     def apply(self, name: str, weight: Tensor, base: Tensor, transposed: bool = False) -> Tensor:
         """The weight after this update: (out, in) fp32, changed in place where it can be.
 
-        weight: what earlier adapters of the stack left. base: the weight before all of them, which DoRA's norm is of (the
-        same tensor where this is the first). transposed: a Conv1D's weight, (in, out).
+        weight: what earlier adapters of the stack left. base: the weight before all of them; peft's layers take the norm of
+        a DoRA from it and its own update alone. transposed: a Conv1D's weight, (in, out).
         """
         module = name.removesuffix(".weight")
         if name in self.tensors:  # modules_to_save: the trained weight itself
@@ -63,9 +63,8 @@ class LoraUpdate:
             if magnitude is None:
                 rows[part] += delta
                 continue
-            updated = start[part] + delta
-            scaled = (magnitude[part] / torch.linalg.norm(updated, dim=1)).view(-1, 1) * updated
-            rows[part] = scaled if weight is base else rows[part] + (scaled - start[part])
+            norm = torch.linalg.norm(start[part] + delta, dim=1)
+            rows[part] = (magnitude[part] / norm).view(-1, 1) * (rows[part] + delta)
         return weight
 
     def unplaced(self, weights: Collection[str]) -> list[str]:

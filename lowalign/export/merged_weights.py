@@ -105,7 +105,7 @@ def _maker(
         if not updates:
             return weight.to(dtype)
         weight = weight.float()
-        # Beyond the first of a stack, DoRA's norm is still that of the base's weight plus its own update.
+        # A DoRA that stands on others needs the weight before them too.
         base = weight.clone() if any(update.is_dora(tensor.name) for update in updates[1:]) else weight
         for update in updates:
             weight = update.apply(tensor.name, weight, base, transposed)
