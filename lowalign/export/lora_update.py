@@ -12,12 +12,12 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from lowalign.errors import UserError
 from lowalign.model.adapters.files import PREFIX, Adapter
 
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
-WEIGHTS_AT_A_TIME = (
-    2**24
-)  # weights of an update that are made at a time: larger matrices are changed in stretches of rows
+TWINS = (PARTS[0:2], PARTS[1::-1], PARTS[2:4], PARTS[3:1:-1])
+WEIGHTS_AT_A_TIME = 2**24  # larger matrices are changed in stretches of rows of this many weights
 
 
 class LoraUpdate:
@@ -28,6 +28,11 @@ class LoraUpdate:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
         # peft writes the base's own embedding beside a LoRA on it.
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
+        for name in self.tensors:
+            for one, other in TWINS:
+                twin = name.removesuffix(one) + other
+                if name.endswith(one) and twin not in self.tensors:
+                    raise UserError(f"{folder} is not whole: {name} without {twin}; save or download it again")
 
     def changes(self, name: str) -> bool:
         """Whether the weight of this name in the base (`model.layers.0.self_attn.q_proj.weight`) is another one after it."""

@@ -1,0 +1,148 @@
+"""`merge` from an adapter folder to a model that plain transformers loads; whatever is wrong leaves nothing behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowalign import Base, Host
+from lowalign.errors import UserError
+from lowalign.export import lora_update
+from lowalign.export.merge import merge
+from tests.tiny import tiny_folder, tiny_model
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base in bf16, and adapters on it as runs leave them: `first`, and `second` trained on top of it."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny_folder(folder / "base", "llama")
+    tiny_model("llama").bfloat16().save_pretrained(folder / "base")
+    host = Host(Base.load(folder / "base", device="cpu", quiet=True))
+    torch.manual_seed(0)
+    files = {"chat_template.jinja": TEMPLATE}
+    for name in ("first", "second"):
+        host.add(name, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for key, tensor in host.weights(name).items():
+            if "lora_B" in key:
+                tensor.data.normal_(0, 0.05)
+    host.save("first", folder / "first", files=files, method="sft", step=3)
+    host.save("second", folder / "second", parents=["first"], files=files, method="dpo", step=5)
+    host.add("prefix", PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    host.save("prefix", folder / "prefix", files=files)
+    host.add("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    host.save("prompt", folder / "prompt", files=files)
+    return folder
+
+
+def test_a_stack_becomes_a_model_that_plain_transformers_loads(made, tmp_path):
+    report = merge([str(made / "second")], tmp_path / "out", model=str(made / "base"))
+    assert (report["onto"], report["verified"]) == ("dequantized", True)
+    assert report["kl"] < 0.01 and report["top1"] > 0.8  # seen: 1e-3, 0.95 (random weights; trained ones: 5e-5)
+    assert [a.get("method") for a in report["adapters"]] == [None, "dpo"]  # the first lies inside the second
+    assert json.loads((tmp_path / "out" / "lowalign.json").read_text()) == {"merge": report}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["lowalign"] == {"merged_onto": "dequantized"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user]hi</s>"
+    assert model.generation_config.eos_token_id == 2
+    host = Host(Base.load(made / "base", device="cpu", quiet=True))
+    host.load("first", made / "first")
+    host.load("second", made / "second")
+    ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), host.use("first", "second"):
+        expected = host.base.model(ids).logits.log_softmax(-1).double()
+        found = model(ids).logits.log_softmax(-1).double()
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert kl < 0.01  # the same measure, by other code; one adapter left out: above 0.1
+
+
+def test_onto_the_original_weights_is_further_away(made, tmp_path):
+    trained = merge([str(made / "first")], tmp_path / "a", model=str(made / "base"))
+    original = merge([str(made / "first")], tmp_path / "b", model=str(made / "base"), onto="original")
+    assert original["onto"] == "original" and original["kl"] > 5 * trained["kl"]
+
+
+def test_without_the_check_it_is_said(made, tmp_path):
+    report = merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), verify=False)
+    assert (report["verified"], report["kl"], report["top1"]) == (False, None, None)
+
+
+def test_another_model_is_not_kept(made, tmp_path, monkeypatch):
+    scale = lora_update.LoraUpdate._scale
+    monkeypatch.setattr(lora_update.LoraUpdate, "_scale", lambda self, module: 4 * scale(self, module))
+    with pytest.raises(UserError, match="the merged model is not the trained one: KL"):
+        merge([str(made / "first")], tmp_path / "out", model=str(made / "base"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lowalign.export.weight_files._write_shard", full)
+    with pytest.raises(UserError, match=r"could not be written to .*No space left on device.*nothing of it is left"):
+        merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+def other_base(folder, made):
+    tiny_folder(folder / "other", "llama", seed=5)
+    return {"model": str(folder / "other")}
+
+
+def missing_shard(folder, made):
+    shutil.copytree(made / "base", folder / "cut")
+    tiny_model("llama").bfloat16().save_pretrained(folder / "cut", max_shard_size="100KB")
+    (folder / "cut" / "model.safetensors").unlink()
+    sorted((folder / "cut").glob("model-*"))[1].unlink()
+    return {"model": str(folder / "cut"), "allow_base_mismatch": True}
+
+
+def cut_off(folder, made):
+    shutil.copytree(made / "base", folder / "cut")
+    file = folder / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return {"model": str(folder / "cut"), "allow_base_mismatch": True}
+
+
+def half_an_adapter(folder, made):
+    shutil.copytree(made / "first", folder / "half")
+    file = folder / "half" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, file)
+    (folder / "half" / "lowalign.json").unlink()
+    return {"adapters": [str(folder / "half")]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, m: {"adapters": [str(m / "prefix")]}, "is a prefix: .* cannot be merged. Ship the adapter folder"),
+        (lambda f, m: {"adapters": [str(m / "prompt")]}, "is a soft prompt"),
+        (lambda f, m: {"adapters": [str(f / "none")]}, "none is not a folder"),
+        (lambda f, m: {"model": None}, "does not tell where its base lies .*give it with --model M"),
+        (lambda f, m: {"out": f}, "exists and is not overwritten; name another folder with --out"),
+        (lambda f, m: {"max_shard_size": "many"}, "--max-shard-size many: write a size such as 5GB"),
+        (other_base, "was trained on another base"),
+        (missing_shard, "is missing: the model in .* is not complete"),
+        (cut_off, "is cut off: .* ends after the file; download it again"),
+        (half_an_adapter, r"half is not whole: .*lora_A\.weight without .*lora_B\.weight"),
+    ],
+)
+def test_held_wrong(change, message, made, tmp_path):
+    options = {"adapters": [str(made / "first")], "out": tmp_path / "out", "model": str(made / "base"), "verify": False}
+    options |= change(tmp_path, made)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        merge(options.pop("adapters"), options.pop("out"), **options)
+    assert sorted(tmp_path.rglob("*")) == before
