@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
+    from lowalign.export.merge import merge
     from lowalign.model.base.base import Base
     from lowalign.model.host import Host
 
 __version__ = "0.1.0"
-__all__ = ["Base", "Example", "Host", "Sampling"]
+__all__ = ["Base", "Example", "Host", "Sampling", "merge"]
 
 _HOMES = {
     "Base": "lowalign.model.base.base",
     "Example": "lowalign.data.pack",
     "Host": "lowalign.model.host",
     "Sampling": "lowalign.config.sections",
+    "merge": "lowalign.export.merge",
 }
 
 

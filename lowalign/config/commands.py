@@ -216,3 +216,31 @@ class CopyRecipeConfig(ShowRecipeConfig):
 
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")] = Path()
     """File or folder to copy to. In a folder, lora/sft becomes lora-sft.yaml."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge adapters into their base: plain weights that transformers, vLLM and llama.cpp load. The result is compared
+    with the trained model before it is kept."""
+
+    adapters: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_OR_ADAPTER…")]
+    """Runs, adapter folders or Hub ids, in the order they stack. A run brings the adapters it was trained on top of."""
+    out: OutDir
+    """Folder of the merged model. It must not exist."""
+    model: str | None = None
+    """Base model, a folder or a Hub id. Default: the one the run names."""
+    onto: Literal["dequantized", "original"] | None = None
+    """dequantized: the NF4 weights the adapters were trained on, converted back to 16 bit; closest to the trained model.
+    original: the base's own 16-bit weights. Default: dequantized for adapters trained on a 4-bit base, else original."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the merged weights."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights."""
+    verify: bool = True
+    """Compare with the trained model (KL and top-1 agreement) and keep nothing if it differs. --no-verify skips it."""
+    allow_base_mismatch: bool = False
+    """Accept adapters that were trained on another base."""
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise UserError("no adapter to merge: lowalign merge RUN_OR_ADAPTER… --out DIR")

@@ -8,6 +8,7 @@ from lowalign.config.commands import (
     DataCheckConfig,
     GenerateConfig,
     JudgeConfig,
+    MergeConfig,
     ScoreConfig,
     ShowRecipeConfig,
 )
@@ -40,6 +41,7 @@ GENERATE = "--model M [--adapter A…] --prompt TEXT"
 CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
+MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 SHOW = "NAME [--full]"
 COPY = "NAME [DEST] [--full]"
 
@@ -56,6 +58,9 @@ VERBS = {
         Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
         Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),
         Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),
+    ),
+    "export": (
+        Verb("merge", "commands.merge:merge", MergeConfig, MERGE, "base + adapters to plain weights, verified"),
     ),
     "recipes": (
         Verb("recipes list", "commands.recipes:list_recipes", None, "", "the recipes that come with lowalign"),

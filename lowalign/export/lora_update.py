@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from lowalign.errors import UserError
-from lowalign.model.adapters.files import PREFIX, Adapter
+from lowalign.model.adapters.files import StoredAdapter
 
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 TWINS = (PARTS[0:2], PARTS[1::-1], PARTS[2:4], PARTS[3:1:-1])
@@ -23,9 +23,9 @@ WEIGHTS_AT_A_TIME = 2**24  # larger matrices are changed in stretches of rows of
 class LoraUpdate:
     """The update of one adapter, read from `folder`."""
 
-    def __init__(self, folder: Path, adapter: Adapter) -> None:
+    def __init__(self, folder: Path, adapter: StoredAdapter) -> None:
         self.folder, self.config = folder, adapter.config
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.tensors.items()}
         # peft writes the base's own embedding beside a LoRA on it.
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
         for name in self.tensors:

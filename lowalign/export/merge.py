@@ -1,8 +1,8 @@
-"""Base + adapters → a model folder that plain transformers loads, compared with what was trained before it is kept.
+"""Base + adapters → a model folder that plain transformers loads, compared with the trained model before it is kept.
 
-onto "dequantized": the weights that the adapters were trained on, NF4 taken back to 16 bit. onto "original": the base's own
-16-bit weights, which the adapters never saw. KL(trained ‖ merged) of a LoRA trained on a 4-bit Llama: 4e-5 onto
-dequantized, 9e-4 onto original (docs/export.md).
+onto "dequantized": the weights that the adapters were trained on, NF4 converted back to 16 bit. onto "original": the
+base's own 16-bit weights, which the adapters never saw: the merged model is then about 20 times further from the trained
+one (docs/export.md).
 
 DIR/lowalign.json   {"merge": {"onto", "kl", "top1", "verified", "adapters", "base"}}
 """
@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from peft import LoraConfig, PrefixTuningConfig
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -35,6 +34,8 @@ from lowalign.export.model_folder import write_model_files
 from lowalign.export.weight_files import write_shards
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
+from lowalign.model.adapters.lora import Lora
+from lowalign.model.adapters.prefix_tuning import PrefixTuning
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
 from lowalign.model.base.identity import identify
@@ -43,6 +44,25 @@ from lowalign.model.policy import load_policy
 
 MAX_KL = 0.01  # nats a token. What was measured lies 10 to 200 times below; with an adapter left out it is above 0.1
 BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
+
+
+@dataclass(frozen=True)
+class StackedAdapter:
+    """One folder of the stack. meta: its lowalign.json."""
+
+    folder: Path
+    stored: adapter_files.StoredAdapter
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What the trained model predicts: log-probs over the vocabulary for the examples' completions. bare: the same of the
+    base without adapters."""
+
+    examples: list[Example]
+    logps: list[torch.Tensor]
+    bare: list[torch.Tensor]
 
 
 def merge(
@@ -54,40 +74,43 @@ def merge(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     verify: bool = True,
-    examples: Sequence[Example] | None = None,
     allow_base_mismatch: bool = False,
 ) -> dict[str, Any]:
-    """Write base + adapters as plain weights to a new folder; returns what its lowalign.json says under "merge".
+    """Write base + adapters as plain weights to a new folder. Returns what its lowalign.json holds under "merge".
 
-    adapters: runs, adapter folders or Hub ids, in the order they stack; each brings what it was trained on top of.
-    model: the base; the one of the run when left out. onto: "dequantized", "original", or what the adapters were trained
-    on when left out. examples: what to compare on; questions and the trained model's own answers when left out.
-    Raises UserError for whatever stands in the way, and when the merged model is not the trained one; nothing is then
-    left of it.
+    adapters: runs, adapter folders or Hub ids, in the order they stack; each brings the adapters it was trained on top
+    of. model: the base; default: the one the run names. onto: "dequantized" or "original"; default: dequantized for
+    adapters that were trained on a 4-bit base. verify: compare with the trained model, and keep nothing if it differs.
+    Raises UserError when the merge is not possible or not the trained model; then nothing is left of it.
     """
     out = Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; name another folder with --out")
-    folders = [folder for source in adapters for folder in _stack_folders(source)]
-    base = resolve(model or _base_of(adapters), None, BASE_FILES)[0]
-    updates = [_update(folder) for folder in folders]
-    onto = onto or _trained_onto(folders)
-    _check_base(folders, base, allow_base_mismatch)
+    shard_bytes = _bytes(max_shard_size)
+    stack = [adapter for source in adapters for adapter in _read_stack(source)]
+    updates = [_update(adapter) for adapter in stack]
+    base = resolve(model or _base_of(adapters[-1], stack[-1]), None, BASE_FILES)[0]
+    quantization = stack[-1].meta.get("base", {}).get("quantization", "none")
+    onto = onto or ("dequantized" if quantization == "nf4" else "original")
+    if not allow_base_mismatch:
+        identity = identify(str(base), base, None, load_tokenizer(str(base)), quantization)
+        for adapter in stack:
+            adapter_files.check_base(adapter.folder, adapter.meta, identity)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if getattr(config, "quantization_config", None) and onto == "original":
-        raise UserError(f"{base} is stored in 4 bit; its original weights are not there. Merge with --onto dequantized")
+        raise UserError(f"{base} is stored in 4 bit and has no original weights; merge with --onto dequantized")
     plan = plan_merge(base, config, updates, onto == "dequantized", getattr(torch, dtype))
     _check_room(out, plan, verify)
-    chat = Chat(load_tokenizer(str(base)), adapter_files.adapter_template(folders))
+    chat = Chat(load_tokenizer(str(base)), adapter_files.adapter_template([adapter.folder for adapter in stack]))
     report = {"onto": onto, "kl": None, "top1": None, "verified": False}
-    report |= {"adapters": [_described(folder) for folder in folders], "base": _name(base, folders)}
+    report |= {"adapters": [_description(adapter) for adapter in stack], "base": _base_name(base, stack[-1])}
+    trained = _run_trained(str(base), quantization, adapters, chat) if verify else None
     try:
         with new_folder(out) as temp:
             changes = {"dtype": dtype, "tie_word_embeddings": plan.tied, "lowalign": {"merged_onto": onto}}
-            trained = _run_trained(str(base), adapters, folders, chat, examples) if verify else None
             write_model_files(base, temp, changes, chat.template, _eos_ids(base, chat))
             with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
-                write_shards(temp, plan.tensors, _bytes(max_shard_size), bar.update)
+                write_shards(temp, plan.tensors, shard_bytes, bar.update)
             if trained is not None:
                 result = _verified(temp, base, trained, onto)
                 report |= {"kl": result.kl, "top1": result.top1, "verified": True}
@@ -98,102 +121,75 @@ def merge(
     return report
 
 
-def _stack_folders(source: str) -> list[Path]:
-    """The folders of an adapter and of those it was trained on top of, in the order they stack."""
+def _read_stack(source: str) -> list[StackedAdapter]:
+    """An adapter and, before it, those it was trained on top of."""
     folder = adapter_files.locate(source)
-    _, meta = adapter_files.read(folder)
-    return [*(folder / "parents" / str(i) for i in range(meta.get("parents", 0))), folder]
+    parents = adapter_files.read(folder)[1].get("parents", 0)
+    folders = [*(folder / "parents" / str(i) for i in range(parents)), folder]
+    return [StackedAdapter(each, *adapter_files.read(each)) for each in folders]
 
 
-def _update(folder: Path) -> LoraUpdate:
-    adapter, _ = adapter_files.read(folder)
-    if isinstance(adapter.config, LoraConfig):
-        return LoraUpdate(folder, adapter)
-    if isinstance(adapter.config, PrefixTuningConfig):
+def _update(adapter: StackedAdapter) -> LoraUpdate:
+    """How the adapter changes the base's weights. Raises UserError for a kind that does not."""
+    if adapter.stored.kind is Lora:
+        return LoraUpdate(adapter.folder, adapter.stored)
+    if adapter.stored.kind is PrefixTuning:
         raise UserError(
-            f"{folder} is a prefix: it acts on the keys and values of every layer, which no weight of the model holds, so "
-            "it cannot be merged. Ship the adapter folder itself (peft and lowalign load it), or train a LoRA instead"
+            f"{adapter.folder} is a prefix: keys and values of every layer, which no weight of the model holds, so it "
+            "cannot be merged. Ship the adapter folder itself (peft and lowalign load it), or train a LoRA instead"
         )
-    raise UserError(f"{folder} is a soft prompt: it changes the input, not the weights; ship the adapter folder itself")
+    raise UserError(
+        f"{adapter.folder} is a soft prompt: it changes the input, not the weights, so it cannot be merged. Ship the "
+        "adapter folder itself (peft and lowalign load it), or train a LoRA instead"
+    )
 
 
-def _base_of(adapters: Sequence[str]) -> str:
-    """The base that the last adapter's run names, or its adapter_config.json."""
-    source = adapters[-1]
-    recipe = Path(source) / "recipe.yaml"
-    named = yaml.safe_load(recipe.read_text()).get("model") if recipe.is_file() else None
-    named = named or adapter_files.read(adapter_files.locate(source))[0].config.base_model_name_or_path
-    if not named or (not Path(named).expanduser().is_dir() and named.count("/") != 1):
-        raise UserError(f"{source} does not tell where its base lies (it says {named!r}); give it with --model M")
-    return named
-
-
-def _quantization(folders: Sequence[Path]) -> str:
-    """What the adapters were trained on: "nf4" or "none"; "none" where a folder of stock peft does not tell."""
-    return adapter_files.read(folders[-1])[1].get("base", {}).get("quantization", "none")
-
-
-def _trained_onto(folders: Sequence[Path]) -> str:
-    return "dequantized" if _quantization(folders) == "nf4" else "original"
-
-
-def _check_base(folders: Sequence[Path], base: Path, allow_base_mismatch: bool) -> None:
-    if not allow_base_mismatch:
-        identity = identify(str(base), base, None, load_tokenizer(str(base)), _quantization(folders))
-        for folder in folders:
-            adapter_files.check_base(folder, adapter_files.read(folder)[1], identity)
+def _base_of(source: str, adapter: StackedAdapter) -> str:
+    """The base that the run's recipe names, or the adapter_config.json."""
+    recipe = Path(source).expanduser() / "recipe.yaml"
+    name = yaml.safe_load(recipe.read_text()).get("model") if recipe.is_file() else None
+    name = name or adapter.stored.config.base_model_name_or_path
+    if not name or (not Path(name).expanduser().is_dir() and name.count("/") != 1):
+        raise UserError(f"{source} does not say where its base is (it names {name!r}); give it with --model M")
+    return name
 
 
 def _check_room(out: Path, plan: Plan, verify: bool) -> None:
-    """Refuse before the work what cannot end well."""
-    parent = next(p for p in out.resolve().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if plan.nbytes > free:
+    """Raises UserError when disk or memory do not suffice."""
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    size, free = plan.nbytes / 1e9, shutil.disk_usage(parent).free / 1e9
+    if size > free:
         raise UserError(
-            f"the merged model takes {plan.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {parent}"
+            f"the merged model takes {size:.1f} GB and {free:.1f} GB are free in {parent}; choose another --out"
         )
     room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if verify and plan.nbytes > room:
         raise UserError(
-            f"to verify it the merged model is loaded, which takes {plan.nbytes / 1e9:.1f} GB; {room / 1e9:.1f} GB are free. "
-            "Free some memory, or leave the check out with --no-verify (which lowalign.json then says)"
+            f"the check loads the merged model, which takes {size:.1f} GB of memory; {room / 1e9:.1f} GB are free. Free some "
+            "memory, or skip the check with --no-verify (lowalign.json then says that it was skipped)"
         )
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """What the trained model says: log-probs over the vocabulary of the examples' completions, with the adapters and, as
-    `bare`, without."""
-
-    examples: list[Example]
-    logps: list[torch.Tensor]
-    bare: list[torch.Tensor]
-
-
-def _run_trained(
-    base: str, adapters: Sequence[str], folders: Sequence[Path], chat: Chat, examples: Sequence[Example] | None
-) -> TrainedModel:
-    """Run base + adapters as they were trained. The base is let go of before it returns."""
-    host = Host(Base.load(base, quantization=_quantization(folders), quiet=True))
+def _run_trained(base: str, quantization: str, adapters: Sequence[str], chat: Chat) -> TrainedModel:
+    """Run base + adapters as they were trained. The base is freed before this returns."""
+    host = Host(Base.load(base, quantization=quantization, quiet=True))
     stack = load_policy(host, adapters, allow_base_mismatch=True)  # checked before
     host.base.end_at(chat.end_of_turn)
-    examples = list(examples or sampled_examples(host, stack, chat))
-    rows, bare = trained_logps(host, stack, examples), trained_logps(host, (), examples)
-    for name in tuple(host.configs):
-        host.delete(name)
+    examples = sampled_examples(host, stack, chat)
+    logps, bare = trained_logps(host, stack, examples), trained_logps(host, (), examples)
     del host
     gc.collect()
-    return TrainedModel(examples[: len(rows)], rows, bare)
+    return TrainedModel(examples[: len(logps)], logps, bare)
 
 
 def _verified(folder: Path, base: Path, trained: TrainedModel, onto: str) -> Agreement:
-    """Compare, report, and raise UserError when it is another model."""
+    """Compare and log. Raises UserError when the model in the folder is not the trained one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = agreement(trained.logps, merged_logps(folder, trained.examples, device))
-    log(f"merged and trained on {result.tokens} tokens: KL {result.kl:.1e} nats, same top token {result.top1:.1%}")
+    log(f"merged against trained on {result.tokens} tokens: KL {result.kl:.1e} nats, same top token {result.top1:.1%}")
     limit = MAX_KL
     if result.kl > limit and onto == "original":
-        # The 4-bit base itself may be that far from the original weights, as in a model that quantizes badly.
+        # The 4-bit base itself may be that far from the original weights, in a model that quantizes badly.
         limit = 2 * agreement(trained.bare, merged_logps(base, trained.examples, device)).kl
     if not result.kl <= limit:
         raise UserError(
@@ -213,15 +209,15 @@ def _eos_ids(base: Path, chat: Chat) -> list[int]:
     return list(dict.fromkeys([*ids, chat.end_of_turn]))
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """An adapter without the place it lies at."""
-    _, meta = adapter_files.read(folder)
-    return {"weights": adapter_files.weights_hash(folder), **{k: meta[k] for k in ("method", "step") if k in meta}}
+def _description(adapter: StackedAdapter) -> dict[str, Any]:
+    """The adapter without its place on this machine."""
+    known = {key: adapter.meta[key] for key in ("method", "step") if key in adapter.meta}
+    return {"weights": adapter_files.weights_hash(adapter.folder), **known}
 
 
-def _name(base: Path, folders: Sequence[Path]) -> dict[str, Any]:
-    known = adapter_files.read(folders[-1])[1].get("base", {})
-    return {k: known[k] for k in ("name", "revision", "weights") if k in known} or {"name": base.name}
+def _base_name(base: Path, adapter: StackedAdapter) -> dict[str, Any]:
+    known = adapter.meta.get("base", {})
+    return {key: known[key] for key in ("name", "revision", "weights") if key in known} or {"name": base.name}
 
 
 def _bytes(size: str) -> int:
