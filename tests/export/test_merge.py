@@ -130,7 +130,7 @@ def half_an_adapter(folder, made):
         (lambda f, m: {"adapters": [str(m / "prefix")]}, "is a prefix: .* cannot be merged. Ship the adapter folder"),
         (lambda f, m: {"adapters": [str(m / "prompt")]}, "is a soft prompt"),
         (lambda f, m: {"adapters": [str(f / "none")]}, "none is not a folder"),
-        (lambda f, m: {"model": None}, "does not tell where its base lies .*give it with --model M"),
+        (lambda f, m: {"model": None}, "does not say where its base is .*give it with --model M"),
         (lambda f, m: {"out": f}, "exists and is not overwritten; name another folder with --out"),
         (lambda f, m: {"max_shard_size": "many"}, "--max-shard-size many: write a size such as 5GB"),
         (other_base, "was trained on another base"),

@@ -151,7 +151,8 @@ def test_what_has_no_place_is_refused_by_name(tmp_path):
     trained_lora(tiny_model(), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors["base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"] = torch.zeros(4, 64)
+    for part in ("lora_A", "lora_B"):
+        tensors[f"base_model.model.model.layers.0.mlp.experts.0.up_proj.{part}.weight"] = torch.zeros(4, 4)
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"first: model\.layers\.0\.mlp\.experts\.0\.up_proj\.lora_A\.weight"):
         merged_tensors(base, [tmp_path / "adapter"], tmp_path)
