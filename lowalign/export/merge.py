@@ -7,7 +7,6 @@ one (docs/export.md).
 DIR/lowalign.json   {"merge": {"onto", "kl", "top1", "verified", "adapters", "base"}}
 """
 
-import gc
 import json
 import re
 import shutil
@@ -21,13 +20,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from lowalign.data.chat import Chat
-from lowalign.data.pack import Example
 from lowalign.durable import new_folder, write_json
 from lowalign.errors import UserError
-from lowalign.export.agreement import Agreement, agreement, merged_logps, sampled_examples, trained_logps
+from lowalign.export.agreement import check_predictions, check_scores, run_trained
 from lowalign.export.lora_update import LoraUpdate
 from lowalign.export.merged_weights import Plan, plan_merge
 from lowalign.export.model_folder import write_model_files
@@ -36,13 +34,10 @@ from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.lora import Lora
 from lowalign.model.adapters.prefix_tuning import PrefixTuning
-from lowalign.model.base.base import Base
+from lowalign.model.base.base import set_pad_token
 from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
 from lowalign.model.base.identity import identify
-from lowalign.model.host import Host
-from lowalign.model.policy import load_policy
 
-MAX_KL = 0.01  # nats a token. What was measured lies 10 to 200 times below; with an adapter left out it is above 0.1
 BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
@@ -53,16 +48,6 @@ class StackedAdapter:
     folder: Path
     stored: adapter_files.StoredAdapter
     meta: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """What the trained model predicts: log-probs over the vocabulary for the examples' completions. bare: the same of the
-    base without adapters."""
-
-    examples: list[Example]
-    logps: list[torch.Tensor]
-    bare: list[torch.Tensor]
 
 
 def merge(
@@ -104,15 +89,20 @@ def merge(
     chat = Chat(load_tokenizer(str(base)), adapter_files.adapter_template([adapter.folder for adapter in stack]))
     report = {"onto": onto, "kl": None, "top1": None, "verified": False}
     report |= {"adapters": [_description(adapter) for adapter in stack], "base": _base_name(base, stack[-1])}
-    trained = _run_trained(str(base), quantization, adapters, chat) if verify else None
+    trained = run_trained(str(base), adapters, chat, quantization, dtype, plan.reward) if verify else None
     try:
         with new_folder(out) as temp:
             changes = {"dtype": dtype, "tie_word_embeddings": plan.tied, "lowalign": {"merged_onto": onto}}
-            write_model_files(base, temp, changes, chat.template, _eos_ids(base, chat))
+            eos_ids = _eos_ids(base, chat)
+            if plan.reward:
+                changes |= _classifier_config(config, chat, eos_ids)
+            write_model_files(base, temp, changes, chat.template, eos_ids)
             with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
                 write_shards(temp, plan.tensors, shard_bytes, bar.update)
-            if trained is not None:
-                result = _verified(temp, base, trained, onto)
+            if trained is not None and plan.reward:
+                report |= vars(check_scores(temp, trained)) | {"verified": True}
+            elif trained is not None:
+                result = check_predictions(temp, base, trained, onto)
                 report |= {"kl": result.kl, "top1": result.top1, "verified": True}
             write_json(temp / "lowalign.json", {"merge": report})
     except (OSError, SafetensorError) as error:
@@ -170,33 +160,19 @@ def _check_room(out: Path, plan: Plan, verify: bool) -> None:
         )
 
 
-def _run_trained(base: str, quantization: str, adapters: Sequence[str], chat: Chat) -> TrainedModel:
-    """Run base + adapters as they were trained. The base is freed before this returns."""
-    host = Host(Base.load(base, quantization=quantization, quiet=True))
-    stack = load_policy(host, adapters, allow_base_mismatch=True)  # checked before
-    host.base.end_at(chat.end_of_turn)
-    examples = sampled_examples(host, stack, chat)
-    logps, bare = trained_logps(host, stack, examples), trained_logps(host, (), examples)
-    del host
-    gc.collect()
-    return TrainedModel(examples[: len(logps)], logps, bare)
+def _classifier_config(config: PretrainedConfig, chat: Chat, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """What makes config.json that of a sequence classifier with one score, read at the last token that is no padding.
 
-
-def _verified(folder: Path, base: Path, trained: TrainedModel, onto: str) -> Agreement:
-    """Compare and log. Raises UserError when the model in the folder is not the trained one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = agreement(trained.logps, merged_logps(folder, trained.examples, device))
-    log(f"merged against trained on {result.tokens} tokens: KL {result.kl:.1e} nats, same top token {result.top1:.1%}")
-    limit = MAX_KL
-    if result.kl > limit and onto == "original":
-        # The 4-bit base itself may be that far from the original weights, in a model that quantizes badly.
-        limit = 2 * agreement(trained.bare, merged_logps(base, trained.examples, device)).kl
-    if not result.kl <= limit:
+    A pad token that ends answers would hide their end from the score, so it is another one.
+    """
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(
-            f"the merged model is not the trained one: KL {result.kl:.2g} nats a token, at most {limit:.2g} is allowed; it "
-            f"was not kept. Try {'--onto dequantized' if onto == 'original' else '--dtype float32'}"
+            f"transformers has no sequence classifier for {config.model_type}; ship the adapter folder itself"
         )
-    return result
+    name = AutoModelForSequenceClassification._model_mapping[type(config)].__name__
+    set_pad_token(chat.tokenizer, tuple(eos_ids))
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+    return {"architectures": [name], "pad_token_id": chat.tokenizer.pad_token_id, **labels}
 
 
 def _eos_ids(base: Path, chat: Chat) -> list[int]:

@@ -18,6 +18,7 @@ from lowalign.errors import UserError
 from lowalign.export.lora_update import LoraUpdate
 from lowalign.export.nf4 import dequantized_checkpoint, round_trip
 from lowalign.export.weight_files import PlannedTensor, stored_tensors
+from lowalign.model.adapters.adapter import SCALAR_HEAD
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tensors of a merged model, in the order of the base's files, and whether its head is the embedding."""
+    """The tensors of a merged model in the order of the base's files. tied: its LM head is the embedding. reward: it has a
+    scalar head instead of the LM head."""
 
     tensors: list[PlannedTensor]
     tied: bool
+    reward: bool
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +71,17 @@ def plan_merge(
         tensors, dequantized = dequantized_checkpoint(stored), False
     else:
         tensors = {name: PlannedTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items()}
+    reward = SCALAR_HEAD in updates[-1].tensors
+    if reward:
+        tensors.pop(skeleton.head, None)
+        shape = tuple(updates[-1].tensors[SCALAR_HEAD].shape)
+        tensors[SCALAR_HEAD] = PlannedTensor(SCALAR_HEAD, torch.float32, shape, lambda: torch.zeros(shape))
     tied = skeleton.tied and skeleton.head not in tensors
-    if tied and any(update.changes(name) for update in updates for name in (skeleton.embedding, skeleton.head)):
+    if (
+        tied
+        and not reward
+        and any(update.changes(name) for update in updates for name in (skeleton.embedding, skeleton.head))
+    ):
         # Only one of the two was trained: the merged model has both. The head starts as the base's embedding.
         tensors[skeleton.head] = replace(tensors[skeleton.embedding], name=skeleton.head)
         tied = False
@@ -90,7 +102,7 @@ def plan_merge(
                 f"{update.folder} cannot be merged: {len(unplaced)} of its tensors change nothing that the base stores "
                 f"(first: {unplaced[0]}). Adapters on experts, biases or other heads stay adapters: ship the folder as it is"
             )
-    return Plan(planned, tied)
+    return Plan(planned, tied, reward)
 
 
 def _maker(

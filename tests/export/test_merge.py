@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lowalign import Base, Host
+from lowalign import Base, Example, Host
 from lowalign.errors import UserError
 from lowalign.export import lora_update
 from lowalign.export.merge import merge
@@ -146,3 +146,43 @@ def test_held_wrong(change, message, made, tmp_path):
     with pytest.raises(UserError, match=message):
         merge(options.pop("adapters"), options.pop("out"), **options)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_reward_run_becomes_a_sequence_classifier(kind, tmp_path):
+    """In fp32, on a base that was never quantized: stock transformers gives the host's scores, alone and padded."""
+    tiny_folder(tmp_path / "base", kind)
+    host = Host(Base.load(tmp_path / "base", quantization="none", dtype="float32", device="cpu", quiet=True))
+    torch.manual_seed(0)
+    host.add("reward", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    host.add_scalar_head("reward")
+    host.save("reward", tmp_path / "reward", files={"chat_template.jinja": TEMPLATE}, method="reward")
+    report = merge([str(tmp_path / "reward")], tmp_path / "out", model=str(tmp_path / "base"), dtype="float32")
+    assert report["onto"] == "original" and report["verified"]
+    assert report["error"] < 1e-4 < report["spread"] and report["kl"] is None
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert model.config.num_labels == 1 and model.config.pad_token_id not in (None, 2)
+    examples = [Example(list(range(9, 20)), [[30, 31, 2]]), Example([7, 8], [[40, 41, 42, 43, 2]])]
+    with torch.no_grad(), host.use("reward"):
+        expected = torch.cat(host.scores(examples, "reward"))
+    rows = [torch.tensor(e.prompt + e.completions[0]) for e in examples]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+    mask = torch.tensor([[1] * len(row) + [0] * (padded.shape[1] - len(row)) for row in rows])
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # seen: 4e-7
+
+
+def test_a_reward_run_with_other_scores_is_not_kept(tmp_path, monkeypatch):
+    tiny_folder(tmp_path / "base", "llama")
+    host = Host(Base.load(tmp_path / "base", device="cpu", quiet=True))
+    host.add("reward", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    host.add_scalar_head("reward")
+    host.scalar_head("reward").data.normal_(0, 1)
+    host.save("reward", tmp_path / "reward", files={"chat_template.jinja": TEMPLATE})
+    apply = lora_update.LoraUpdate.apply
+    broken = lambda self, name, *rest: apply(self, name, *rest) * (-1 if name == "score.weight" else 1)  # noqa: E731
+    monkeypatch.setattr(lora_update.LoraUpdate, "apply", broken)
+    with pytest.raises(UserError, match="does not give the trained one's scores"):
+        merge([str(tmp_path / "reward")], tmp_path / "out", model=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()

@@ -82,7 +82,7 @@ class Base:
         if packed:
             model.set_attn_implementation(ATTN_IMPLEMENTATION)
         eos_ids = _eos_ids(model, tokenizer)
-        _set_pad_token(tokenizer, eos_ids)
+        set_pad_token(tokenizer, eos_ids)
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
         base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not)
         if not quiet:
@@ -205,7 +205,7 @@ def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     return tuple(ids)
 
 
-def _set_pad_token(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:
     """Set a pad token of the vocabulary that is no eos. Packs need none; other code that uses the tokenizer does."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in eos_ids:
         return
