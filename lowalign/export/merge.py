@@ -35,10 +35,8 @@ from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.lora import Lora
 from lowalign.model.adapters.prefix_tuning import PrefixTuning
 from lowalign.model.base.base import set_pad_token
-from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
+from lowalign.model.base.hub import BASE_FILES, load_tokenizer, resolve
 from lowalign.model.base.identity import identify
-
-BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
-from lowalign.model.base.hub import TOKENIZER_FILES, load_tokenizer, resolve
+from lowalign.model.base.hub import BASE_FILES, load_tokenizer, resolve
 from lowalign.model.base.identity import Identity, checksum, identify
 from lowalign.model.base.probe import probe
 
@@ -60,7 +60,7 @@ class Base:
             raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
-        folder, commit = resolve(str(path_or_hub_id), revision, _FILES)
+        folder, commit = resolve(str(path_or_hub_id), revision, BASE_FILES)
         config = _checked_config(folder, quantization)
         head = _check_memory(folder, config, quantization, dtype, device)
         options = {}
@@ -116,9 +116,6 @@ class Base:
         if not self.packed:
             lines.append(f"packed attention is off ({self.why_not}): one row per completion, slower, same results")
         return "\n".join(lines)
-
-
-_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def freeze(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ TOKENIZER_FILES = [
     *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "*.jinja"),
 ]
+BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def resolve(path_or_hub_id: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
