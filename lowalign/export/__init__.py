@@ -1,1 +1,1 @@
-"""From an adapter to what others load: plain weights that are proved to be the model that was trained."""
+"""From an adapter to what others load: plain weights that are compared with the trained model."""

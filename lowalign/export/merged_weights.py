@@ -63,7 +63,7 @@ def plan_merge(
 ) -> Plan:
     """What the base becomes under the updates, in the order they stack; nothing is computed yet.
 
-    dequantized: onto NF4 taken back to 16 bit (a base that is stored in NF4 always is). Raises UserError for a tensor of
+    dequantized: onto NF4 converted back to 16 bit (always so for a base that is stored in NF4). Raises UserError for a tensor of
     an adapter that no weight of the base takes.
     """
     stored, skeleton = stored_tensors(base), Skeleton.of(config)

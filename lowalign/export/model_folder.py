@@ -1,4 +1,4 @@
-"""What stands beside merged weights: config, generation config, tokenizer, chat template. All that a loader asks for."""
+"""The files beside merged weights: config, generation config, tokenizer, chat template."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The 4-bit base's weights as they act: quantized as `Base.load` does, and taken back."""
+"""The weights that a 4-bit base computes with: quantized as `Base.load` does, and converted back to 16 bit."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", Q
 
 
 def round_trip(weight: Tensor, transposed: bool = False) -> Tensor:
-    """A 16-bit weight as the 4-bit base computes with it. transposed: a Conv1D's weight, which is quantized the other way."""
+    """A 16-bit weight after quantization and conversion back. transposed: a Conv1D's weight, quantized as its transpose."""
     matrix = weight.T.contiguous() if transposed else weight
     packed, state = quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
     plain = dequantize_4bit(packed, state)
@@ -23,7 +23,7 @@ def round_trip(weight: Tensor, transposed: bool = False) -> Tensor:
 
 
 def dequantized_checkpoint(tensors: dict[str, StoredTensor]) -> dict[str, PlannedTensor]:
-    """The tensors of a bitsandbytes 4-bit checkpoint, those in 4 bit taken back to 16 bit when they are made.
+    """The tensors of a bitsandbytes 4-bit checkpoint, those in 4 bit converted to 16 bit when they are made.
 
     Raises UserError for a scheme other than NF4.
     """
