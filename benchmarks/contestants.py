@@ -30,7 +30,7 @@ from torch import Tensor
 from lowalign import Base, Example, Host
 from lowalign.config.sections import Sampling, TrainConfig
 from lowalign.config.training import DPOLossConfig, PPOConfig, PPOLossConfig, RewardLossConfig, RolloutConfig
-from lowalign.methods.dpo import DPO, reference_logps
+from lowalign.methods.dpo import DPO
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.methods.reward_model import RewardModel
@@ -76,9 +76,9 @@ def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, setti
     if case == "sft":
         method = SFT(host, rows, ("policy",), config)
     elif case == "dpo":
-        for row in rows:
-            row.reference = reference_logps(host, (), [row]).tolist()
         method = DPO(host, rows, ("policy",), (), DPOLossConfig(beta=BETA), config)
+        for row in rows:
+            row.reference = method.reference_logps([row]).tolist()
     else:
         host.add_scalar_head("policy")
         method = RewardModel(host, rows, ("policy",), RewardLossConfig(), config)

@@ -24,7 +24,7 @@ from lowalign.config.commands import BestOfNConfig
 from lowalign.config.sections import DataConfig
 from lowalign.config.training import SFTConfig
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import PromptRow, distinct_prompts
+from lowalign.data.prompts import Prompts, distinct_prompts
 from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -36,7 +36,7 @@ from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.rewards import Rewards, load_rewards
-from lowalign.rewards.selection import choice_lines, report, write_datasets
+from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train import checkpoint
 from lowalign.train.lock import lock_folder
@@ -44,8 +44,6 @@ from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hash
 from lowalign.train.signals import Interrupted, StopSignals
 
 PROMPTS_PER_BLOCK = 64  # prompts that are sampled, scored and written together
-
-Prompts = Sequence[tuple[PromptRow, list[int]]]  # rows and their token ids
 
 
 def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
@@ -67,7 +65,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template(config.adapter))
-    prompts = _prompts(config, chat)
+    prompts = distinct_prompts(config.data, chat, config.limit, config.max_prompt, "--max-prompt", config.raw)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = files_and_runs(config.reward)
     inputs = {"data": [row.prompt for row, _ in prompts]} | input_hashes(files, [*config.adapter, *runs])
@@ -93,12 +91,9 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     """Sample and score one round, and write all files of its folder but the sft run."""
     folder.mkdir(exist_ok=True)
     journal, total = Journal(folder / "candidates.jsonl"), len(prompts)
-    done = (
-        len(journal.lines)
-        if len(journal.lines) == total
-        else len(journal.lines) // PROMPTS_PER_BLOCK * PROMPTS_PER_BLOCK
-    )
     # A block is always computed as a whole: it then has the same bits however often a run was interrupted.
+    done = len(journal.lines)
+    done -= done % PROMPTS_PER_BLOCK if done < total else 0
     journal.keep(done)
     if done < total:
         host = Host(base)
@@ -113,7 +108,7 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
             host.delete(name)
     figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
     write_json(folder / "report.json", figures)
-    log("\n".join([*choice_lines(figures), f"all of it is in {folder}"]))
+    log("\n".join([*report_lines(figures), f"all of it is in {folder}"]))
 
 
 def _candidates(
@@ -136,19 +131,6 @@ def _candidates(
         }
         for prompt, *group in zip(texts, completions, decoded, scores, strict=True)
     ]
-
-
-def _prompts(config: BestOfNConfig, chat: Chat) -> Prompts:
-    """Each prompt once, in the order of the rows, without those that are too long."""
-    if not config.data:
-        raise UserError("no prompts: give --data FILE…")
-    prompts, left_out = distinct_prompts(config.data, chat, config.limit, config.max_prompt, config.raw)
-    if left_out:
-        total = len(prompts) + left_out
-        log(f"{left_out:,} of {total:,} prompts have more than {config.max_prompt:,} tokens and are left out")
-    if not prompts:
-        raise UserError(f"no prompt of {', '.join(config.data)} is left; see --max-prompt and --limit")
-    return prompts
 
 
 def _check_kind(config: BestOfNConfig) -> None:

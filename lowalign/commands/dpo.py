@@ -13,7 +13,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
 from lowalign.train.reference_cache import fill_reference_logps
-from lowalign.train.run import Job, check_and_log_start, load_rows, named_run, reference_stack, run
+from lowalign.train.run import Job, check_and_log_start, load_rows, reference_run, reference_stack, run
 from lowalign.train.signals import StopSignals
 
 
@@ -37,5 +37,5 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
                     fill_reference_logps(host, reference, part, config.train, stop)
         return method
 
-    job = Job("dpo", partial(load_rows, config, load), start, adapters=named_run(config.reference))
+    job = Job("dpo", partial(load_rows, config, load), start, adapters=reference_run(config.reference))
     return run(config, job, base)

@@ -24,7 +24,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.judge_prompt import JudgePrompt
-from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, summary, summary_lines
+from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, report, report_lines
 from lowalign.rewards.rewards import load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
@@ -111,10 +111,9 @@ def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine
                 disagreements.append(line | {"prompt": row.prompt, "completion_a": a, "completion_b": b})
     write_jsonl(out / "pairs.jsonl", preferences)
     write_jsonl(out / "disagreements.jsonl", disagreements)
-    report = summary(lines)
-    write_json(out / "report.json", report)
-    log("\n".join(summary_lines(report)))
-    log(f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}")
+    figures = report(lines)
+    write_json(out / "report.json", figures)
+    log("\n".join([*report_lines(figures), f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}"]))
 
 
 def _preference(prompt: Prompt, chosen: Prompt, rejected: Prompt) -> dict[str, list[Message]]:

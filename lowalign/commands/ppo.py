@@ -13,7 +13,7 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
-from lowalign.data.prompts import PromptRow, distinct_prompts
+from lowalign.data.prompts import Prompts, distinct_prompts
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.methods.ppo import PPO
@@ -27,7 +27,7 @@ from lowalign.model.policy import Stack, add_fresh, load_stack
 from lowalign.rewards.reward_run import RunReward
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
-from lowalign.train.run import Job, check_and_log_start, named_run, reference_stack, run
+from lowalign.train.run import Job, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
 VALUE = "value"
@@ -37,7 +37,7 @@ def ppo(config: PPOConfig, base: Base | None = None) -> int:
     """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
     setup = PPOSetup(config)
     _, runs = files_and_runs(config.reward)  # the files may change: functions can be corrected before --resume
-    adapters = (*named_run(config.reference), *runs)
+    adapters = (*reference_run(config.reference), *runs)
     job = Job("ppo", setup.read, setup.start, data=config.ppo.ptx_data, adapters=adapters, steps=setup.steps)
     return run(config, job, base)
 
@@ -49,26 +49,21 @@ class PPOSetup:
         self.config = config
         self.ptx: list[Example] = []
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[tuple[PromptRow, list[int]]], list]:
+    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[Prompts, list]:
         """The prompts with their ids, and no held-out rows."""
         data, c = self.config.data, self.config
         self.chat = chat
-        if not data.files:
-            raise UserError("no prompts: give --data FILE…")
         if data.eval or data.eval_rows:
             raise UserError("ppo holds no rows out, its rewards are measured on its samples: remove --data.eval and --data.eval-rows")  # fmt: skip
+        prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, "--data.max-length")
         if not c.reward:
             raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
-        prompts, left_out = distinct_prompts(data.files, chat, data.limit, data.max_length)
-        log(f"{len(prompts) + left_out:,} prompts, {left_out:,} of them longer than {data.max_length:,} tokens and left out")  # fmt: skip
-        if not prompts:
-            raise UserError(f"no prompt of {', '.join(data.files)} is left; see --data.max-length and --data.limit")
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
         return prompts, []
 
     def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:
-        """The method, with its roles on the host. rows: the prompts with their ids. initial: what the policy starts from."""
+        """The method, with its roles on the host. rows: the prompts with their ids."""
         c, base = self.config, host.base
         base.end_at(self.chat.end_of_turn)
         check_and_log_start(host, policy, initial, [Example(ids, [ids[-8:]]) for _, ids in rows[:4]], c)
@@ -106,7 +101,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
     """Add the value function to the host -> its stack.
 
     It is the policy with a head (--value.share); or a copy of the reward run, when there is one reward and its adapter is
-    of the same kind (arXiv 2009.01325, appendix); or a fresh adapter with a zero head on `initial`, what the policy
+    of the same kind (arXiv 2009.01325, appendix); or a fresh adapter with a zero head, on the stack that the policy
     starts from.
     """
     if config.value.share:

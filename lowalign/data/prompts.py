@@ -11,6 +11,7 @@ from lowalign.data.rows.sft_rows import SFT_ROWS, with_system
 from lowalign.data.rows.turns import Prompt, as_messages, read_turns
 from lowalign.data.template import Unrenderable
 from lowalign.errors import UserError
+from lowalign.log import log
 
 COLUMNS = ("prompt", "messages", "conversations", "instruction", "chosen_messages", "chosen")
 
@@ -20,6 +21,9 @@ class PromptRow(NamedTuple):
 
     prompt: Prompt
     where: str
+
+
+Prompts = list[tuple[PromptRow, list[int]]]  # with their token ids
 
 
 def read_prompts(files: Sequence[str]) -> Iterator[PromptRow]:
@@ -33,16 +37,23 @@ def read_prompts(files: Sequence[str]) -> Iterator[PromptRow]:
 
 
 def distinct_prompts(
-    files: Sequence[str], chat: Chat, limit: int | None, longest: int, raw: bool = False
-) -> tuple[list[tuple[PromptRow, list[int]]], int]:
-    """-> each different prompt once with its ids, in the order of the rows (the first `limit`), and how many of these were
-    left out for having more than `longest` tokens. raw: as in prompt_ids."""
+    files: Sequence[str], chat: Chat, limit: int | None, max_tokens: int, option: str, raw: bool = False
+) -> Prompts:
+    """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
+    tokens; logs the counts. option: the flag that sets max_tokens. raw: as in prompt_ids. Raises UserError when no prompt
+    is left."""
+    if not files:
+        raise UserError("no prompts: give --data FILE…")
     rows: dict[str, PromptRow] = {}
     for row in read_prompts(files):
         rows.setdefault(json.dumps(row.prompt), row)
     prompts = [(row, prompt_ids(chat, row, raw)) for row in list(rows.values())[:limit]]
-    fitting = [(row, ids) for row, ids in prompts if len(ids) <= longest]
-    return fitting, len(prompts) - len(fitting)
+    fitting = [(row, ids) for row, ids in prompts if len(ids) <= max_tokens]
+    counts = f"{len(prompts):,} prompts, {len(prompts) - len(fitting):,} of them longer than {max_tokens:,} tokens and left out"
+    if not fitting:
+        raise UserError(f"no prompt of {', '.join(files)} is left ({counts}); see {option}")
+    log(counts)
+    return fitting
 
 
 def prompt_ids(chat: Chat, row: PromptRow, raw: bool) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation: rewards (T,), values V(s_t) (T,) -> advantages (T,), returns A + V (T,).
 
     δ_t = r_t + γ V(s_t+1) - V(s_t), A_t = δ_t + γ λ A_t+1; after the last token V is 0. arXiv 1506.02438 eq. 16.
@@ -16,7 +16,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     advantages = [0.0] * len(delta)
     after = 0.0
     for t in range(len(delta) - 1, -1, -1):
-        advantages[t] = after = delta[t] + gamma * lam * after
+        advantages[t] = after = delta[t] + gamma * gae_lambda * after
     result = values.new_tensor(advantages)
     return result, result + values
 

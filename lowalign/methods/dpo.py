@@ -12,34 +12,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowalign.config.sections import TrainConfig
-from lowalign.config.training import DPOLossConfig
 from lowalign.data.pack import Example
-from lowalign.methods.fixed_data import FixedDataMethod
-from lowalign.methods.losses import PAIR_LOSSES
+from lowalign.methods.fixed_data import ReferenceMethod
+from lowalign.methods.losses import PAIR_LOSSES, PairLoss
 from lowalign.methods.pairs import all_pairs, count
-from lowalign.model.host import Host, completion_logps
 
 
-class DPO(FixedDataMethod):
+class DPO(ReferenceMethod):
     """The method of `lowalign dpo`.
 
-    reference: the stack of the reference. Log-probs of the reference that an Example does not bring (Example.reference)
-    are computed in each step, in the policy's packs.
+    Log-probs of the reference that an Example does not bring (Example.reference) are computed in each step, in the
+    policy's packs.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        examples: Sequence[Example],
-        stack: tuple[str, ...],
-        reference: tuple[str, ...],
-        config: DPOLossConfig,
-        train: TrainConfig,
-    ) -> None:
-        super().__init__(host, examples, stack, train)
-        self.reference, self.config, self.pair_loss = reference, config, PAIR_LOSSES[config.loss]
-        self.needs_reference = not self.pair_loss.reference_free
+    @property
+    def pair_loss(self) -> PairLoss:
+        """The entry for --dpo.loss."""
+        return PAIR_LOSSES[self.config.loss]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss uses log-probs of the reference."""
+        return not self.pair_loss.reference_free
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Rankings and pairs of the step."""
@@ -47,9 +41,8 @@ class DPO(FixedDataMethod):
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
-        ref = reference_logps(self.host, self.reference, examples) if self.needs_reference else None
-        with self.host.use(*self.stack):
-            logp = completion_logps(self.host, examples)
+        ref = self.reference_logps(examples) if self.needs_reference else None
+        logp = self.policy_logps(examples)
         length = torch.tensor([max(1, sum(e.mask(i))) for e in examples for i in range(len(e.completions))])
         length = length.to(logp.device)
         pairs = all_pairs(examples, logp.device)
@@ -77,14 +70,6 @@ class DPO(FixedDataMethod):
             "rewards/accuracies": mean((reward[w] > reward[l]).float()),
         }
         return loss, metrics | ({"nll": nll.detach() / normalizers["rankings"]} if sft else {})
-
-
-def reference_logps(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> Tensor:
-    """completion_logps under the reference, without gradient: (C,). Taken from Example.reference where all have it."""
-    if all(e.reference is not None for e in examples):
-        return torch.tensor([value for e in examples for value in e.reference], device=host.base.device)
-    with torch.no_grad(), host.use(*reference):
-        return completion_logps(host, examples)
 
 
 def best_weights(examples: Sequence[Example], device: torch.device) -> Tensor:

@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lowalign.config.sections import TrainConfig
+from lowalign.config.training import DPOLossConfig
 from lowalign.data.pack import Example, step_order
-from lowalign.model.host import Host
+from lowalign.model.host import Host, completion_logps
+from lowalign.model.policy import Stack
 
 
 class FixedDataMethod:
@@ -15,7 +20,7 @@ class FixedDataMethod:
     decide the order of the data.
     """
 
-    def __init__(self, host: Host, examples: Sequence[Example], stack: tuple[str, ...], train: TrainConfig) -> None:
+    def __init__(self, host: Host, examples: Sequence[Example], stack: Stack, train: TrainConfig) -> None:
         self.host, self.examples, self.stack, self.train = host, examples, stack, train
         self.lr_multipliers = {stack[-1]: 1.0}
         self.token_budget = train.token_budget
@@ -31,3 +36,31 @@ class FixedDataMethod:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+class ReferenceMethod(FixedDataMethod):
+    """A method that compares the policy with a frozen reference. reference: its adapters."""
+
+    def __init__(
+        self,
+        host: Host,
+        examples: Sequence[Example],
+        stack: Stack,
+        reference: Stack,
+        config: DPOLossConfig,
+        train: TrainConfig,
+    ) -> None:
+        super().__init__(host, examples, stack, train)
+        self.reference, self.config = reference, config
+
+    def policy_logps(self, examples: Sequence[Example]) -> Tensor:
+        """completion_logps under the policy: (C,)."""
+        with self.host.use(*self.stack):
+            return completion_logps(self.host, examples)
+
+    def reference_logps(self, examples: Sequence[Example]) -> Tensor:
+        """completion_logps under the reference, without gradient: (C,). Taken from Example.reference where all have it."""
+        if all(e.reference is not None for e in examples):
+            return torch.tensor([value for e in examples for value in e.reference], device=self.host.base.device)
+        with torch.no_grad(), self.host.use(*self.reference):
+            return completion_logps(self.host, examples)

@@ -11,32 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowalign.config.sections import TrainConfig
-from lowalign.config.training import DPOLossConfig
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.methods import losses
-from lowalign.methods.dpo import reference_logps
-from lowalign.methods.fixed_data import FixedDataMethod
-from lowalign.model.host import Host, completion_logps
+from lowalign.methods.fixed_data import ReferenceMethod
 
 
-class KTO(FixedDataMethod):
+class KTO(ReferenceMethod):
     """The method of `lowalign dpo --dpo.loss kto`. The best completions of a ranking are thumbs up, the others down."""
 
     needs_reference = True
-
-    def __init__(
-        self,
-        host: Host,
-        examples: Sequence[Example],
-        stack: tuple[str, ...],
-        reference: tuple[str, ...],
-        config: DPOLossConfig,
-        train: TrainConfig,
-    ) -> None:
-        super().__init__(host, examples, stack, train)
-        self.reference, self.config = reference, config
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Completions of the step, those with thumbs up and down, their total weight, and z0."""
@@ -50,10 +34,8 @@ class KTO(FixedDataMethod):
         """Estimate of KL(π ‖ π_ref), at least 0: the mean log-ratio of completions paired with other prompts."""
         log_ratios: list[float] = []
 
-        def compute(group: list[Example]) -> None:
-            with self.host.use(*self.stack):
-                logp = completion_logps(self.host, group)
-            log_ratios.append((logp - reference_logps(self.host, self.reference, group)).sum().item())
+        def compute(micro_batch: list[Example]) -> None:
+            log_ratios.append((self.policy_logps(micro_batch) - self.reference_logps(micro_batch)).sum().item())
 
         in_micro_batches(mismatched(examples), self.token_budget, compute)
         return max(0.0, sum(log_ratios) / len(examples))
@@ -61,9 +43,8 @@ class KTO(FixedDataMethod):
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
         c = self.config
-        ref = reference_logps(self.host, self.reference, examples)
-        with self.host.use(*self.stack):
-            ratio = completion_logps(self.host, examples) - ref
+        ref = self.reference_logps(examples)
+        ratio = self.policy_logps(examples) - ref
         up = torch.tensor(labels(examples), device=ratio.device)
         weight = torch.tensor([e.weight for e in examples for _ in e.completions], device=ratio.device)
         weight = weight * torch.where(up, c.desirable, c.undesirable)

@@ -20,8 +20,7 @@ from lowalign.data.pack import Example, step_order, total_supervised
 from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
 from lowalign.methods.ppo_round import Roles, ScoreFunction
-from lowalign.methods.rollout import Rollout, from_tensors, supervised, to_tensors
-from lowalign.model.forward.packed import TokenRequest
+from lowalign.methods.rollout import Rollout, from_tensors, supervised_values, to_tensors
 from lowalign.model.host import Host
 
 
@@ -79,9 +78,9 @@ class PPO:
             at = 0
         self.last_step, self.kl_by_example = step, {}
         epoch, k = divmod(at, self.minibatches)
-        rollouts = self._minibatches(self.rollouts)[self._order(epoch)[k]]
-        size = self.config.train.batch_size
-        seed = self.config.train.seed
+        size, seed = self.config.train.batch_size, self.config.train.seed
+        order = step_order(self.minibatches, self.minibatches, seed + self.round, epoch)
+        rollouts = self._minibatches(self.rollouts)[order[k]]
         ptx = [self.ptx[i] for i in step_order(len(self.ptx), size, seed, step)] if self.ptx else []
         self.step_started = time.perf_counter(), sum(e.length for e in (*rollouts, *ptx))
         return [*rollouts, *ptx]
@@ -90,13 +89,9 @@ class PPO:
         return 0 < self.config.ppo.target_kl < sum(self.kl_by_example.values())
 
     def _minibatches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """The minibatches of a round. They are the same in every epoch, so each keeps its packs."""
+        """The rollouts of each step of an epoch. They are the same in every epoch, so each keeps its packs."""
         size = self.config.train.batch_size
         return [rollouts[k : k + size] for k in range(0, len(rollouts), size)]
-
-    def _order(self, epoch: int) -> list[int]:
-        """The order of the minibatches in an epoch."""
-        return step_order(self.minibatches, self.minibatches, self.config.train.seed + self.round, epoch)
 
     def _start_round(self, step: int) -> None:
         """Sample and score a new round. If that raises, the state stays that of the last finished step."""
@@ -134,15 +129,9 @@ class PPO:
         """Loss and metrics of one micro-batch, as its share of the step's; it holds rollouts only, or pretraining rows only."""
         if not isinstance(examples[0], Rollout):
             return self._ptx_loss(examples, normalizers["ptx"])
-        c, shared = self.config.ppo, self.roles.value == self.roles.policy
-        with self.host.use(*self.roles.policy):
-            head = self.host.scalar_head(self.roles.value[-1]) if shared else None
-            temperature = self.config.sampling.temperature
-            request = TokenRequest(
-                entropy=c.entropy > 0, scalar_head=head, supervised_only=True, temperature=temperature
-            )
-            own = self.host.tokens(examples, request)
-        gather = lambda rows: torch.cat([supervised(e, row) for e, row in zip(examples, rows, strict=True)])  # noqa: E731
+        c, temperature = self.config.ppo, self.config.sampling.temperature
+        own = ppo_round.policy_tokens(self.host, self.roles, examples, temperature, c.entropy > 0)
+        gather = lambda rows: torch.cat([supervised_values(e, row) for e, row in zip(examples, rows, strict=True)])  # noqa: E731
         logp, old = gather(own.logps), gather([e.old for e in examples])
         self._assert_unit_ratio(examples, logp, old)
         advantage = gather([e.advantages for e in examples])
@@ -157,9 +146,9 @@ class PPO:
             parts = torch.stack([part.sum() for part in kl.split([e.supervised for e in examples])])
             self.kl_by_example |= zip(map(id, examples), (parts / normalizers["tokens"]).tolist(), strict=True)
         if self.roles.value:
-            values = own.values if shared else ppo_round.value_function(self.host, self.roles, examples)
-            value = gather(values) + self.value_bias
-            error = mean(losses.clipped_value(value, gather([e.values for e in examples]), gather([e.returns for e in examples]), c.value_clip))  # fmt: skip
+            value = gather(ppo_round.value_function(self.host, self.roles, examples, own)) + self.value_bias
+            old_value, target = gather([e.values for e in examples]), gather([e.returns for e in examples])
+            error = mean(losses.clipped_value(value, old_value, target, c.value_clip))
             loss = loss + c.value_coef * error
             metrics["value_loss"] = error.detach()
         if c.kl_in == "loss":
@@ -168,7 +157,7 @@ class PPO:
             loss = loss - c.entropy * mean(gather(own.entropies))
         share = (
             len(examples) / normalizers["rollouts"]
-        )  # over the micro-batches, the round's metrics add up to themselves
+        )  # so that summed over micro-batches they are the round's metrics
         metrics |= {name: torch.tensor(value * share) for name, value in (self.round_metrics | self.speeds).items()}
         return loss, metrics | {"loss": loss.detach()}
 
@@ -180,7 +169,7 @@ class PPO:
         return loss, {"loss": loss.detach(), "ptx_loss": nll.detach()}
 
     def _assert_unit_ratio(self, examples: Sequence[Example], logp: Tensor, old: Tensor) -> None:
-        """In a round's first step the policy is still the one that sampled: the same bits in the same pack."""
+        """In a round's first step the policy is still the one that sampled. In the same pack log-probs have the same bits."""
         first = self.last_step == self.first_step and tuple(map(id, examples)) in self.unit_ratio_packs
         if first and not torch.equal(logp.detach(), old):
             worst = (logp.detach() - old).abs().max().item()

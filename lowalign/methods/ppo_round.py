@@ -18,8 +18,8 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
-from lowalign.methods.rollout import Rollout, flat, supervised
-from lowalign.model.forward.packed import TokenRequest
+from lowalign.methods.rollout import Rollout, supervised_values
+from lowalign.model.forward.packed import TokenOutputs, TokenRequest
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
 
@@ -36,6 +36,11 @@ class Roles:
     reference: Stack
     value: Stack | None
 
+    @property
+    def shared(self) -> bool:
+        """Whether the value head is on the policy."""
+        return self.value == self.policy
+
 
 def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequence[int]], number: int) -> list[Rollout]:
     """Completions of these prompts under the policy in round `number`."""
@@ -46,8 +51,7 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
         samples = host.generate(prompts, n, config.sampling, seeds=seeds)
     rollouts = []
     for prompt, completions in zip(prompts, samples, strict=True):
-        supervised = [c.stopped or config.rollout.missing_eos != "mask" for c in completions]
-        masks = [[keep] * len(c.ids) for keep, c in zip(supervised, completions, strict=True)]
+        masks = [[c.stopped or config.rollout.missing_eos != "mask"] * len(c.ids) for c in completions]
         stopped = [c.stopped for c in completions]
         rollouts.append(Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped))
     if config.rollout.missing_eos != "keep" and not any(s for r in rollouts for s in r.stopped):
@@ -79,27 +83,22 @@ def shape_rewards(
 def compute_logps_and_values(
     host: Host, roles: Roles, minibatches: Sequence[Sequence[Rollout]], token_budget: int, temperature: float
 ) -> tuple[float, set[tuple[int, ...]]]:
-    """Set old and reference log-probs and values, in the packs of the updates.
+    """Set old and reference log-probs and values, in the micro-batches (and so the packs) of the updates.
 
-    -> the policy's mean entropy in nats per token, and the packs, each as the id() of its rollouts.
+    -> the policy's mean entropy in nats per token, and the micro-batches, each as the id() of its rollouts.
     """
-    shared = roles.value == roles.policy
     entropies, packs = [], set()
 
-    def compute(pack: list[Rollout]) -> None:
-        head = host.scalar_head(roles.value[-1]) if shared else None
-        with host.use(*roles.policy):
-            own = host.tokens(
-                pack, TokenRequest(entropy=True, scalar_head=head, supervised_only=True, temperature=temperature)
-            )
+    def compute(rollouts: list[Rollout]) -> None:
+        own = policy_tokens(host, roles, rollouts, temperature, entropy=True)
         with host.use(*roles.reference):
-            reference = host.tokens(pack, TokenRequest(supervised_only=True, temperature=temperature)).logps
-        values = own.values if shared or not roles.value else value_function(host, roles, pack)
-        for i, r in enumerate(pack):
+            reference = host.logprobs(rollouts, supervised_only=True, temperature=temperature)
+        values = value_function(host, roles, rollouts, own)
+        for i, r in enumerate(rollouts):
             r.old, r.reference_logps = own.logps[i], reference[i]
             r.values = values[i] if values else []
         entropies.extend(e.sum().item() for row in own.entropies for e in row)
-        packs.add(tuple(map(id, pack)))
+        packs.add(tuple(map(id, rollouts)))
 
     for minibatch in minibatches:
         in_micro_batches(minibatch, token_budget, compute)
@@ -107,11 +106,25 @@ def compute_logps_and_values(
     return sum(entropies) / max(1, tokens), packs
 
 
-def value_function(host: Host, roles: Roles, pack: Sequence[Rollout]) -> list[list[Tensor]]:
-    """V(s_t) by the value adapter's head: for each rollout, for each completion, (its length,)."""
+def policy_tokens(
+    host: Host, roles: Roles, rollouts: Sequence[Rollout], temperature: float, entropy: bool
+) -> TokenOutputs:
+    """Log-probs under the policy, with `entropy` its entropies, and the values if the value head is on the policy."""
+    with host.use(*roles.policy):
+        head = host.scalar_head(roles.value[-1]) if roles.shared else None
+        request = TokenRequest(entropy=entropy, scalar_head=head, supervised_only=True, temperature=temperature)
+        return host.tokens(rollouts, request)
+
+
+def value_function(
+    host: Host, roles: Roles, rollouts: Sequence[Rollout], own: TokenOutputs
+) -> list[list[Tensor]] | None:
+    """V(s_t): for each rollout, for each completion, (its length,). None without a value function. own: policy_tokens."""
+    if roles.shared or not roles.value:
+        return own.values
     with host.use(*roles.value):
         request = TokenRequest(logps=False, scalar_head=host.scalar_head(roles.value[-1]), supervised_only=True)
-        return host.tokens(pack, request).values
+        return host.tokens(rollouts, request).values
 
 
 def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> float:
@@ -123,7 +136,7 @@ def value_bias(rollouts: Sequence[Rollout], config: PPOConfig, beta: float) -> f
     errors = []
     for r in rollouts:
         returns = [gae(x, torch.zeros_like(x), config.ppo.gamma, 1.0)[1] for x in _rewards(r, config, beta)]
-        errors.append(supervised(r, returns) - supervised(r, r.values))
+        errors.append(supervised_values(r, returns) - supervised_values(r, r.values))
     return torch.cat(errors).mean().item()
 
 
@@ -167,7 +180,8 @@ def round_metrics(
         "truncated_share": 1 - ended,
     }
     if rollouts[0].returns:
-        returns, values = flat(rollouts, "returns"), flat(rollouts, "values")
+        returns = torch.cat([supervised_values(r, r.returns) for r in rollouts])
+        values = torch.cat([supervised_values(r, r.values) for r in rollouts])
         spread = returns.var().item() if len(returns) > 1 else 0.0
         metrics["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
     return metrics

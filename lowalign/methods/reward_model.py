@@ -19,6 +19,7 @@ from lowalign.methods import losses
 from lowalign.methods.fixed_data import FixedDataMethod
 from lowalign.methods.pairs import all_pairs, compare, count
 from lowalign.model.host import Host
+from lowalign.model.policy import Stack
 
 
 class RewardModel(FixedDataMethod):
@@ -31,7 +32,7 @@ class RewardModel(FixedDataMethod):
         self,
         host: Host,
         examples: Sequence[Example],
-        stack: tuple[str, ...],
+        stack: Stack,
         config: RewardLossConfig,
         train: TrainConfig,
         ties: bool = False,
@@ -73,9 +74,10 @@ class RewardModel(FixedDataMethod):
 
 def scored(example: Example) -> Example:
     """The Example with each completion cut after its last supervised token, where its score is read."""
-    ends = [max((t for t, m in enumerate(example.mask(i)) if m), default=len(c) - 1) + 1
-            for i, c in enumerate(example.completions)]  # fmt: skip
-    completions = [c[:end] for c, end in zip(example.completions, ends, strict=True)]
+    completions = []
+    for i, completion in enumerate(example.completions):
+        last = max((t for t, supervised in enumerate(example.mask(i)) if supervised), default=len(completion) - 1)
+        completions.append(completion[: last + 1])
     return replace(example, completions=completions, masks=None)
 
 

@@ -29,18 +29,10 @@ class Rollout(Example):
     returns: list[Tensor] = field(default_factory=list)
 
 
-def flat(rollouts: Sequence[Rollout], name: str) -> Tensor:
-    """A signal of all supervised tokens, concatenated: (N,)."""
-    return torch.cat([supervised(r, getattr(r, name)) for r in rollouts])
-
-
-def supervised(example: Example, per_completion: Sequence[Tensor]) -> Tensor:
+def supervised_values(example: Example, per_completion: Sequence[Tensor]) -> Tensor:
     """The values of one Example's supervised tokens, concatenated: (N,)."""
-    parts = []
-    for i, values in enumerate(per_completion):
-        mask = torch.tensor(example.mask(i), device=values.device)
-        parts.append(values[mask])
-    return torch.cat(parts)
+    masks = [torch.tensor(example.mask(i), device=values.device) for i, values in enumerate(per_completion)]
+    return torch.cat([values[mask] for values, mask in zip(per_completion, masks, strict=True)])
 
 
 def to_tensors(rollouts: Sequence[Rollout]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The policy of a run: a fresh adapter, a fresh one on top of an earlier one, or a copy of an earlier one.
 
-The policy is a stack of adapters; the last one is trained. A policy that equals its reference by construction (a fresh
-LoRA, a copy) is checked before the first step. A fresh soft prompt does not equal it; its KL divergence is reported.
+The policy is a stack of adapters; the last one is trained. `initial` is the stack that it starts from. A policy that
+equals it by construction (a fresh LoRA, a copy) is checked before the first step. A fresh soft prompt does not equal it;
+the KL divergence between the two is logged.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ KL_TOKENS = 256  # at most; tokens the KL divergence is averaged over
 CHECK_EXAMPLES, CHECK_TOKENS = 4, 512  # for the check of the start; tokens of each prompt and completion
 
 
-def add_fresh(host: Host, name: str, options: AdapterConfig, under: tuple[str, ...]) -> None:
+def add_fresh(host: Host, name: str, options: AdapterConfig, under: Stack) -> None:
     """Add a new adapter on top of the stack `under`. Raises UserError when the options contradict each other."""
     kind = BY_OPTION[options.kind]
     if options.init_text and not kind.soft:
@@ -35,7 +36,7 @@ def add_fresh(host: Host, name: str, options: AdapterConfig, under: tuple[str, .
             host.adapters[name].init_from_text(options.init_text)
 
 
-def load_stack(host: Host, name: str, adapter: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
+def load_stack(host: Host, name: str, adapter: str, allow_base_mismatch: bool = False) -> Stack:
     """Load an adapter (run, folder or Hub id) and those it was trained on top of -> their names, the adapter last."""
     folder = adapter_files.locate(adapter)
     _, meta = adapter_files.read(folder)
@@ -46,7 +47,7 @@ def load_stack(host: Host, name: str, adapter: str, allow_base_mismatch: bool = 
     return (*parents, name)
 
 
-def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool = False) -> tuple[str, ...]:
+def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool = False) -> Stack:
     """Load several adapters, each as `load_stack` does -> all names in order."""
     return tuple(
         name
@@ -57,8 +58,8 @@ def load_policy(host: Host, adapters: Sequence[str], allow_base_mismatch: bool =
 
 def start_policy(
     host: Host, options: AdapterConfig, init: str | None, init_mode: str, seed: int, allow_base_mismatch: bool = False
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Add the policy to the host -> (its stack, the stack it started from, which is its reference).
+) -> tuple[Stack, Stack]:
+    """Add the policy to the host -> (its stack, initial: the stack it starts from).
 
     init: an adapter to start from. The policy is a fresh adapter on top of it; with init_mode "copy", or when both are
     soft prompts, a copy of it. seed: of the initial weights. Raises UserError when `init` and the options do not fit.
@@ -68,7 +69,7 @@ def start_policy(
     if init is None:
         add_fresh(host, POLICY, options, ())
         return (POLICY,), ()
-    reference = load_stack(host, INIT, init, allow_base_mismatch)
+    initial = load_stack(host, INIT, init, allow_base_mismatch)
     init_kind = type(host.adapters[INIT])
     if init_mode == "copy" or (init_kind.soft and kind.soft):
         if init_kind is not kind:
@@ -79,38 +80,38 @@ def start_policy(
                 f"the adapter is a copy of --init {init}, and --adapter.init-text starts a fresh one; leave one out"
             )
         host.load(POLICY, adapter_files.locate(init), allow_base_mismatch)
-        return (*reference[:-1], POLICY), reference
-    add_fresh(host, POLICY, options, reference)
-    return (*reference, POLICY), reference
+        return (*initial[:-1], POLICY), initial
+    add_fresh(host, POLICY, options, initial)
+    return (*initial, POLICY), initial
 
 
-def check_start(host: Host, policy: tuple[str, ...], reference: tuple[str, ...], examples: Sequence[Example]) -> str:
-    """Before the first step, compare the policy with its reference -> a line for the log.
+def check_start(host: Host, policy: Stack, initial: Stack, examples: Sequence[Example]) -> str:
+    """Before the first step, compare the policy with the stack it starts from -> a line for the log.
 
-    Raises RuntimeError when a policy that equals its reference by construction does not, which is a bug.
+    Raises RuntimeError when a policy that equals it by construction does not, which is a bug.
     """
     host.training(None)  # dropout off
     examples = [_shortened(e) for e in examples[:CHECK_EXAMPLES]]
     adapter = host.adapters[policy[-1]]
-    copied = policy[:-1] != reference
+    copied = policy[:-1] != initial
     if copied or adapter.identity_at_start:
         with torch.no_grad():
             with host.use(*policy):
                 logps = torch.cat([t for row in host.logprobs(examples) for t in row])
-            with host.use(*reference):
-                reference_logps = torch.cat([t for row in host.logprobs(examples) for t in row])
-        if not (torch.equal(logps, reference_logps) if copied else adapter.is_identity(logps, reference_logps)):
-            worst = (logps - reference_logps).abs().max().item()
+            with host.use(*initial):
+                initial_logps = torch.cat([t for row in host.logprobs(examples) for t in row])
+        if not (torch.equal(logps, initial_logps) if copied else adapter.is_identity(logps, initial_logps)):
+            worst = (logps - initial_logps).abs().max().item()
             raise RuntimeError(
                 f"before the first step the policy must equal its reference; log-probs differ by {worst:.1e}"
             )
         return f"the {adapter.peft_type} starts as its reference: log-probs equal on {len(examples)} examples"
-    kl = mean_kl(host, reference, policy, examples)
+    kl = mean_kl(host, initial, policy, examples)
     return f"the fresh {adapter.peft_type} starts at a KL divergence of {kl:.2f} nats a token from its reference"
 
 
 @torch.no_grad()
-def mean_kl(host: Host, p: tuple[str, ...], q: tuple[str, ...], examples: Sequence[Example]) -> float:
+def mean_kl(host: Host, p: Stack, q: Stack, examples: Sequence[Example]) -> float:
     """KL(p ‖ q) in nats, exact over the vocabulary, mean over the first KL_TOKENS completion tokens of the examples.
 
     nan when the model does not support packing.

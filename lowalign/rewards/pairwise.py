@@ -1,4 +1,4 @@
-"""Which of two answers is better, by a model that is asked or by rewards.
+"""Which of two answers is better: verdicts of a model, or of rewards.
 
 A model is asked which of A and B is better; the log-odds log p(A) − log p(B) of the two letters are its verdict for the
 first place, from one forward without sampling. A judge may favour a place (arXiv 2306.05685, section 3.3), so it is asked
@@ -22,14 +22,14 @@ from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import as_messages, unsupervised
 from lowalign.errors import UserError
 from lowalign.model.host import Host
+from lowalign.model.policy import Stack
 from lowalign.rewards.judge_prompt import JudgePrompt, letter_question
 from lowalign.rewards.rewards import Rewards
 
 EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
 
-VerdictLine = dict[
-    str, Any
-]  # of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers
+# A line of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers.
+VerdictLine = dict[str, Any]
 
 
 class Pair(NamedTuple):
@@ -62,7 +62,7 @@ class ModelJudge:
 
     host: Host
     chat: Chat
-    stack: tuple[str, ...]
+    stack: Stack
     prompt: JudgePrompt
     config: JudgeConfig
 
@@ -197,7 +197,7 @@ def winner(lead: float, margin: float) -> str:
     return "a" if lead > 0 else "b"
 
 
-def summary(lines: Sequence[VerdictLine]) -> dict[str, Any]:
+def report(lines: Sequence[VerdictLine]) -> dict[str, Any]:
     """The counts of verdicts. first_place: share of the questions won by the answer in the first place; 0.5 without a bias
     for a place, None when no question was asked."""
     counts = Counter(line["verdict"] for line in lines)
@@ -212,13 +212,14 @@ def summary(lines: Sequence[VerdictLine]) -> dict[str, Any]:
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
-    """The summary as text."""
-    judged = report["agreed"] + report["changed"] + report["ties"]
-    lines = [
-        f"{judged:,} of {report['pairs']:,} pairs judged: {report['agreed']:,} with a winner, {report['ties']:,} ties"
-    ]
-    if report["first_place"] is not None:
-        lines[0] += f", {report['changed']:,} with a verdict that changed with the order"
-        lines.append(f"the first place won {report['first_place']:.1%} of the questions (50% without a bias)")
-    return lines + [f"{count:,} pairs skipped: {why}" for why, count in report["skipped"].items()]
+def report_lines(figures: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    agreed, changed, ties = figures["agreed"], figures["changed"], figures["ties"]
+    counts = (
+        f"{agreed + changed + ties:,} of {figures['pairs']:,} pairs judged: {agreed:,} with a winner, {ties:,} ties"
+    )
+    skipped = [f"{count:,} pairs skipped: {why}" for why, count in figures["skipped"].items()]
+    if figures["first_place"] is None:
+        return [counts, *skipped]
+    order = f"the first place won {figures['first_place']:.1%} of the questions (50% without a bias)"
+    return [f"{counts}, {changed:,} with a verdict that changed with the order", order, *skipped]

@@ -12,7 +12,7 @@ from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters.files import adapter_template, locate, read_meta
 from lowalign.model.host import Host
-from lowalign.model.policy import load_stack
+from lowalign.model.policy import Stack, load_stack
 
 TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer
 
@@ -25,7 +25,7 @@ class RunReward:
     (s - mean) / std."""
 
     host: Host
-    stack: tuple[str, ...]
+    stack: Stack
     mean: float
     std: float
     token_budget: int
@@ -39,7 +39,7 @@ class RunReward:
         return [[(score - self.mean) / self.std for score in group] for group in scores]
 
 
-def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool = False) -> tuple[str, ...]:
+def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool = False) -> Stack:
     """Load a reward run onto the host as `name`, with the adapters it was trained on top of -> their names as they stack.
 
     Raises UserError when it has no head to score with.
@@ -75,7 +75,7 @@ def check_template(run: str, chat: Chat) -> None:
 
 @torch.no_grad()
 def score_examples(
-    host: Host, stack: tuple[str, ...], examples: Sequence[Example], token_budget: int = TOKEN_BUDGET
+    host: Host, stack: Stack, examples: Sequence[Example], token_budget: int = TOKEN_BUDGET
 ) -> list[list[float]]:
     """The score of each completion of each Example, by the head of the last adapter of the stack.
 

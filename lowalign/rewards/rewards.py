@@ -52,11 +52,7 @@ class Rewards:
 
 
 def load_rewards(
-    specs: Sequence[str],
-    host: Host,
-    chat: Chat,
-    allow_base_mismatch: bool = False,
-    token_budget: int = TOKEN_BUDGET,
+    specs: Sequence[str], host: Host, chat: Chat, allow_base_mismatch: bool = False, token_budget: int = TOKEN_BUDGET
 ) -> Rewards:
     """Load what the specs name; reward runs go onto the host as reward0, reward1, …
 

@@ -64,9 +64,8 @@ def sizes(n: int) -> list[int]:
 
 # -- files and figures of a round ------------------------------------------------------------------------------------
 
-CandidateLine = dict[
-    str, Any
-]  # of candidates.jsonl: prompt, completions: [{completion, score, parts, stopped, tokens}]
+# A line of candidates.jsonl: prompt, completions: [{completion, score, parts, stopped, tokens}].
+CandidateLine = dict[str, Any]
 
 
 def write_datasets(folder: Path, lines: Sequence[CandidateLine], unfinished: bool, raw: bool) -> dict[str, int]:
@@ -119,15 +118,12 @@ def report(lines: Sequence[CandidateLine]) -> dict[str, Any]:
     }
 
 
-def choice_lines(figures: dict[str, Any]) -> list[str]:
+def report_lines(figures: dict[str, Any]) -> list[str]:
     """The report, with the numbers of write_datasets, as text."""
-    lines = [
+    return [
         f"{figures['prompts']:,} prompts, {figures['n']:,} completions each",
         f"{'best of':>10}{'mean reward':>14}",
-    ]
-    lines += [f"{k:>10}{value:>14.4f}" for k, value in figures["mean_reward"].items()]
-    return [
-        *lines,
+        *(f"{k:>10}{value:>14.4f}" for k, value in figures["mean_reward"].items()),
         f"the best beats the first sample on {figures['acceptance']:.1%} of the prompts, and the mean by {figures['gain']:.4f}",
         f"{figures['mean_length']:.1f} tokens a completion, {figures['stopped']:.1%} ended before the length limit",
         f"{figures['best']:,} rows in best.jsonl, {figures['pairs']:,} in pairs.jsonl, {figures['rankings']:,} in rankings.jsonl",

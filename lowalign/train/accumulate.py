@@ -42,19 +42,19 @@ class MicroBatches:
             if seed is not None:
                 torch.manual_seed(seed)
 
-        def compute(group: list[Example]) -> None:
+        def compute(micro_batch: list[Example]) -> None:
             self.stop.check()
-            self._add(sums, group, normalizers, backward=seed is not None)
+            self._add(sums, micro_batch, normalizers, backward=seed is not None)
 
         start(self.budget)
         in_micro_batches(examples, self.budget, compute, restart=start)
         return sums
 
     def _add(
-        self, sums: dict[str, Tensor], group: Sequence[Example], normalizers: dict[str, float], backward: bool
+        self, sums: dict[str, Tensor], micro_batch: Sequence[Example], normalizers: dict[str, float], backward: bool
     ) -> None:
         with torch.set_grad_enabled(backward):
-            loss, metrics = self.method.loss(group, normalizers)
+            loss, metrics = self.method.loss(micro_batch, normalizers)
         if backward:
             loss.backward()
             for flat in self.flats.values():

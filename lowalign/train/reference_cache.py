@@ -25,6 +25,7 @@ from lowalign.data.pack import Example, step_order
 from lowalign.durable import write_file
 from lowalign.log import log
 from lowalign.model.host import Host, completion_logps
+from lowalign.model.policy import Stack
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals
 
@@ -35,7 +36,7 @@ STORE_EVERY = 30.0  # seconds
 class _Recorder:
     """Writes the reference's log-probs into the Examples, in the form of a method for MicroBatches."""
 
-    def __init__(self, host: Host, reference: tuple[str, ...]) -> None:
+    def __init__(self, host: Host, reference: Stack) -> None:
         self.host, self.reference = host, reference
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -50,7 +51,7 @@ class _Recorder:
 
 
 def fill_reference_logps(
-    host: Host, reference: tuple[str, ...], examples: Sequence[Example], train: TrainConfig, stop: StopSignals
+    host: Host, reference: Stack, examples: Sequence[Example], train: TrainConfig, stop: StopSignals
 ) -> None:
     """Set the `reference` of every Example, from disk where it is stored.
 
@@ -103,7 +104,7 @@ def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
     log(f"reference log-probs of the first batch: kept and computed anew differ by at most {worst:.1e}")
 
 
-def _key(host: Host, reference: tuple[str, ...], examples: Sequence[Example]) -> str:
+def _key(host: Host, reference: Stack, examples: Sequence[Example]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, asdict(host.base.identity), str(host.base.dtype)]).encode())
     for name in reference:
         digest.update(json.dumps(host.adapters[name].config.to_dict(), sort_keys=True, default=str).encode())

@@ -40,10 +40,10 @@ from lowalign.train.signals import Interrupted
 class Job:
     """What one command adds to the training run that all share.
 
-    read: (tokenizer, chat) -> the rows to train on and the held-out rows. start: (host, rows, heldout, policy stack,
-    reference stack) -> the method. data, adapters: what the command reads besides --data and --init. steps: number of rows
-    -> optimizer steps; default: epochs × rows / batch size. finish: (host, policy stack, rows, config) -> additional
-    entries for the adapter's lowalign.json.
+    read: (tokenizer, chat) -> the rows to train on and the held-out rows. start: (host, rows, heldout, policy, initial:
+    the stack that the policy started from) -> the method. data, adapters: what the command reads besides --data and
+    --init. steps: number of rows -> optimizer steps; default: epochs × rows / batch size. finish: (host, policy, rows,
+    config) -> additional entries for the adapter's lowalign.json.
     """
 
     name: str
@@ -66,11 +66,11 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
         chat = load_chat(tokenizer, config.data.template)
         rows, heldout = job.read(tokenizer, chat)
         host = Host(base or Base.load(config.model, **vars(config.base)))
-        policy, reference = start_policy(
+        policy, initial = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
         )
         try:
-            method = job.start(host, rows, heldout, policy, reference)
+            method = job.start(host, rows, heldout, policy, initial)
         except Interrupted as stopped:
             log(f"stopped by {stopped.signal.name} before the first step; go on with the same command")
             return 128 + stopped.signal
@@ -90,22 +90,22 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
     return 0
 
 
-def named_run(reference: str) -> tuple[str, ...]:
+def reference_run(reference: str) -> tuple[str, ...]:
     """The run in --reference: empty for "start" and "base"."""
     return () if reference in ("start", "base") else (reference,)
 
 
-def reference_stack(host: Host, named: str, started: Stack, allow_base_mismatch: bool) -> Stack:
-    """The reference's adapters: what the policy started from ("start"), none ("base"), or those of a run."""
-    if named == "start":
-        return started
-    return () if named == "base" else load_stack(host, "reference", named, allow_base_mismatch)
+def reference_stack(host: Host, reference: str, initial: Stack, allow_base_mismatch: bool) -> Stack:
+    """The adapters of --reference: those the policy started from ("start"), none ("base"), or those of a run."""
+    if reference == "start":
+        return initial
+    return () if reference == "base" else load_stack(host, "reference", reference, allow_base_mismatch)
 
 
-def check_and_log_start(host: Host, policy: Stack, reference: Stack, rows: list[Example], config: RunConfig) -> None:
-    """Before the first step of a new run: check the policy against its reference, and log the result."""
+def check_and_log_start(host: Host, policy: Stack, initial: Stack, rows: list[Example], config: RunConfig) -> None:
+    """Before the first step of a new run: compare the policy with what it started from, and log the result."""
     if not checkpoint.steps(config.out):
-        log(check_start(host, policy, reference, rows))
+        log(check_start(host, policy, initial, rows))
 
 
 def load_rows(

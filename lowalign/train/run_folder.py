@@ -22,6 +22,7 @@ from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.host import Host
+from lowalign.model.policy import Stack
 from lowalign.train.engine import Result
 
 
@@ -107,13 +108,7 @@ def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str
 
 
 def save_adapter(
-    host: Host,
-    policy: tuple[str, ...],
-    chat: Chat,
-    config: RunConfig,
-    result: Result,
-    method: str,
-    more: dict[str, Any],
+    host: Host, policy: Stack, chat: Chat, config: RunConfig, result: Result, method: str, more: dict[str, Any]
 ) -> None:
     """Write the trained adapter to OUT/adapter. more: more entries of its lowalign.json."""
     metrics = {k: v for k, v in result.metrics.items() if math.isfinite(v)}

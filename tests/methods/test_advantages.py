@@ -25,7 +25,7 @@ def draw(*shape, seed=0) -> torch.Tensor:
 
 
 def test_gae_by_hand():
-    advantages, returns = gae(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.2, 0.4]), gamma=0.9, lam=0.8)
+    advantages, returns = gae(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.2, 0.4]), gamma=0.9, gae_lambda=0.8)
     # δ = 0.9·0.2 - 0.5, 0.9·0.4 - 0.2, 1 - 0.4 = -0.32, 0.16, 0.6;  A = δ_t + 0.72 A_t+1
     assert advantages.tolist() == pytest.approx([0.10624, 0.592, 0.6])
     assert returns.tolist() == pytest.approx([0.60624, 0.792, 1.0])

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from lowalign.model.attention import blockwise
-from lowalign.model.attention.blockwise import (
-    LayerAttention,
-    VarlenBounds,
-    block_attention,
-    varlen_attention,
-    visible,
-)
+from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, block_attention, varlen_attention, visible
 from lowalign.model.attention.sampler_layout import PromptBatch, TokenBatch
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 

@@ -95,10 +95,7 @@ def _packed(model: nn.Module) -> Tensor:
     row = pack(_examples())
     with no_mask():
         hidden = model.base_model(
-            input_ids=row.ids[None],
-            position_ids=row.positions[None],
-            use_cache=False,
-            layout=Layout(row.segments),
+            input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False, layout=Layout(row.segments)
         ).last_hidden_state[0]
     return token_logprobs(hidden[row.predictors], LMHead.of(model), row.labels)[0]
 

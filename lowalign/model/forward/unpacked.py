@@ -14,11 +14,11 @@ from transformers import DynamicCache
 
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
-from lowalign.errors import UserError
 from lowalign.model.attention.soft_prompt import KeysValues, SoftPrompt
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, score
-from lowalign.model.sampling.batcher import Completion, SampledModel
+from lowalign.model.sampling.batcher import Completion, PromptTask, SampledModel
 from lowalign.model.sampling.draw import draw_tokens, uniforms
+from lowalign.model.sampling.sample import prompt_tasks
 
 
 def row_tokens(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, request: TokenRequest) -> TokenOutputs:
@@ -136,29 +136,22 @@ def row_sample(
 ) -> list[list[Completion]]:
     """As `sample_batched`, one completion at a time through the model's own cache."""
     results = []
-    for i, prompt in enumerate(prompts):
-        if not prompt and not sampled.soft.virtual_tokens:
-            raise UserError(f"prompt {i} is empty; give it at least one token (the bos token, say)")
+    for prompt in prompt_tasks(sampled, prompts, n, sampling, seeds):
         sampled.check()
-        seed = i if seeds is None else seeds[i]
-        random = [uniforms(sampling.seed, seed, j, sampling.max_new_tokens) for j in range(n)]
-        results.append([_sample_one(sampled, list(prompt), sampling, numbers) for numbers in random])
+        results.append([_sample_one(sampled, prompt, number, sampling) for number in range(n)])
     return results
 
 
-def _sample_one(sampled: SampledModel, prompt: list[int], sampling: Sampling, random: list[float]) -> Completion:
-    """One completion. random: a uniform number for each token it may get."""
-    model = sampled.model
-    logits, cache = _logits(model, prompt, sampled.soft, keep=1, use_cache=True)
-    device, length = logits.device, cache.get_seq_length()
+def _sample_one(sampled: SampledModel, prompt: PromptTask, number: int, sampling: Sampling) -> Completion:
+    """Completion `number` of a prompt."""
+    model, random = sampled.model, uniforms(sampling.seed, prompt.seed, number, prompt.limit)
+    logits, cache = _logits(model, prompt.ids, sampled.soft, keep=1, use_cache=True)
+    device = logits.device
     eos = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=device)
     eos[0, list(sampled.eos_ids)] = True
     ids: list[int] = []
     logps: list[Tensor] = []
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    if length >= positions:
-        raise UserError(f"a prompt takes {length} positions and the model has {positions}; shorten it")
-    for t in range(int(min(sampling.max_new_tokens, positions - length))):
+    for t in range(prompt.limit):
         token, logp = draw_tokens(
             logits,
             torch.tensor(random[t : t + 1], device=device),
@@ -171,7 +164,7 @@ def _sample_one(sampled: SampledModel, prompt: list[int], sampling: Sampling, ra
         logps.append(logp)
         if ids[-1] in sampled.eos_ids:
             break
-        total = length + len(ids)
+        total = prompt.length + len(ids)
         output = model(
             input_ids=token[None],
             attention_mask=torch.ones(1, total, dtype=torch.long, device=device),

@@ -30,6 +30,19 @@ def sample_batched(
     When memory runs out, unfinished samples start again, half as many at a time. Raises UserError when a single one does
     not fit, for an empty prompt, for one that fills the model's positions, and for logits that are not finite.
     """
+    tasks = prompt_tasks(sampled, prompts, n, sampling, seeds)
+    results: list[list[Completion]] = [[] for _ in prompts]
+    for group, max_rows in _groups(sampled.model.config.get_text_config(), tasks, sampling.max_rows):
+        done = _sample_group(sampled, sampling, [(task, j) for task in group for j in range(n)], max_rows)
+        for task in group:
+            results[task.index] = [done[task.index, j] for j in range(n)]
+    return results
+
+
+def prompt_tasks(
+    sampled: SampledModel, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int] | None
+) -> list[PromptTask]:
+    """The prompts with their seeds and limits. Raises ValueError and UserError for arguments that `sample_batched` refuses."""
     seeds = range(len(prompts)) if seeds is None else seeds
     if n < 1 or len(seeds) != len(prompts):
         raise ValueError(
@@ -47,12 +60,7 @@ def sample_batched(
         if length >= positions:
             raise UserError(f"prompt {i} takes {length} of the model's {positions} positions; shorten it")
         tasks.append(PromptTask(i, list(ids), length, seed, min(sampling.max_new_tokens, positions - length)))
-    results: list[list[Completion]] = [[] for _ in prompts]
-    for group, max_rows in _groups(config, tasks, sampling.max_rows):
-        done = _sample_group(sampled, sampling, [(task, j) for task in group for j in range(n)], max_rows)
-        for task in group:
-            results[task.index] = [done[task.index, j] for j in range(n)]
-    return results
+    return tasks
 
 
 def _sample_group(
