@@ -89,10 +89,10 @@ def read_examples(
     files: Sequence[str], chat: Chat, config: DataConfig, *, heldout: bool = False, encoder: RowEncoder | None = None
 ) -> Dataset:
     """As load_examples, but bad rows and empty results are only reported."""
+    if not files:
+        raise UserError("no data: give --data FILE…")
     if config.max_length < len(chat.bos_ids) + 2:
         raise UserError(f"--data.max-length {config.max_length} leaves no room for a prompt and its completion")
-    if not files:
-        raise UserError("no data: name files with --data FILE …")
     datasets = [_read_file(name, chat, config, encoder or SFT_ENCODER) for name in files]
     return Dataset(
         [example for dataset in datasets for example in dataset.examples],
@@ -132,7 +132,7 @@ def _read_file(name: str, chat: Chat, config: DataConfig, encoder: RowEncoder) -
         cache_key = cache.key(content, chat.templates, chat.tokenizer, name, options)
         if (stored := cache.read(cache_key)) is not None:
             return Dataset(*stored)
-    dataset = _tokenize(name, rows if rows is not None else read_rows(name, config.limit), chat, config, encoder)
+    dataset = _tokenize(name, read_rows(name, config.limit) if rows is None else rows, chat, config, encoder)
     if cache_key and not dataset.bad:
         cache.write(cache_key, dataset.examples, dataset.report)
     return dataset

@@ -59,10 +59,10 @@ class Host(Adapters):
 
     def tokens(self, examples: Sequence[Example], request: TokenRequest) -> TokenOutputs:
         """What is requested of the completion tokens under the active adapters, in one forward."""
-        soft_prompt = self.soft_prompt()
         compute = packed_tokens if self.base.packed else unpacked.row_tokens
+        soft = self.soft_prompt()
         with self._activations():
-            return compute(self.base.model, examples, soft_prompt, request)
+            return compute(self.base.model, examples, soft, request)
 
     def scores(self, examples: Sequence[Example], name: str) -> list[Tensor]:
         """Scores under the active adapters: for each example (its completions,) in fp32.
@@ -71,10 +71,10 @@ class Host(Adapters):
         adapter has no head.
         """
         head = self.scalar_head(name)
-        soft_prompt = self.soft_prompt()
         compute = packed_scores if self.base.packed else unpacked.row_scores
+        soft = self.soft_prompt()
         with self._activations():
-            return compute(self.base.model, examples, soft_prompt, head)
+            return compute(self.base.model, examples, soft, head)
 
     @torch.no_grad()
     def generate(
@@ -100,9 +100,8 @@ class Host(Adapters):
 
     def soft_prompt(self) -> SoftPrompt:
         """The active soft prompt, or NO_SOFT_PROMPT."""
-        return next(
-            (self.adapters[name].soft_prompt() for name in self.active if self.adapters[name].soft), NO_SOFT_PROMPT
-        )
+        active = (self.adapters[name] for name in self.active)
+        return next((adapter.soft_prompt() for adapter in active if adapter.soft), NO_SOFT_PROMPT)
 
     def _activations(self) -> contextlib.AbstractContextManager:
         """The context in which a forward stores activations: as usual, or in CPU memory."""

@@ -14,7 +14,7 @@ from lowalign.config.sections import AdapterConfig
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters import files as adapter_files
-from lowalign.model.adapters.kinds import BY_OPTION
+from lowalign.model.adapters.kinds import BY_OPTION, peft_config
 from lowalign.model.forward.logprob import LMHead
 from lowalign.model.forward.packed import hidden_states, pack_behind
 from lowalign.model.host import Host
@@ -27,10 +27,9 @@ CHECK_EXAMPLES, CHECK_TOKENS = 4, 512  # for the check of the start; tokens of e
 
 def add_fresh(host: Host, name: str, options: AdapterConfig, under: Stack) -> None:
     """Add a new adapter on top of the stack `under`. Raises UserError when the options contradict each other."""
-    kind = BY_OPTION[options.kind]
-    if options.init_text and not kind.soft:
+    if options.init_text and not BY_OPTION[options.kind].soft:
         raise UserError(f"--adapter.init-text is for soft prompts; with --adapter.kind {options.kind}, leave it out")
-    host.add(name, kind.peft_config(options))
+    host.add(name, peft_config(options))
     if options.init_text:
         with host.use(*under):
             host.adapters[name].init_from_text(options.init_text)

@@ -48,16 +48,14 @@ def letter_question(chat: Chat, question: str) -> Example:
     """An Example whose two completions are the answers A and B, without the tokens that both begin or end with.
 
     They are cut from the rendered conversation, so that a space or a marker that the chat template puts before an answer
-    counts to the prompt. Raises RowError and Unrenderable like `Chat.example`.
+    belongs to the prompt. Raises RowError and Unrenderable like `Chat.example`.
     """
     user = {"role": "user", "content": question}
     examples = [chat.example([user, {"role": "assistant", "content": letter}])[-1] for letter in "AB"]
     a, b = (example.completions[0] for example in examples)
     shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     if shared is None:
-        raise UserError(
-            "the tokenizer encodes A and B alike, so this model cannot be the judge; choose another --model"
-        )
+        raise UserError("the tokenizer encodes A and B alike, so this model cannot judge; choose another --model")
     prompt, a, b = [*examples[0].prompt, *a[:shared]], a[shared:], b[shared:]
     while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
         a, b = a[:-1], b[:-1]

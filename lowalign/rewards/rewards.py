@@ -1,6 +1,6 @@
 """Rewards of completions: reward runs on the base, Python functions, or a weighted sum of them.
 
-In a sum, the scores of a reward run are standardized with the mean and spread on held-out data from its lowalign.json, so
+In a sum, the scores of a reward run are standardised with the mean and spread on held-out data from its lowalign.json, so
 that weights compare. The numbers of a function are used as they are.
 """
 

@@ -220,7 +220,7 @@ class _Run:
         tensors, numbers = read_state(self.optimizer)
         values = self.method.state()
         method = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items() if isinstance(v, Tensor)}
-        state = {
+        state = {  # the keys stay as they are: they are in the checkpoints of users
             "token_budget": {"asked": self.config.token_budget, "now": self.micro_batches.budget},
             "optimizer": numbers,
             "method": {k: v for k, v in values.items() if k not in method},

@@ -31,7 +31,7 @@ def assert_all_have_gradients(flats: Mapping[str, FlatWeights]) -> None:
             raise RuntimeError(f'no gradient reached {len(missing)} tensors of "{adapter}": {", ".join(missing[:5])}')
 
 
-def assert_base_unchanged(before: int, now: int) -> None:
+def assert_base_unchanged(before: int, after: int) -> None:
     """Raises RuntimeError when the base's checksum has changed."""
-    if before != now:
+    if before != after:
         raise RuntimeError("the base's weights have changed during training; they must not")

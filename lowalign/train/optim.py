@@ -26,9 +26,7 @@ def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
     paged = config.optimizer == "paged_adamw_8bit"
     if paged and not cuda:
-        log(
-            "paged_adamw_8bit: there is nothing to page to without a GPU; the optimizer state stays in memory, same results"
-        )
+        log("paged_adamw_8bit: no paging without a GPU; the optimizer state stays in memory, with the same results")
     for name, master in masters.items():
         if paged and cuda and master.numel() < PAGED_FROM:
             log(

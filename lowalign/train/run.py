@@ -22,7 +22,6 @@ from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.report import report_lines
 from lowalign.durable import write_json
-from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
@@ -113,8 +112,6 @@ def load_rows(
 ) -> tuple[list[Example], list[Example]]:
     """-> the Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""
     options, out = config.data, config.out
-    if not options.files:
-        raise UserError("no data: give --data FILE…")
     for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # of an earlier attempt
         (out / name).unlink(missing_ok=True)
     read = partial(load, chat=chat, config=options)

@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked to stop. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must
+    """SIGINT or SIGTERM has arrived. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must
     not catch it."""
 
     def __init__(self, received: signal.Signals) -> None:

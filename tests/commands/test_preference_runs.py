@@ -116,7 +116,9 @@ def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, cap
     assert main(flags(world, "dpo", tmp_path / "b")) == 0
     stderr = capsys.readouterr().err
     assert "the reference's log-probs of 20 examples are known" in stderr
-    assert "kept and computed anew differ by at most 0.0e+00" in stderr  # the packs of the first pass are the same
+    assert (
+        "stored and recomputed values differ by at most 0.0e+00" in stderr
+    )  # the packs of the first pass are the same
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     # Without the cache they come from the same packs, as long as this is the first pass.
     assert main(flags(world, "dpo", tmp_path / "c", "--reference-cache", "off")) == 0

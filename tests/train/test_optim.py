@@ -138,7 +138,7 @@ def test_paged_on_cpu_is_one_notice_and_no_warning(capsys):
         _step(flats, optimizer, 0)
         _step(flats, optimizer, 1)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("paged_adamw_8bit: there is nothing to page to without a GPU")
+    assert len(lines) == 1 and lines[0].startswith("paged_adamw_8bit: no paging without a GPU")
 
 
 @pytest.mark.parametrize("kind", ["adamw_8bit", "adamw"])

@@ -90,22 +90,22 @@ class Adapter:
 
     # -- the same for all kinds ---------------------------------------------------------------------------------------
 
-    def named(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """All its weights by name, as the model uses them, with the scalar head if there is one."""
         return self.own_weights() | ({} if self.scalar_head is None else {SCALAR_HEAD: self.scalar_head})
 
     def weights(self) -> dict[str, Tensor]:
         """All its weights by name, in the precision they are trained in."""
-        return self.flat.tensors() if self.flat else dict(self.named())
+        return self.flat.tensors() if self.flat else dict(self.named_parameters())
 
     def file_parameters(self) -> dict[str, nn.Parameter]:
         """Where the tensors of a file go, by their names in the file."""
-        return {self.file_name(key): parameter for key, parameter in self.named().items()}
+        return {self.file_name(key): parameter for key, parameter in self.named_parameters().items()}
 
     def move(self, device: torch.device) -> None:
         """Move its weights and their gradients."""
         if self.flat:
             self.flat.move(device)
         else:
-            for p in self.named().values():
+            for p in self.named_parameters().values():
                 p.data = p.data.to(device)

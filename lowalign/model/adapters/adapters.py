@@ -167,7 +167,7 @@ class Adapters:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's weights as the model uses them."""
-        return list(self._adapter(name).named().values())
+        return list(self._adapter(name).named_parameters().values())
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The adapter's weights by name, in the precision they are trained in."""
@@ -181,7 +181,7 @@ class Adapters:
         adapter = self._adapter(name)
         if adapter.flat is None:
             dtype = self.base.dtype if adapter.working_copy else torch.float32
-            adapter.flat = FlatWeights(adapter.named(), dtype, keep_fp32=(SCALAR_HEAD,))
+            adapter.flat = FlatWeights(adapter.named_parameters(), dtype, keep_fp32=(SCALAR_HEAD,))
         return adapter.flat
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -105,12 +105,8 @@ def linear_names(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         name = name.removesuffix(".base_layer")  # as above
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if (
-            linear
-            and ".lora_" not in name
-            and module is not head
-            and not (mixture and "attn" not in name and "attention" not in name)
-        ):
+        own = linear and ".lora_" not in name and module is not head
+        if own and (not mixture or "attn" in name or "attention" in name):
             names.add(name.rpartition(".")[2])
     return sorted(names)
 
@@ -138,9 +134,10 @@ def _inject(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         for part in _PARTS:
             container = getattr(layer, part)
             if name in container:
-                container[name] = container[name].float() if isinstance(container[name], nn.Module) else nn.Parameter(
-                    container[name].detach().float()
-                )  # fmt: skip
+                entry = container[name]
+                container[name] = (
+                    entry.float() if isinstance(entry, nn.Module) else nn.Parameter(entry.detach().float())
+                )
     return config
 
 

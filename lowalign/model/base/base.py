@@ -1,6 +1,7 @@
 """The frozen base: loaded (in 4 bit), identified, and never changed."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,9 +165,8 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
         try:
             model = AutoModelForCausalLM.from_config(config)
         except ValueError as error:
-            raise UserError(
-                f"the model in {folder} is not a causal language model: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the model in {folder} is not a causal language model: {reason}") from error
     output = model.get_output_embeddings()
     head = next(name for name, module in model.named_modules() if module is output)
     linear = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
@@ -183,23 +183,18 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
 
 
 def _largest_tensor(file: Path) -> int:
+    """Bytes of the largest tensor in a file of 16-bit weights."""
     with safe_open(file, "pt") as f:
-        return max((f.get_slice(k).get_shape() and _numel(f.get_slice(k).get_shape()) * 2 for k in f.keys()), default=0)  # noqa: SIM118
-
-
-def _numel(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
+        return max((2 * math.prod(f.get_slice(k).get_shape()) for k in f.keys()), default=0)  # noqa: SIM118
 
 
 def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The eos ids of the generation config, the model's config and the tokenizer."""
-    ids: dict[int, None] = {}
+    ids: list[int] = []
     for config in (getattr(model, "generation_config", None), model.config, tokenizer):
         eos = getattr(config, "eos_token_id", None)
-        for i in eos if isinstance(eos, list | tuple) else [eos]:
-            if i is not None:
-                ids[int(i)] = None
-    return tuple(ids)
+        ids += eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    return tuple(dict.fromkeys(ids))
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> None:

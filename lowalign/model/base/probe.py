@@ -33,10 +33,8 @@ def probe(config: PretrainedConfig) -> tuple[bool, str]:
     except UnsupportedAttentionError as error:
         return False, f"its attention uses {error}"
     except Exception as error:
-        return (
-            False,
-            f"the probe model failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
+        reason = str(error).partition("\n")[0]
+        return False, f"the probe model failed: {type(error).__name__}: {reason}"
     difference = ((packed - rows).abs().max() / rows.std()).item()
     if not difference < TOLERANCE:
         return False, f"packed log-probs of {text.model_type} differ from its own by {difference:.1e} of their spread"
@@ -49,6 +47,7 @@ def _small(config: PretrainedConfig) -> nn.Module:
     heads = config.num_attention_heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layer_types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     changes = {
         "num_hidden_layers": 2,
         "num_attention_heads": 2 * groups,
@@ -60,7 +59,7 @@ def _small(config: PretrainedConfig) -> nn.Module:
         "num_local_experts": max(2, getattr(config, "num_experts_per_tok", None) or 2),
         "vocab_size": 128,
         "sliding_window": WINDOW if getattr(config, "sliding_window", None) else None,
-        "layer_types": _layer_types(config),
+        "layer_types": (layer_types * 2)[:2] or None,
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -76,11 +75,6 @@ def _small(config: PretrainedConfig) -> nn.Module:
             if p.ndim > 1:
                 p.normal_(0, 1.5 / p.shape[-1] ** 0.5)
     return model
-
-
-def _layer_types(config: PretrainedConfig) -> list[str] | None:
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    return (kinds * 2)[:2] or None
 
 
 def _examples() -> list[Example]:

@@ -48,7 +48,7 @@ def packed_tokens(
 ) -> TokenOutputs:
     """The requested numbers for the completion tokens of the Examples, behind a soft prompt."""
     requested = (request.logps, request.entropy, request.scalar_head is not None)
-    outputs: list[list[list[Tensor]] | None] = [[[] for _ in examples] if wish else None for wish in requested]
+    outputs: list[list[list[Tensor]] | None] = [[[] for _ in examples] if needed else None for needed in requested]
     for group in _groups(model.config.get_text_config(), examples, soft):
         row = pack_behind(soft, [examples[i] for i in group], model)
         keep = row.supervised if request.supervised_only else slice(None)

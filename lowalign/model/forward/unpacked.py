@@ -23,12 +23,12 @@ from lowalign.model.sampling.sample import prompt_tasks
 
 def row_tokens(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, request: TokenRequest) -> TokenOutputs:
     """As `packed_tokens`, a row at a time."""
-    outputs = [[_one(model, e, i, soft, request) for i in range(len(e.completions))] for e in examples]
+    outputs = [[_completion_tokens(model, e, i, soft, request) for i in range(len(e.completions))] for e in examples]
     requested = (request.logps, request.entropy, request.scalar_head is not None)
     return TokenOutputs(*([[c[k] for c in row] for row in outputs] if requested[k] else None for k in range(3)))
 
 
-def _one(
+def _completion_tokens(
     model: nn.Module, example: Example, i: int, soft: SoftPrompt, request: TokenRequest
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(length of completion i,) log-probs, entropies and values; None for what is not requested."""

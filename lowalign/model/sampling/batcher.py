@@ -167,14 +167,14 @@ class SampleBatcher:
 
     def _append(self, rows: list[PartialCompletion], logits: Tensor) -> None:
         """Draw one token for each row. logits (rows, V)."""
-        how, eos_ids = self.sampling, list(self.sampled.eos_ids)
+        sampling, eos_ids = self.sampling, list(self.sampled.eos_ids)
         random = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=self.device)
         banned = None
-        too_short = [len(row.ids) < how.min_new_tokens for row in rows]
+        too_short = [len(row.ids) < sampling.min_new_tokens for row in rows]
         if any(too_short) and eos_ids:
             banned = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
             banned[:, eos_ids] = torch.tensor(too_short, device=self.device)[:, None]
-        tokens, logprobs = draw_tokens(logits, random, how.temperature, how.top_k, how.top_p, banned)
+        tokens, logprobs = draw_tokens(logits, random, sampling.temperature, sampling.top_k, sampling.top_p, banned)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if not math.isfinite(logprob):
                 raise UserError(
