@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        _complain(f"lowalign: {error}")
+        _print_error(f"lowalign: {error}")
         return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its name would slow every start
-            _complain(
+            _print_error(
                 f"lowalign: out of memory: {str(error).splitlines()[0].rstrip('.')}. Close other programs that use the card, or take a "
                 "smaller --model, --adapter.r or --train.token-budget"
             )
             return 1
-        _complain(f"{traceback.format_exc()}\nlowalign: this is a bug in lowalign. Please report the lines above.")
+        _print_error(f"{traceback.format_exc()}\nlowalign: this is a bug in lowalign. Please report the lines above.")
         return 2
 
 
@@ -111,7 +111,7 @@ def _usage(members: list[Verb], words: list[str]) -> int:
     return 0
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     """Print to stderr, without access tokens that the message may contain."""
     token = os.environ.get("HF_TOKEN")
     text = text.replace(token, "hf_…") if token else text

@@ -14,10 +14,9 @@ newest policy too.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from lowalign.commands.sft import sft
 from lowalign.config.commands import BestOfNConfig
@@ -91,19 +90,13 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     """Sample and score one round, and write all files of its folder but the sft run."""
     folder.mkdir(exist_ok=True)
     journal, total = Journal(folder / "candidates.jsonl"), len(prompts)
-    # A block is always computed as a whole: it then has the same bits however often a run was interrupted.
-    done = len(journal.lines)
-    done -= done % PROMPTS_PER_BLOCK if done < total else 0
-    journal.keep(done)
-    if done < total:
+    starts = range(0, total, PROMPTS_PER_BLOCK)
+    blocks = journal.resume([range(start, min(start + PROMPTS_PER_BLOCK, total)) for start in starts])
+    if blocks:
         host = Host(base)
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
         rewards = load_rewards(config.reward, host, chat, config.allow_base_mismatch, config.token_budget)
-        with tqdm(total=total, initial=done, unit="prompt", disable=None) as bar:
-            for start in range(done, total, PROMPTS_PER_BLOCK):
-                block = range(start, min(start + PROMPTS_PER_BLOCK, total))
-                journal.add(_candidates(config, host, stack, rewards, prompts, block))
-                bar.update(len(block))
+        journal.fill(blocks, partial(_candidates, config, host, stack, rewards, prompts), "prompt")
         for name in tuple(host.adapters):
             host.delete(name)
     figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)

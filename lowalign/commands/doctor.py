@@ -81,11 +81,9 @@ def _ranges() -> tuple[str, str]:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             unmet.append(f"{requirement}, found {version}")
-    return (
-        ("FAIL", "pip install -U lowalign; " + "; ".join(unmet))
-        if unmet
-        else ("ok", "all within the ranges that lowalign requires")
-    )
+    if unmet:
+        return "FAIL", "pip install -U lowalign; " + "; ".join(unmet)
+    return "ok", "all within the ranges that lowalign requires"
 
 
 def _memory() -> tuple[str, str]:
@@ -167,10 +165,7 @@ def _attention() -> tuple[str, str]:
     import torch.nn.functional as F
 
     if not torch.cuda.is_available() or importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return (
-            "no",
-            "the varlen kernel needs CUDA; here segments are computed one after the other, with the same results",
-        )
+        return "no", "the varlen kernel needs CUDA; here segments are computed one by one, with the same results"
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = torch.randn(3, 64, 4, 64, device="cuda", dtype=torch.bfloat16)

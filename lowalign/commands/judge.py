@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.rows.answers import read_answers
@@ -47,17 +45,9 @@ def judge(config: JudgeConfig) -> int:
         inputs = input_hashes(files, [*runs, *_adapters(config)])
         inputs |= {"data": [vars(row) for row in rows], "template": prompt.text}
         check_or_write_inputs(config, bool(journal.lines), inputs)
-        done = 0
-        while blocks and done + len(blocks[0]) <= len(journal.lines):
-            done += len(blocks.pop(0))
-        # A block is always computed as a whole: its verdicts then have the same bits however often a run was interrupted.
-        journal.keep(done)
-        if blocks:
+        if missing := journal.resume(blocks):
             compare = _reward_judge(config) if config.reward else _model_judge(config, prompt)
-            with tqdm(total=len(pairs), initial=done, unit="pair", disable=None) as bar:
-                for block in blocks:
-                    journal.add(compare(block))
-                    bar.update(len(block))
+            journal.fill(missing, compare, "pair")
         _write_results(config.out, pairs, journal.lines)
     return 0
 

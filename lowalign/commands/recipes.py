@@ -25,9 +25,7 @@ def copy(config: CopyRecipeConfig) -> None:
     if dest.is_dir():
         dest = dest / f"{source.parent.name}-{source.name}"
     if dest.exists():
-        raise UserError(
-            f"{dest} exists and is not overwritten; name another file: lowalign recipes copy {config.name} FILE"
-        )
+        raise UserError(f"{dest} exists and is not overwritten; name another: lowalign recipes copy {config.name} FILE")
     text = _text(config)
     dest.parent.mkdir(parents=True, exist_ok=True)
     dest.write_text(text)

@@ -26,9 +26,7 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
 
     def load(*args: Any, **options: Any) -> Dataset:
         data = load_preferences(*args, **options)
-        refuse_labels(
-            data.examples, "a reward model learns from comparisons; use them with `lowalign dpo --dpo.loss kto`"
-        )
+        refuse_labels(data.examples, "a reward model needs comparisons; use them with `lowalign dpo --dpo.loss kto`")
         return replace(data, examples=[scored(e) for e in data.examples])
 
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> RewardModel:

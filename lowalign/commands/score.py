@@ -1,7 +1,6 @@
 """`lowalign score`: the scores that a reward run gives to completions; one line of JSON for each."""
 
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -46,7 +45,11 @@ def score(config: ScoreConfig) -> int:
                     out.write(json_line(line))
             out.flush()
             scores += part_scores
-    log("\n".join(_summary(scores, examples)))
+    metrics = reward_metrics([torch.tensor(values) for values in scores], examples)
+    log(f"{metrics['completions']:,} completions, score {metrics['mean']:.4f} on average, spread {metrics['std']:.4f}")
+    if "pairs" in metrics:
+        accuracy = f"{metrics['accuracy']:.1%} of {metrics['pairs']:,} pairs"
+        log(f"{accuracy} have the higher score on the better completion")
     return 0
 
 
@@ -65,15 +68,3 @@ def _annotation(example: Example, i: int) -> dict:
     if example.rank is not None:
         return {"rank": example.rank[i]}
     return {} if example.label is None else {"label": example.label}
-
-
-def _summary(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> list[str]:
-    metrics = reward_metrics([torch.tensor(values) for values in scores], examples)
-    lines = [
-        f"{metrics['completions']:,} completions, score {metrics['mean']:.4f} on average, spread {metrics['std']:.4f}"
-    ]
-    if "pairs" in metrics:
-        lines.append(
-            f"{metrics['accuracy']:.1%} of {metrics['pairs']:,} pairs have the higher score on the better completion"
-        )
-    return lines

@@ -168,14 +168,14 @@ def _parse(
 ) -> tuple[list[list[_ParsedRow]], dict[int, BadRow]]:
     """-> the parsed rows in groups, in the order of their first rows, and the bad rows by number. name: option `shape`."""
     formats = encoder.formats.named(name)
-    usual = formats.common(row.data for row in rows if isinstance(row, Row))
+    common = formats.common(row.data for row in rows if isinstance(row, Row))
     groups: dict[Hashable, list[_ParsedRow]] = {}
     bad: dict[int, BadRow] = {}
     for number, row in enumerate(rows):
         if isinstance(row, BadRow):
             bad[number] = row
             continue
-        row_format = formats.of(row.data) or usual
+        row_format = formats.of(row.data) or common
         try:
             parsed = formats.parse(row.data, row_format)
         except RowError as error:

@@ -65,9 +65,8 @@ def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConf
     if fitted is None:
         return []
     if cut:
-        fitted = _without_repeats(
-            fitted, map(tuple, fitted.completions), f" once they are cut to {config.max_length:,} tokens"
-        )
+        when = f" once they are cut to {config.max_length:,} tokens"
+        fitted = _without_repeats(fitted, map(tuple, fitted.completions), when)
         stats.cut[cut] += len(rows)
     if len(fitted.completions) < count:
         stats.notes[REPEATED_NOTE] += len(rows)

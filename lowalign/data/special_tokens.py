@@ -70,7 +70,7 @@ class SpecialTokens:
             any_fenced = True
             return f"{chr(LAST)}{text}{chr(LAST)}"
 
-        fenced = _mapped(row, fence, spare=("role", "type"))
+        fenced = _mapped(row, fence, untouched=("role", "type"))
         return fenced if any_fenced else None
 
     def _could_join(self, text: str) -> bool:
@@ -94,14 +94,14 @@ def strings_of(value: Any) -> Iterator[str]:
             yield from strings_of(inner)
 
 
-def _mapped(value: Any, change: Callable[[str], str], spare: tuple[str, ...] | None = None) -> Any:
-    """The value with all its strings changed. With `spare`, keys and the values of these keys stay as they are."""
+def _mapped(value: Any, change: Callable[[str], str], untouched: tuple[str, ...] | None = None) -> Any:
+    """The value with all its strings changed. untouched: keys whose values stay as they are; then all keys stay too."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, dict) and spare is None:
+    if isinstance(value, dict) and untouched is None:
         return {_mapped(key, change): _mapped(inner, change) for key, inner in value.items()}
     if isinstance(value, dict):
-        return {k: inner if k in spare else _mapped(inner, change, spare) for k, inner in value.items()}
+        return {k: inner if k in untouched else _mapped(inner, change, untouched) for k, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_mapped(inner, change, spare) for inner in value]
+        return [_mapped(inner, change, untouched) for inner in value]
     return value

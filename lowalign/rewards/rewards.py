@@ -24,11 +24,11 @@ class CompletionScore:
     parts: dict[str, float]
 
 
+@dataclass(frozen=True)
 class Rewards:
     """Rewards with their weights, by name (RewardSpec.name)."""
 
-    def __init__(self, parts: dict[str, tuple[float, FunctionReward | RunReward]]) -> None:
-        self.parts = parts
+    parts: dict[str, tuple[float, FunctionReward | RunReward]]
 
     def __call__(
         self,

@@ -83,7 +83,7 @@ def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
     if newest is not None:
         log(f"resuming from {newest.folder}")
     elif checkpoint.steps(out):
-        why = "no checkpoint is whole" if resume else "there are checkpoints of an earlier run: go on with --resume"
+        why = "no checkpoint is intact" if resume else "there are checkpoints of an earlier run: go on with --resume"
         raise UserError(f"{out}: {why}; or choose another --out")
     elif resume:
         log(f"{out} has no checkpoint to resume: starting from the beginning")
@@ -91,26 +91,24 @@ def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
     return newest
 
 
+@dataclass
 class _Run:
     """The state of a run between two optimizer steps, and the steps."""
 
-    def __init__(
-        self,
-        host: TrainableHost,
-        method: Method,
-        config: TrainConfig,
-        out: Path,
-        heldout: Sequence[Example],
-        stop: StopSignals,
-    ) -> None:
-        self.host, self.method, self.config = host, method, config
-        self.out, self.heldout, self.stop = out, heldout, stop
-        host.train_only(*method.lr_multipliers)
-        self.flats = {name: host.flat(name) for name in method.lr_multipliers}
-        self.optimizer = make_optimizer({name: flat.master for name, flat in self.flats.items()}, config)
-        self.base_checksum = host.base.checksum()
+    host: TrainableHost
+    method: Method
+    config: TrainConfig
+    out: Path
+    heldout: Sequence[Example]
+    stop: StopSignals
+
+    def __post_init__(self) -> None:
+        self.host.train_only(*self.method.lr_multipliers)
+        self.flats = {name: self.host.flat(name) for name in self.method.lr_multipliers}
+        self.optimizer = make_optimizer({name: flat.master for name, flat in self.flats.items()}, self.config)
+        self.base_checksum = self.host.base.checksum()
         self.step = 0  # optimizer steps done
-        self.micro_batches = MicroBatches(method, self.flats, config.token_budget, stop)
+        self.micro_batches = MicroBatches(self.method, self.flats, self.config.token_budget, self.stop)
         self.saved: int | None = None  # step of the last checkpoint
         self.evaluated: int | None = None  # step of the last evaluation
         self.best: dict[str, float] | None = None  # {"step", "loss"}

@@ -50,9 +50,8 @@ class MetricsLog:
     def step(self, step: int, metrics: dict[str, float], log_due: bool) -> None:
         """After an optimizer step; written and logged when `log_due`."""
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4g}, {metrics['tokens_per_second']:,.0f} tokens/s", False
-            )
+            progress = f"loss {metrics['loss']:.4g}, {metrics['tokens_per_second']:,.0f} tokens/s"
+            self._bar.set_postfix_str(progress, refresh=False)
             self._bar.update()
         if not log_due:
             return

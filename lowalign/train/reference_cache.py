@@ -69,7 +69,7 @@ def fill_reference_logps(
     if stored:
         _compare(recorder, batches[0])
     if not missing:
-        log(f"the reference's log-probs of {len(examples):,} examples are known ({file})")
+        log(f"the reference's log-probs of {len(examples):,} examples are read from {file}")
         return
     log(f"the reference's log-probs of {missing:,} examples are computed once, and kept in {file}")
     last_write = time.monotonic()

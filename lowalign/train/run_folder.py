@@ -9,10 +9,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from lowalign.config import recipe
 from lowalign.config.training import RunConfig
@@ -24,6 +27,8 @@ from lowalign.model.adapters import files as adapter_files
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
 from lowalign.train.engine import Result
+
+B = TypeVar("B", range, list)  # a block
 
 
 class Journal:
@@ -45,6 +50,25 @@ class Journal:
                 break
             self.lines.append(line)
             self._sizes.append(len(raw))
+
+    def resume(self, blocks: Sequence[B]) -> Sequence[B]:
+        """The blocks that are still to be computed. The file gets one line for each element of a block.
+
+        A block is always computed as a whole: it then has the same bits however often a run was interrupted. So the lines
+        of an incomplete block are removed.
+        """
+        ends = list(accumulate(map(len, blocks), initial=0))
+        complete = sum(end <= len(self.lines) for end in ends) - 1
+        self.keep(ends[complete])
+        return blocks[complete:]
+
+    def fill(self, blocks: Sequence[B], compute: Callable[[B], Sequence[dict[str, Any]]], unit: str) -> None:
+        """Add the lines that `compute` returns for each block, behind a progress bar in units of lines."""
+        done = len(self.lines)
+        with tqdm(total=done + sum(map(len, blocks)), initial=done, unit=unit, disable=None) as bar:
+            for block in blocks:
+                self.add(compute(block))
+                bar.update(len(block))
 
     def keep(self, count: int) -> None:
         """Truncate the file to its first `count` lines."""
@@ -72,7 +96,7 @@ class Journal:
 
 
 def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, object]) -> None:
-    """Write OUT/recipe.yaml and OUT/inputs.json; for a resumed run, compare with those it was started with first.
+    """Write OUT/recipe.yaml and OUT/inputs.json; for a resumed run, first compare them with the earlier ones.
 
     config: a config with `out` and `resume`. has_results: whether OUT holds results. inputs: hashes or content, as JSON
     values, by name of file, adapter or option. Raises UserError when there are results and --resume is not given, or

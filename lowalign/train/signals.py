@@ -43,7 +43,7 @@ class StopSignals:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         # print may not be called in a handler: it could interrupt another print.
-        os.write(2, f"\n{self.received.name}: saving, then leaving. Once more to leave at once.\n".encode())
+        os.write(2, f"\n{self.received.name}: saving, then stopping. Send it again to stop at once.\n".encode())
 
     def check(self) -> None:
         """Raise Interrupted when a signal has arrived."""

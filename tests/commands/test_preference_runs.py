@@ -115,7 +115,7 @@ def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, cap
     # Another run on the same rows reads them, and has the same metrics.
     assert main(flags(world, "dpo", tmp_path / "b")) == 0
     stderr = capsys.readouterr().err
-    assert "the reference's log-probs of 20 examples are known" in stderr
+    assert "the reference's log-probs of 20 examples are read from" in stderr
     assert (
         "stored and recomputed values differ by at most 0.0e+00" in stderr
     )  # the packs of the first pass are the same
@@ -133,7 +133,7 @@ def test_another_reference_is_another_file(world, tmp_path, capsys):
     capsys.readouterr()
     assert len(list(cache_folder().glob("reference-*"))) == 4  # rows and held-out rows, twice
     assert main(flags(world, "dpo", tmp_path / "c", *stacked, "--reference", str(tmp_path / "sft"))) == 0
-    assert "are known" in capsys.readouterr().err  # the cache key is the weights, not the name
+    assert "are read from" in capsys.readouterr().err  # the cache key is the weights, not the name
     assert digest(tmp_path / "c") == digest(tmp_path / "a") != digest(tmp_path / "b")
     assert lines(tmp_path / "a")[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert abs(lines(tmp_path / "b")[0]["eval/loss"] - math.log(2)) > 1e-5
@@ -187,7 +187,7 @@ def test_wrong_use(world, tmp_path, capsys):
         and "thumbs.jsonl:1, have a label and no second answer: they need --dpo.loss kto" in stderr
     )
     stderr = refused(capsys, flags(world, "reward", tmp_path / "c", data="thumbs"))
-    assert "a reward model learns from comparisons" in stderr
+    assert "a reward model needs comparisons" in stderr
     stderr = refused(capsys, flags(world, "dpo", tmp_path / "d", "--dpo.loss", "kto", "--train.batch-size", "1"))
     assert "--train.batch-size 2 or more" in stderr
     stderr = refused(capsys, flags(world, "reward", tmp_path / "e", data="sft"))

@@ -255,7 +255,7 @@ def test_flat_weights_train_what_the_model_uses(folder):
     with torch.no_grad():
         flat.master.add_(flat.master.grad, alpha=1e-3)
     flat.sync_working_copy()
-    for key, p in host.adapters["reward"].named().items():
+    for key, p in host.adapters["reward"].named_parameters().items():
         assert p.dtype == torch.bfloat16
         assert torch.equal(p, host.weights("reward")[key].bfloat16())
         assert host.weights("reward")[key].dtype == torch.float32

@@ -103,7 +103,7 @@ def test_nothing_is_lost_when_no_checkpoint_is_whole(tmp_path):
     for folder in (tmp_path / "checkpoints").glob("step-*"):
         os.truncate(folder / "optimizer.safetensors", 20)
     before = _names(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint is whole; or choose another --out"):
+    with pytest.raises(UserError, match="no checkpoint is intact; or choose another --out"):
         toy.run(tmp_path, resume=True)
     assert _names(tmp_path) == before
 

@@ -63,9 +63,8 @@ def _parse(data: dict[str, Any]) -> tuple[Prompt, list[Prompt]]:
     names = ["completion_a", "completion_b"] if {"completion_a", "completion_b"} & data.keys() else ["completion"]
     for name in names:
         if name not in data:
-            raise RowError(
-                expected("completions" if name == "completion" else name, [k for k in data if k != "prompt"])
-            )
+            column = "completions" if name == "completion" else name
+            raise RowError(expected(column, [key for key in data if key != "prompt"]))
     return prompt, [_answer(data[name], name) for name in names]
 
 

@@ -173,9 +173,8 @@ def _number(value: Any, name: str, least: float) -> float:
         raise RowError(f"{name} must be a number, found {json_type(value)}")
     # 1e999 is read as infinite, and an integer may be larger than any float.
     if not least <= value < math.inf or abs(value) > 1e300:
-        raise RowError(
-            f"{name} must be a finite number{' of 0 or more' if least == 0 else ''}, found {str(value)[:20]}"
-        )
+        kind = "finite number of 0 or more" if least == 0 else "finite number"
+        raise RowError(f"{name} must be a {kind}, found {str(value)[:20]}")
     return value
 
 

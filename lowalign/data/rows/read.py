@@ -149,11 +149,10 @@ def _array(name: str, text: str) -> Iterator[Row | BadRow]:
         rest = _printable(text[at : at + 2000])
         yield BadRow(f"{name}:{line}", 'expected "," or "]" after a row; nothing after this can be read', rest)
     elif text[_skip(text, at + 1) :]:
-        rest = _skip(text, at + 1)
-        line += text.count("\n", at, rest)
-        yield BadRow(
-            f"{name}:{line}", 'more text after the "]" that ends the rows', _printable(text[rest : rest + 2000])
-        )
+        start = _skip(text, at + 1)
+        line += text.count("\n", at, start)
+        rest = _printable(text[start : start + 2000])
+        yield BadRow(f"{name}:{line}", 'more text after the "]" that ends the rows', rest)
 
 
 def _skip(text: str, at: int) -> int:

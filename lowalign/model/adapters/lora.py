@@ -37,7 +37,6 @@ class Lora(Adapter):
 
     @staticmethod
     def peft_config(options: AdapterConfig) -> LoraConfig:
-        """LoraConfig for the options."""
         return LoraConfig(
             r=options.r,
             lora_alpha=options.alpha,

@@ -27,7 +27,6 @@ class PrefixTuning(SoftPromptAdapter):
 
     @staticmethod
     def peft_config(options: AdapterConfig) -> PrefixTuningConfig:
-        """PrefixTuningConfig for the options."""
         return PrefixTuningConfig(
             num_virtual_tokens=options.virtual_tokens,
             prefix_projection=options.projection,

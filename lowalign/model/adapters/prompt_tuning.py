@@ -16,7 +16,6 @@ class PromptTuning(SoftPromptAdapter):
 
     @staticmethod
     def peft_config(options: AdapterConfig) -> PromptTuningConfig:
-        """PromptTuningConfig for the options."""
         init = {"prompt_tuning_init": "SAMPLE_VOCAB"}
         if options.init_text:
             # peft requires a tokenizer's name beside the text; the base's own tokenizer is used.

@@ -98,7 +98,7 @@ def test_equals_stock_row_by_row(kind, adapter, folders, tmp_path):
             for n, p in stock.named_parameters()
             if p.requires_grad
         }
-        for key, p in host.adapters["a"].named().items():
+        for key, p in host.adapters["a"].named_parameters().items():
             assert (theirs[key] - p.grad).norm() <= ROUNDING * theirs[key].norm() + 1e-7
     else:
         assert (a - b).norm() <= ROUNDING * a.norm()
@@ -115,7 +115,7 @@ def test_prefix_with_projection_equals_stock(folders):
     host = Host(base)
     host.add("a", config())
     theirs = dict(stock.prompt_encoder["default"].named_parameters())
-    for key, p in host.adapters["a"].named().items():
+    for key, p in host.adapters["a"].named_parameters().items():
         p.data.copy_(theirs[key])
     host.train_only("a")
     host.training("on")
@@ -125,7 +125,7 @@ def test_prefix_with_projection_equals_stock(folders):
     assert (want - got).abs().max() <= ROUNDING
     want.sum().backward()
     got.sum().backward()
-    for key, p in host.adapters["a"].named().items():
+    for key, p in host.adapters["a"].named_parameters().items():
         assert (theirs[key].grad - p.grad).norm() <= ROUNDING * theirs[key].grad.norm()
 
 
