@@ -12,7 +12,6 @@ continues training its weights; the first continues from --adapter. Llama 2 (arX
 newest policy too.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.policy import load_policy
+from lowalign.model.policy import Stack, load_policy
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs
@@ -105,7 +104,7 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
 
 
 def _candidates(
-    config: BestOfNConfig, host: Host, stack: Sequence[str], rewards: Rewards, prompts: Prompts, block: range
+    config: BestOfNConfig, host: Host, stack: Stack, rewards: Rewards, prompts: Prompts, block: range
 ) -> list[dict[str, Any]]:
     """The lines of candidates.jsonl for the prompts with the numbers in `block`, which are their sampling seeds too."""
     texts, ids = [prompts[i][0].prompt for i in block], [prompts[i][1] for i in block]

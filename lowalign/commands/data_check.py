@@ -87,13 +87,13 @@ def _marked(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
     text = ""
     for supervised, span in groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
-        decoded = _printable(tokenizer.decode([i for _, i in span], clean_up_tokenization_spaces=False))
+        decoded = _escape_controls(tokenizer.decode([i for _, i in span], clean_up_tokenization_spaces=False))
         if len(decoded) > HEAD + TAIL:
             decoded = f"{decoded[:HEAD]} […] {decoded[-TAIL:]}"
         text += f"{begin}{decoded}{end}" if supervised else decoded
     return text
 
 
-def _printable(text: str) -> str:
+def _escape_controls(text: str) -> str:
     """The text with control characters, which could change the terminal, as \\xNN."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -61,8 +61,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None):
-        """template: Jinja text; None takes the tokenizer's, or ChatML where it has none. Raises UserError when the
-        template cannot render a question and an answer."""
+        """template: as in Template. Raises UserError when it cannot render a question and an answer."""
         self.tokenizer = tokenizer
         self._template = Template(tokenizer, template)
         self.template = self._template.text

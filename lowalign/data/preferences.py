@@ -2,6 +2,10 @@
 
 All answers of a row share the same prompt ids. Turns that all its answers begin with are moved to the prompt, so that the
 prompt ends where a turn ends, whatever the format of the row; assistant turns in it are not supervised.
+
+Comparisons become Examples with K >= 2 completions, `rank` (0 for the best, equal ranks tie), `margin` and `weight`. Rows
+with a label have one completion, `label` True or False, and rank None. config.max_length limits the prompt with each
+single completion. Rows of one prompt (scores) or one pair (verdicts) in a file become one Example.
 """
 
 import json
@@ -18,7 +22,7 @@ from lowalign.data.pack import Example
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
 from lowalign.data.rows.read import RowDropped, RowError
-from lowalign.data.rows.turns import Message, unsupervised
+from lowalign.data.rows.turns import Message, Tools, unsupervised
 from lowalign.data.rows.votes import decide, ranks_of
 from lowalign.data.template import Unrenderable
 from lowalign.data.truncate import fit
@@ -117,7 +121,7 @@ def _example(preference: Preference, chat: Chat) -> Example:
         examples = [chat.completion(preference.prompt, text) for text in preference.completions]
     else:
         prompt, answers = _split(preference.prompt, preference.completions)
-        examples = [_one_example([*prompt, *answer], preference, chat) for answer in answers]
+        examples = [_one_example([*prompt, *answer], preference.tools, chat) for answer in answers]
     if any(example.prompt != examples[0].prompt for example in examples):
         raise Unrenderable("the chat template renders the prompt differently before each of its answers")
     return Example(
@@ -149,8 +153,8 @@ def _split(prompt: list[Message], answers: list[list[Message]]) -> tuple[list[Me
     return unsupervised(prompt), rest
 
 
-def _one_example(messages: list[Message], preference: Preference, chat: Chat) -> Example:
-    examples = chat.example(messages, preference.tools)
+def _one_example(messages: list[Message], tools: Tools, chat: Chat) -> Example:
+    examples = chat.example(messages, tools)
     if len(examples) > 1:
         raise RowError(
             "its answers differ in several assistant turns, and the chat template rewrites earlier ones; write one turn "
@@ -159,9 +163,6 @@ def _one_example(messages: list[Message], preference: Preference, chat: Chat) ->
     return examples[0]
 
 
-# Comparisons become Examples with K >= 2 completions, `rank` (0 for the best, equal ranks tie), `margin` and `weight`. Rows
-# with a label have one completion, `label` True or False, and rank None. config.max_length limits the prompt with each
-# single completion. Rows of one prompt (scores) or one pair (verdicts) in a file become one Example.
 PREFERENCE_ENCODER = RowEncoder(PREFERENCE_ROWS, _group_key, _encode)
 load_preferences = partial(load_examples, encoder=PREFERENCE_ENCODER)
 

@@ -1,8 +1,8 @@
 """Which of two answers is better: verdicts of a model, or of rewards.
 
-A model is asked which of A and B is better; the log-odds log p(A) − log p(B) of the two letters are its verdict for the
-first place, from one forward without sampling. A judge may favour a place (arXiv 2306.05685, section 3.3), so it is asked
-in both orders, and only a verdict that does not change with the order counts.
+The question to a model is which of A and B is better. The log-odds log p(A) − log p(B) of the two letters are its verdict
+for the answer in the first place, from one forward without sampling. A judge may favour a place (arXiv 2306.05685, section
+3.3). So each question is put in both orders, and only a verdict that does not change with the order counts.
 """
 
 import math

@@ -31,6 +31,7 @@ class MicroBatches:
         return self._sums(examples, None)
 
     def _sums(self, examples: Sequence[Example], seed: int | None) -> dict[str, Tensor]:
+        """seed None: without gradients."""
         normalizers = self.method.normalizers(examples)
         sums: dict[str, Tensor] = {}
 
@@ -44,21 +45,16 @@ class MicroBatches:
 
         def compute(micro_batch: list[Example]) -> None:
             self.stop.check()
-            self._add(sums, micro_batch, normalizers, backward=seed is not None)
+            with torch.set_grad_enabled(seed is not None):
+                loss, metrics = self.method.loss(micro_batch, normalizers)
+            if seed is not None:
+                loss.backward()
+                for flat in self.flats.values():
+                    flat.accumulate()
+            for name, value in ({"loss": loss} | metrics).items():
+                part = torch.as_tensor(value, device=loss.device).detach().double()
+                sums[name] = sums[name] + part if name in sums else part
 
         start(self.budget)
         in_micro_batches(examples, self.budget, compute, restart=start)
         return sums
-
-    def _add(
-        self, sums: dict[str, Tensor], micro_batch: Sequence[Example], normalizers: dict[str, float], backward: bool
-    ) -> None:
-        with torch.set_grad_enabled(backward):
-            loss, metrics = self.method.loss(micro_batch, normalizers)
-        if backward:
-            loss.backward()
-            for flat in self.flats.values():
-                flat.accumulate()
-        for name, value in ({"loss": loss} | metrics).items():
-            part = torch.as_tensor(value, device=loss.device).detach().double()
-            sums[name] = sums[name] + part if name in sums else part

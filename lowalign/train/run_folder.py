@@ -158,13 +158,13 @@ def _without_paths(config: Any) -> Any:
         if is_dataclass(value):
             changed[name] = _without_paths(value)
         elif isinstance(value, tuple):
-            changed[name] = tuple(map(_name, value))
+            changed[name] = tuple(map(_without_folder, value))
         else:
-            changed[name] = _name(value)
+            changed[name] = _without_folder(value)
     return replace(config, **changed)
 
 
-def _name(value: Any) -> Any:
+def _without_folder(value: Any) -> Any:
     """The last part of a path that exists here, also inside WEIGHT*FILE.py:NAME; a Hub id stays as it is."""
     if isinstance(value, Path):
         return Path(value.name)

@@ -1,1 +1,1 @@
-"""What a row of a file means: shapes, turns, preferences, votes. Knows no tokens."""
+"""What a row of a file means: formats, turns, preferences, votes. Knows no tokens."""

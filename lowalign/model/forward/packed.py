@@ -57,7 +57,7 @@ def packed_tokens(
         if request.logps:
             labels = row.labels[keep]
             logps, entropies = token_logprobs(hidden, LMHead.of(model), labels, request.temperature, request.entropy)
-        values = None if request.scalar_head is None else score(hidden, request.scalar_head)
+        values = None if request.scalar_head is None else apply_scalar_head(hidden, request.scalar_head)
         for output, flat in zip(outputs, (logps, entropies, values), strict=True):
             if output is not None:
                 for i, by_completion in zip(group, _by_completion(flat, row, keep), strict=True):
@@ -77,14 +77,14 @@ def packed_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPromp
     results: list[Tensor] = [scalar_head] * len(examples)
     for group in _groups(model.config.get_text_config(), examples, soft):
         row = pack_behind(soft, [examples[i] for i in group], model)
-        scores = score(hidden_states(model, row, soft)[row.ends], scalar_head)
+        scores = apply_scalar_head(hidden_states(model, row, soft)[row.ends], scalar_head)
         by_example = scores.split([len(lengths) for lengths in row.lengths])
         for i, example_scores in zip(group, by_example, strict=True):
             results[i] = example_scores
     return results
 
 
-def score(hidden: Tensor, scalar_head: Tensor) -> Tensor:
+def apply_scalar_head(hidden: Tensor, scalar_head: Tensor) -> Tensor:
     """hidden (N, H), scalar_head (1, H) -> (N,), in fp32 at least."""
     return (hidden.to(torch.promote_types(hidden.dtype, scalar_head.dtype)) @ scalar_head.T)[:, 0]
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.model.attention.soft_prompt import KeysValues, SoftPrompt
-from lowalign.model.forward.packed import TokenOutputs, TokenRequest, score
+from lowalign.model.forward.packed import TokenOutputs, TokenRequest, apply_scalar_head
 from lowalign.model.sampling.batcher import Completion, PromptTask, SampledModel
 from lowalign.model.sampling.draw import draw_tokens, uniforms
 from lowalign.model.sampling.sample import prompt_tasks
@@ -46,7 +46,7 @@ def _completion_tokens(
         logps = logp.gather(1, label[n - predicted :, None])[:, 0]
         entropies = -(logp.exp() * logp).sum(-1) if request.entropy else None
     if request.scalar_head is not None:
-        values = score(_hidden(model, inputs, soft, predicted), request.scalar_head)
+        values = apply_scalar_head(_hidden(model, inputs, soft, predicted), request.scalar_head)
     mask = torch.tensor(example.mask(i)) if request.supervised_only else torch.ones(n, dtype=torch.bool)
     return tuple(None if v is None else _padded(v, n, mask.to(v.device)) for v in (logps, entropies, values))
 
@@ -60,7 +60,8 @@ def _padded(values: Tensor, length: int, mask: Tensor) -> Tensor:
 def row_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, scalar_head: Tensor) -> list[Tensor]:
     """As `packed_scores`, a row at a time."""
     return [
-        torch.cat([score(_hidden(model, e.prompt + c, soft, 1), scalar_head) for c in e.completions]) for e in examples
+        torch.cat([apply_scalar_head(_hidden(model, e.prompt + c, soft, 1), scalar_head) for c in e.completions])
+        for e in examples
     ]
 
 
