@@ -317,7 +317,7 @@ WRONG = {
     ("--ppo.kl", "0"): "--ppo.kl-target with --ppo.kl must be a coefficient to begin with, above 0",
     ("--data.eval-rows", "2"): "ppo holds no rows out, its rewards are measured on its samples: remove --data.eval "
     "and --data.eval-rows",
-    ("--data.max-length", "3"): "no prompt of {world}/prompts.jsonl is left (8 prompts, 8 of them longer than 3 tokens "
+    ("--data.max-length", "3"): "no prompt of {world}/prompts.jsonl is left (6 prompts, 6 of them longer than 3 tokens "
     "and left out); see --data.max-length",
 }
 
