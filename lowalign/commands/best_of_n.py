@@ -35,7 +35,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
 from lowalign.rewards.rewards import Rewards, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
-from lowalign.rewards.spec import files_and_runs
+from lowalign.rewards.spec import files_and_runs, require_flags
 from lowalign.train import checkpoint
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
@@ -46,6 +46,7 @@ PROMPTS_PER_BLOCK = 64  # prompts that are sampled, scored and written together
 
 def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
     """Run the command; `base` is one that is loaded already. Returns the exit code."""
+    require_flags(prompts=config.data, reward=config.reward)
     try:
         # Only the block in progress is lost, so a signal may arrive anywhere.
         with lock_folder(config.out), StopSignals(at_once=True):
@@ -57,8 +58,6 @@ def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
 
 def _run(config: BestOfNConfig, base: Base | None) -> int:
     # Errors in prompts, rewards and adapters are found before a 7B model is loaded.
-    if not config.reward:
-        raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
     if config.train and config.adapter:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)

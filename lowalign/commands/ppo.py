@@ -26,7 +26,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
 from lowalign.rewards.reward_run import RunReward
 from lowalign.rewards.rewards import Rewards, load_rewards
-from lowalign.rewards.spec import files_and_runs, parse_spec
+from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
 from lowalign.train.run import Job, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
@@ -35,6 +35,7 @@ VALUE = "value"
 
 def ppo(config: PPOConfig, base: Base | None = None) -> int:
     """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
+    require_flags(prompts=config.data.files, reward=config.reward)
     setup = PPOSetup(config)
     _, runs = files_and_runs(config.reward)  # the files may change: functions can be corrected before --resume
     adapters = (*reference_run(config.reference), *runs)
@@ -56,8 +57,6 @@ class PPOSetup:
         if data.eval or data.eval_rows:
             raise UserError("ppo holds no rows out, its rewards are measured on its samples: remove --data.eval and --data.eval-rows")  # fmt: skip
         prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, "--data.max-length")
-        if not c.reward:
-            raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
         return prompts, []

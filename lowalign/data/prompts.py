@@ -42,8 +42,6 @@ def distinct_prompts(
     """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
     tokens; logs the counts. option: the flag that sets max_tokens. raw: as in prompt_ids. Raises UserError when no prompt
     is left."""
-    if not files:
-        raise UserError("no prompts: give --data FILE…")
     rows: dict[str, PromptRow] = {}
     for row in read_prompts(files):
         rows.setdefault(json.dumps(row.prompt), row)

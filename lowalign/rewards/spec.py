@@ -46,3 +46,11 @@ def files_and_runs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The Python files, and the reward runs, that the specs name. Raises UserError like RewardSpec.function."""
     functions = {spec.name: spec.function() for spec in map(parse_spec, specs)}
     return [str(f[0]) for f in functions.values() if f], [name for name, f in functions.items() if not f]
+
+
+def require_flags(prompts: Sequence[str], reward: Sequence[str]) -> None:
+    """Raise UserError, before anything is read or loaded, where --data or --reward is missing."""
+    if not prompts:
+        raise UserError("no prompts: give --data FILE…")
+    if not reward:
+        raise UserError("no reward: give --reward RUN or --reward FILE.py:NAME")

@@ -22,6 +22,7 @@ from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.report import report_lines
 from lowalign.durable import write_json
+from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
@@ -56,6 +57,8 @@ class Job:
 
 def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
     """A training run, from its configuration to the saved adapter. base: one that is already loaded. -> the exit code."""
+    if not config.data.files:
+        raise UserError("no data: give --data FILE…")
     with lock_folder(config.out):
         adapters = [source for source in (config.init, *job.adapters) if source]
         inputs = input_hashes((*config.data.files, *config.data.eval, *job.data), adapters)

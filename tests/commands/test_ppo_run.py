@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -226,12 +227,15 @@ def test_killed_at_other_points(world, straight, tmp_path, mode, point):
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_random_times(world, straight, tmp_path, mode):
     """Killed at random times and resumed, until it ends by itself."""
+    begin = time.monotonic()
+    assert child.run(flags(world, tmp_path / "whole", mode=mode)) == 0
+    duration = time.monotonic() - begin  # of a run that is not killed, on this machine
     out, kills = tmp_path / "run", 0
     chance = torch.Generator().manual_seed(0)
     for attempt in range(40):
         command = flags(world, out, *(["--resume"] if attempt else []), mode=mode)
         process = child.start(command)
-        process.join(0.5 + 1.2 * float(torch.rand((), generator=chance)) if kills < 12 else None)
+        process.join(duration * (0.05 + 0.85 * float(torch.rand((), generator=chance))) if kills < 8 else None)
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
