@@ -235,7 +235,7 @@ def test_killed_at_random_times(world, straight, tmp_path, mode):
     for attempt in range(40):
         command = flags(world, out, *(["--resume"] if attempt else []), mode=mode)
         process = child.start(command)
-        process.join(duration * (0.05 + 0.85 * float(torch.rand((), generator=chance))) if kills < 8 else None)
+        process.join(duration * (0.05 + 0.45 * float(torch.rand((), generator=chance))) if kills < 8 else None)
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)

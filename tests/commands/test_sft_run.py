@@ -158,7 +158,7 @@ def test_killed_at_random_times(world, straight, tmp_path, kind):
     out, rng, kills = tmp_path / "run", random.Random(kind), 0
     while True:
         process = child.start(flags(world, out, "--resume", kind=kind))
-        process.join(rng.uniform(0.05, 0.9) * duration if kills < 8 else None)
+        process.join(rng.uniform(0.05, 0.5) * duration if kills < 8 else None)
         if process.exitcode is not None:
             break
         process.kill()
