@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def start(arguments: list[str], stderr: Path = Path(os.devnull), **environment: 
 def run(arguments: list[str], stderr: Path = Path(os.devnull), **environment: str) -> int:
     """Its exit code, -N when signal N ended it."""
     return toy.in_child(_main, arguments, stderr, environment=environment)
+
+
+def seconds(arguments: list[str]) -> float:
+    """How long a command takes on this machine, without the start of the fork server."""
+    run(["--version"])
+    begin = time.monotonic()
+    assert run(arguments) == 0
+    return time.monotonic() - begin
 
 
 def _main(arguments: list[str], stderr: Path) -> None:
