@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from lowalign.data.chat import Chat
 from lowalign.durable import new_folder, write_json
 from lowalign.errors import UserError
-from lowalign.export.agreement import check_predictions, check_scores, run_trained
+from lowalign.export.agreement import TrainedModel, check_predictions, check_scores, run_trained
 from lowalign.export.lora_update import LoraUpdate
 from lowalign.export.merged_weights import Plan, plan_merge
 from lowalign.export.model_folder import write_model_files
@@ -76,9 +76,7 @@ def merge(
     quantization = stack[-1].meta.get("base", {}).get("quantization", "none")
     onto = onto or ("dequantized" if quantization == "nf4" else "original")
     if not allow_base_mismatch:
-        identity = identify(str(base), base, None, load_tokenizer(str(base)), quantization)
-        for adapter in stack:
-            adapter_files.check_base(adapter.folder, adapter.meta, identity)
+        _check_base(stack, base, quantization)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if getattr(config, "quantization_config", None) and onto == "original":
         raise UserError(f"{base} is stored in 4 bit and has no original weights; merge with --onto dequantized")
@@ -88,25 +86,36 @@ def merge(
     report = {"onto": onto, "kl": None, "top1": None, "verified": False}
     report |= {"adapters": [_description(adapter) for adapter in stack], "base": _base_name(base, stack[-1])}
     trained = run_trained(str(base), adapters, chat, quantization, dtype, plan.reward) if verify else None
+    eos_ids = _eos_ids(base, chat)
+    changes = {"dtype": dtype, "tie_word_embeddings": plan.tied, "lowalign": {"merged_onto": onto}}
+    if plan.reward:
+        changes |= _classifier_config(config, chat, eos_ids)
     try:
         with new_folder(out) as temp:
-            changes = {"dtype": dtype, "tie_word_embeddings": plan.tied, "lowalign": {"merged_onto": onto}}
-            eos_ids = _eos_ids(base, chat)
-            if plan.reward:
-                changes |= _classifier_config(config, chat, eos_ids)
             write_model_files(base, temp, changes, chat.template, eos_ids)
             with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
                 write_shards(temp, plan.tensors, shard_bytes, bar.update)
-            if trained is not None and plan.reward:
-                report |= vars(check_scores(temp, trained)) | {"verified": True}
-            elif trained is not None:
-                result = check_predictions(temp, base, trained, onto)
-                report |= {"kl": result.kl, "top1": result.top1, "verified": True}
+            if trained is not None:
+                report |= _compare(temp, base, trained, onto) | {"verified": True}
             write_json(temp / "lowalign.json", {"merge": report})
     except (OSError, SafetensorError) as error:
         raise UserError(f"the merged model could not be written to {out}: {error}; nothing of it is left") from error
     log(f"the merged model is in {out}")
     return report
+
+
+def _compare(folder: Path, base: Path, trained: TrainedModel, onto: str) -> dict[str, float]:
+    """What the comparison of the merged and the trained model adds to the report. Raises UserError when they differ."""
+    if trained.scores is not None:
+        return vars(check_scores(folder, trained))
+    result = check_predictions(folder, base, trained, onto)
+    return {"kl": result.kl, "top1": result.top1}
+
+
+def _check_base(stack: Sequence[StackedAdapter], base: Path, quantization: str) -> None:
+    identity = identify(str(base), base, None, load_tokenizer(str(base)), quantization)
+    for adapter in stack:
+        adapter_files.check_base(adapter.folder, adapter.meta, identity)
 
 
 def _read_stack(source: str) -> list[StackedAdapter]:
