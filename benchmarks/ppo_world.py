@@ -35,8 +35,9 @@ COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
 def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
     """The demo's PPO in ten rounds, changed in one thing."""
-    train = replace(config.train, steps=40, seed=seed)  # ten rounds
-    config = replace(config, train=train, sampling=replace(config.sampling, seed=seed))
+    loop = {"steps": 40, "batch_size": 16, "learning_rate": 2e-3, "schedule": "constant", "clip": 1.0, "seed": seed}
+    config = replace(config, rollout=replace(config.rollout, prompts=32), train=replace(config.train, **loop))
+    config = replace(config, sampling=replace(config.sampling, seed=seed))
     if name == "no-kl":
         return replace(config, ppo=replace(config.ppo, kl=0.0))
     if name == "ptx":

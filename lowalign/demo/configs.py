@@ -24,6 +24,7 @@ BASE = Path(__file__).parent / "base"
 BASE_CONFIG = BaseConfig(dtype="float32")
 BEST_OF = 8
 LORA = AdapterConfig(r=16, alpha=32)
+SMALL = {"optimizer": "adamw", "checkpointing": "off"}  # options that save memory only cost time here
 
 
 def sft_config(out: Path) -> SFTConfig:
@@ -32,12 +33,12 @@ def sft_config(out: Path) -> SFTConfig:
         model=str(BASE),
         out=out / "sft",
         data=DataConfig(
-            files=(write(out / "sft.jsonl", world.sft_rows(1024, seed=0)),),
+            files=(write(out / "sft.jsonl", world.sft_rows(1120, seed=0)),),
             eval=(write(out / "sft_held_out.jsonl", world.sft_rows(64, seed=0, split="held_out")),),
             cache=False,
         ),
         adapter=LORA,
-        train=TrainConfig(steps=64, batch_size=16, learning_rate=5e-3, checkpointing="off", log_every=16),
+        train=TrainConfig(steps=70, batch_size=16, learning_rate=5e-3, log_every=14, **SMALL),
         base=BASE_CONFIG,
     )
 
@@ -48,28 +49,30 @@ def reward_config(out: Path) -> RewardConfig:
         model=str(BASE),
         out=out / "reward",
         data=PreferenceConfig(
-            files=(write(out / "rankings.jsonl", world.ranking_rows(528, seed=0)),),
+            files=(write(out / "rankings.jsonl", world.ranking_rows(768, seed=0)),),
             eval=(write(out / "rankings_held_out.jsonl", world.ranking_rows(48, seed=0, split="held_out")),),
             cache=False,
         ),
         adapter=LORA,
         train=TrainConfig(
-            steps=44,
-            batch_size=12,
-            learning_rate=4e-3,
-            schedule="linear",
+            steps=96,
+            batch_size=8,
+            learning_rate=3e-3,
             warmup=0.1,
-            checkpointing="off",
-            log_every=11,
+            betas=(0.9, 0.99),
+            clip=0.3,  # gradients grow tenfold when it begins to see moods
+            log_every=16,
+            **SMALL,
         ),
         base=BASE_CONFIG,
         init=str(out / "sft"),
+        init_mode="copy",
     )
 
 
 def best_of_n_config(out: Path) -> BestOfNConfig:
     """Instructions alone."""
-    rows = ({"prompt": messages} for messages in world.prompts(192, seed=3))
+    rows = ({"prompt": messages} for messages in world.prompts(176, seed=3))
     return BestOfNConfig(
         model=str(BASE),
         out=out / "best-of-n",
@@ -87,9 +90,9 @@ def dpo_config(out: Path) -> DPOConfig:
     return DPOConfig(
         model=str(BASE),
         out=out / "dpo",
-        data=PreferenceConfig(files=(str(out / "best-of-n" / "pairs.jsonl"),), eval_rows=16, cache=False),
+        data=PreferenceConfig(files=(str(out / "best-of-n" / "pairs.jsonl"),), cache=False),
         adapter=LORA,
-        train=TrainConfig(steps=40, batch_size=16, learning_rate=1e-3, checkpointing="off", log_every=10),
+        train=TrainConfig(steps=56, batch_size=12, learning_rate=1.4e-3, log_every=14, **SMALL),
         base=BASE_CONFIG,
         init=str(out / "sft"),
         dpo=DPOLossConfig(beta=0.3, sft=1.0),
@@ -98,26 +101,27 @@ def dpo_config(out: Path) -> DPOConfig:
 
 
 def ppo_config(out: Path) -> PPOConfig:
-    """Six rounds of 32 instructions with 4 answers each; policy, reference, value and reward on the one base."""
-    rows = ({"prompt": messages} for messages in world.prompts(384, seed=5))
+    """Seven rounds of 24 instructions with 4 answers each; policy, reference, value and reward on the one base."""
+    rows = ({"prompt": messages} for messages in world.prompts(240, seed=5))
     return PPOConfig(
         model=str(BASE),
         out=out / "ppo",
         data=DataConfig(files=(write(out / "ppo_prompts.jsonl", rows),), cache=False),
         adapter=LORA,
         train=TrainConfig(
-            steps=24,
-            batch_size=16,
-            learning_rate=2e-3,
-            schedule="constant",
-            checkpointing="off",
+            steps=28,
+            batch_size=12,
+            learning_rate=2.5e-3,
+            schedule="linear",
+            clip=0.3,
             log_every=4,
+            **SMALL,
         ),
         base=BASE_CONFIG,
         init=str(out / "sft"),
         reward=(str(out / "reward"),),
         sampling=SAMPLING,
-        rollout=RolloutConfig(prompts=32, samples=4, normalise="running"),
+        rollout=RolloutConfig(prompts=24, samples=4, normalise="running"),
         ppo=PPOLossConfig(epochs=2, kl=0.15),
         value=ValueConfig(adapter=LORA, learning_rate=3.0),
     )

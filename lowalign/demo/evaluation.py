@@ -16,7 +16,7 @@ from lowalign.model.policy import load_stack
 from lowalign.rewards.reward_run import load_reward_run, score_examples
 from lowalign.rewards.selection import best
 
-EVAL_PROMPTS = 128  # held-out instructions that a policy answers
+EVAL_PROMPTS = 96  # held-out instructions that a policy answers
 PRINTED_ANSWERS = 2
 # Many rows at a time: the 4-bit weights are dequantized once for all of them.
 SAMPLING = Sampling(max_new_tokens=96, temperature=1.0, seed=1, max_rows=512, batch_tokens=65536)
@@ -81,7 +81,7 @@ def evaluate(
         host.delete(adapter_name)
     texts = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in answers]
     scores = [world.score(p, text, c.stopped) for p, text, c in zip(prompts, texts, answers, strict=True)]
-    shown = [f"{p[0]['content']}\n{indent(text)}" for p, text in zip(prompts, texts, strict=True)]
+    shown = [format_answer(p, text) for p, text in zip(prompts, texts, strict=True)]
     return Evaluation(name, scores, kl, shown[:PRINTED_ANSWERS])
 
 
@@ -95,7 +95,7 @@ def completion_kl(host: Host, p: Sequence[str], q: Sequence[str], examples: Sequ
     return (sums[0] - sums[1]).mean().item()
 
 
-def indent(text: str, width: int = 160) -> str:
-    """`text` indented, and cut after `width` characters."""
+def format_answer(messages: world.Messages, text: str, width: int = 160) -> str:
+    """The instruction and, indented, the answer, cut after `width` characters."""
     text = text if len(text) <= width else text[:width] + " …"
-    return "\n".join("    " + line for line in text.splitlines())
+    return "\n".join([messages[0]["content"], *("    " + line for line in text.splitlines())])

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowalign.commands.best_of_n import best_of_n
 from lowalign.commands.dpo import dpo
@@ -12,16 +13,17 @@ from lowalign.commands.ppo import ppo
 from lowalign.commands.reward import reward
 from lowalign.commands.sft import sft
 from lowalign.data.chat import Chat
-from lowalign.demo import configs
+from lowalign.demo import configs, world
 from lowalign.demo.configs import BASE, BASE_CONFIG, BEST_OF
-from lowalign.demo.evaluation import EVAL_PROMPTS, Evaluation, evaluate
+from lowalign.demo.evaluation import EVAL_PROMPTS, SAMPLING, Evaluation, evaluate, format_answer
+from lowalign.export.merge import merge
 from lowalign.log import log
 from lowalign.model.base.base import Base
 from lowalign.rewards.selection import kl_bound
 
 
 def run_stages(out: Path) -> int:
-    """base → SFT → reward model → best-of-n → DPO, PPO, all on one 4-bit base that is loaded once. Returns the exit code."""
+    """base → SFT → reward model → best-of-n → DPO, PPO on one 4-bit base that is loaded once; then merge. -> the exit code."""
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # a model this small is slower on several
     base = Base.load(BASE, **vars(BASE_CONFIG))
@@ -36,7 +38,7 @@ def run_stages(out: Path) -> int:
     evaluations.append(evaluate("sft", base, chat, sft_run))
     print_answers(evaluations[-1])
 
-    log("\nreward model: a second LoRA, on the frozen first, learns from rankings A > B > C > D which card is better")
+    log("\nreward model: a second LoRA starts as a copy and learns from rankings A > B > C > D which card is better")
     if code := reward(configs.reward_config(out), base):
         return code
     evaluations.append(evaluate(f"best-of-{BEST_OF}", base, chat, sft_run, n=BEST_OF, reward=reward_run))
@@ -58,9 +60,21 @@ def run_stages(out: Path) -> int:
     print_answers(evaluations[-1])
 
     print_table(evaluations, out)
+    log("\nmerge: base, SFT adapter and DPO adapter become one plain model")
+    report = merge([str(out / "dpo")], out / "merged", model=str(BASE), dtype=BASE_CONFIG.dtype)
+    print(f"\n--- answers of the merged model in plain transformers (KL to dpo {report['kl']:.0e} nats a token)")
+    print(plain_answer(out / "merged", world.prompts(1, seed=0, split="held_out")[0]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     print(f"\n{seconds:.0f} s, {cpu_seconds:.0f} s of CPU; all files are in {out}")
     return 0
+
+
+def plain_answer(folder: Path, messages: world.Messages) -> str:
+    """The likeliest answer of a model folder, with nothing of lowalign."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=SAMPLING.max_new_tokens, do_sample=False)[0]
+    return format_answer(messages, tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def print_answers(evaluation: Evaluation) -> None:

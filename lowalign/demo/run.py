@@ -5,7 +5,8 @@ from pathlib import Path
 
 PLAN = """\
 A small base is loaded in 4 bit and aligned: SFT, reward model, best-of-n, DPO, PPO, each measured on held-out prompts.
-This takes about two minutes of CPU time on one core and ends with a table. Importing torch …"""
+The DPO policy is then merged into a plain model. All of it takes about two minutes of CPU time on one core.
+Importing torch …"""
 
 
 def main() -> int:

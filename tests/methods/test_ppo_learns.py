@@ -86,7 +86,8 @@ def test_a_soft_prompt_on_the_bare_base_earns_more(tmp_path, kind):
         init=None,
         reward=(f"{tmp_path}/reward.py:exact",),
         adapter=AdapterConfig(kind=kind),
-        train=replace(config.train, learning_rate=0.1, steps=40),
+        train=replace(config.train, learning_rate=0.1, steps=40, batch_size=16, schedule="constant", clip=1.0),
+        rollout=replace(config.rollout, prompts=32),
         value=replace(config.value, learning_rate=0.06),
         ppo=replace(config.ppo, kl=0.05),
     )
