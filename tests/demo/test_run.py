@@ -40,16 +40,15 @@ def test_sft_learns_to_name_the_place_and_to_stop(demo):
     base, sft = demo.table["base"], demo.table["sft"]
     before, after = map(float, re.search(r"held-out loss: (\S+) -> (\S+)", demo.output).groups())
     assert after < before - 0.2
-    # Of 96 answers; three seeds gave 95 to 97 % and 99 to 100 %. Of 64 places chance names 2 %.
+    # Of 96 answers, whose percentages have an error of 3; seen: 93 to 97 and 100. Of 64 places chance names 2 %.
     assert base["place"] < 25 and sft["place"] >= 85
     assert base["stopped"] < 70 and sft["stopped"] >= 95
     assert 0.3 < sft["cheerful"] < 0.7  # every mood is in the rows: what later stages can raise
 
 
 def test_the_reward_model_ranks_held_out_answers(demo):
-    assert (
-        float(re.search(r"held-out rankings: ([\d.]+)%", demo.output)[1]) >= 85
-    )  # seen: 90 to 97 with three seeds; chance is 50
+    accuracy = float(re.search(r"held-out rankings: ([\d.]+)%", demo.output)[1])
+    assert accuracy >= 90  # seen: 98.6 with two seeds; chance is 50
 
 
 @pytest.mark.parametrize("stage", ["best-of-8", "dpo", "ppo"])
