@@ -48,7 +48,7 @@ def test_sft_learns_to_name_the_place_and_to_stop(demo):
 
 def test_the_reward_model_ranks_held_out_answers(demo):
     accuracy = float(re.search(r"held-out rankings: ([\d.]+)%", demo.output)[1])
-    assert accuracy >= 90  # seen: 98.6 with two seeds; chance is 50
+    assert accuracy >= 90  # seen: 98.6 to 99.3 with three seeds; chance is 50
 
 
 @pytest.mark.parametrize("stage", ["best-of-8", "dpo", "ppo"])
