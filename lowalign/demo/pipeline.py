@@ -18,7 +18,7 @@ from lowalign.demo.configs import BASE, BASE_CONFIG, BEST_OF
 from lowalign.demo.evaluation import EVAL_PROMPTS, SAMPLING, Evaluation, evaluate, format_answer
 from lowalign.export.merge import merge
 from lowalign.log import log
-from lowalign.model.base.base import Base
+from lowalign.model.base.base import Base, quiet_transformers
 from lowalign.rewards.selection import kl_bound
 
 
@@ -71,7 +71,8 @@ def run_stages(out: Path) -> int:
 
 def plain_answer(folder: Path, messages: world.Messages) -> str:
     """The likeliest answer of a model folder, with nothing of lowalign."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with quiet_transformers():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=SAMPLING.max_new_tokens, do_sample=False)[0]
     return format_answer(messages, tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))

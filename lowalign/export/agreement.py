@@ -14,7 +14,7 @@ from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.base.base import Base
+from lowalign.model.base.base import Base, quiet_transformers
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 
@@ -138,9 +138,10 @@ def trained_logps(host: Host, stack: Sequence[str], examples: Sequence[Example])
 @torch.no_grad()
 def merged_logps(folder: Path, examples: Sequence[Example], device: torch.device) -> list[Tensor]:
     """The same of the model in a folder, loaded by plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
-    )
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
+        )
     rows = [_logps(model, example, device) for example in examples]
     del model
     gc.collect()
@@ -162,9 +163,10 @@ def score_agreement(trained: Tensor, merged: Tensor) -> ScoreAgreement:
 @torch.no_grad()
 def merged_scores(folder: Path, examples: Sequence[Example], device: torch.device) -> Tensor:
     """The score of each Example's first completion by the sequence classifier in a folder, loaded by plain transformers."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
-    )
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
+        )
     rows = [torch.tensor([e.prompt + e.completions[0]], device=device) for e in examples]
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in rows])
 

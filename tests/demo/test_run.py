@@ -64,7 +64,7 @@ def test_the_merged_model_answers_in_plain_transformers(demo):
         r"plain transformers \(KL to dpo (\S+) nats a token\)\n(.*?)\n\n", demo.output, re.DOTALL
     ).groups()
     assert float(kl) < 1e-4  # in fp32; seen: 5e-7
-    assert world.asked_place([{"content": answer.splitlines()[0]}]) in answer.partition("\n")[2]
+    assert world.requested_place([{"content": answer.splitlines()[0]}]) in answer.partition("\n")[2]
 
 
 def test_win_rate_by_hand():

@@ -73,7 +73,7 @@ class Base:
                 bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[head],
             )
-        with _quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
             )
@@ -161,7 +161,7 @@ def _checked_config(folder: Path, quantization: str):
 
 def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, device: str) -> str:
     """-> the name of the LM head, which is not quantized. Raises UserError when the model does not fit in free memory."""
-    with torch.device("meta"), _quiet_transformers():
+    with torch.device("meta"), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(config)
         except ValueError as error:
@@ -222,7 +222,7 @@ def _unquantized(model: nn.Module) -> float:
     return other / (four_bit + other)
 
 
-class _quiet_transformers:
+class quiet_transformers:
     """Context manager: no progress bars and no advice from transformers while loading."""
 
     def __enter__(self) -> None:
