@@ -24,7 +24,7 @@ BASE = Path(__file__).parent / "base"
 BASE_CONFIG = BaseConfig(dtype="float32")
 BEST_OF = 8
 LORA = AdapterConfig(r=16, alpha=32)
-SMALL = {"optimizer": "adamw", "checkpointing": "off"}  # options that save memory only cost time here
+NO_MEMORY_SAVING = {"optimizer": "adamw", "checkpointing": "off"}  # which only costs time on a model this small
 
 
 def sft_config(out: Path) -> SFTConfig:
@@ -38,7 +38,7 @@ def sft_config(out: Path) -> SFTConfig:
             cache=False,
         ),
         adapter=LORA,
-        train=TrainConfig(steps=70, batch_size=16, learning_rate=5e-3, log_every=14, **SMALL),
+        train=TrainConfig(steps=70, batch_size=16, learning_rate=5e-3, log_every=14, **NO_MEMORY_SAVING),
         base=BASE_CONFIG,
     )
 
@@ -62,7 +62,7 @@ def reward_config(out: Path) -> RewardConfig:
             betas=(0.9, 0.99),
             clip=0.3,  # gradients grow tenfold when it begins to see moods
             log_every=16,
-            **SMALL,
+            **NO_MEMORY_SAVING,
         ),
         base=BASE_CONFIG,
         init=str(out / "sft"),
@@ -92,7 +92,7 @@ def dpo_config(out: Path) -> DPOConfig:
         out=out / "dpo",
         data=PreferenceConfig(files=(str(out / "best-of-n" / "pairs.jsonl"),), cache=False),
         adapter=LORA,
-        train=TrainConfig(steps=56, batch_size=12, learning_rate=1.4e-3, log_every=14, **SMALL),
+        train=TrainConfig(steps=56, batch_size=12, learning_rate=1.4e-3, log_every=14, **NO_MEMORY_SAVING),
         base=BASE_CONFIG,
         init=str(out / "sft"),
         dpo=DPOLossConfig(beta=0.3, sft=1.0),
@@ -115,7 +115,7 @@ def ppo_config(out: Path) -> PPOConfig:
             schedule="linear",
             clip=0.3,
             log_every=4,
-            **SMALL,
+            **NO_MEMORY_SAVING,
         ),
         base=BASE_CONFIG,
         init=str(out / "sft"),

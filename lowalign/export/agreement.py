@@ -64,10 +64,10 @@ class TrainedModel:
 
 
 def run_trained(
-    base: str, adapters: Sequence[str], chat: Chat, quantization: str, dtype: str, reward: bool
+    base: str, adapters: Sequence[str], chat: Chat, quantization: str, dtype: str, reward: bool, bare: bool
 ) -> TrainedModel:
     """Run base + adapters as they were trained, in the precision of the merged model. The base is freed before this
-    returns. reward: for a reward model."""
+    returns. reward: for a reward model. bare: the base without adapters too."""
     host = Host(Base.load(base, quantization=quantization, dtype=dtype, quiet=True))
     stack = load_policy(host, adapters, allow_base_mismatch=True)  # checked before
     host.base.end_at(chat.end_of_turn)
@@ -77,10 +77,11 @@ def run_trained(
             scores = torch.cat(host.scores(examples, stack[-1])).float().cpu()
         return TrainedModel(examples, [], [], scores)
     examples = sampled_examples(host, stack, chat)
-    logps, bare = trained_logps(host, stack, examples), trained_logps(host, (), examples)
+    logps = trained_logps(host, stack, examples)
+    bare_logps = trained_logps(host, (), examples) if bare else []
     del host
     gc.collect()
-    return TrainedModel(examples[: len(logps)], logps, bare)
+    return TrainedModel(examples[: len(logps)], logps, bare_logps)
 
 
 def check_predictions(folder: Path, base: Path, trained: TrainedModel, onto: str) -> Agreement:

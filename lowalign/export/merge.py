@@ -75,17 +75,22 @@ def merge(
     base = resolve(model or _base_of(adapters[-1], stack[-1]), None, BASE_FILES)[0]
     quantization = stack[-1].meta.get("base", {}).get("quantization", "none")
     onto = onto or ("dequantized" if quantization == "nf4" else "original")
+    tokenizer = load_tokenizer(str(base))
     if not allow_base_mismatch:
-        _check_base(stack, base, quantization)
+        identity = identify(str(base), base, None, tokenizer, quantization)
+        for adapter in stack:
+            adapter_files.check_base(adapter.folder, adapter.meta, identity)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if getattr(config, "quantization_config", None) and onto == "original":
         raise UserError(f"{base} is stored in 4 bit and has no original weights; merge with --onto dequantized")
     plan = plan_merge(base, config, updates, onto == "dequantized", getattr(torch, dtype))
     _check_room(out, plan, verify)
-    chat = Chat(load_tokenizer(str(base)), adapter_files.adapter_template([adapter.folder for adapter in stack]))
+    chat = Chat(tokenizer, adapter_files.adapter_template([adapter.folder for adapter in stack]))
     report = {"onto": onto, "kl": None, "top1": None, "verified": False}
     report |= {"adapters": [_description(adapter) for adapter in stack], "base": _base_name(base, stack[-1])}
-    trained = run_trained(str(base), adapters, chat, quantization, dtype, plan.reward) if verify else None
+    trained = None
+    if verify:
+        trained = run_trained(str(base), adapters, chat, quantization, dtype, plan.reward, bare=onto == "original")
     eos_ids = _eos_ids(base, chat)
     changes = {"dtype": dtype, "tie_word_embeddings": plan.tied, "lowalign": {"merged_onto": onto}}
     if plan.reward:
@@ -112,18 +117,12 @@ def _compare(folder: Path, base: Path, trained: TrainedModel, onto: str) -> dict
     return {"kl": result.kl, "top1": result.top1}
 
 
-def _check_base(stack: Sequence[StackedAdapter], base: Path, quantization: str) -> None:
-    identity = identify(str(base), base, None, load_tokenizer(str(base)), quantization)
-    for adapter in stack:
-        adapter_files.check_base(adapter.folder, adapter.meta, identity)
-
-
 def _read_stack(source: str) -> list[StackedAdapter]:
     """An adapter and, before it, those it was trained on top of."""
     folder = adapter_files.locate(source)
-    parents = adapter_files.read(folder)[1].get("parents", 0)
-    folders = [*(folder / "parents" / str(i) for i in range(parents)), folder]
-    return [StackedAdapter(each, *adapter_files.read(each)) for each in folders]
+    top = StackedAdapter(folder, *adapter_files.read(folder))
+    parents = [folder / "parents" / str(i) for i in range(top.meta.get("parents", 0))]
+    return [*(StackedAdapter(parent, *adapter_files.read(parent)) for parent in parents), top]
 
 
 def _update(adapter: StackedAdapter) -> LoraUpdate:

@@ -77,7 +77,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         file = folder / name
-        if file.resolve().parent != folder.resolve() and "/" in name:
+        if Path(name).name != name:
             raise UserError(f"{index} names {name}, which is outside its folder")
         if not file.exists():
             others = "; files that can hold code (.bin, .pt) are not read" if any(folder.glob("*.bin")) else ""

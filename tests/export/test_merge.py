@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 def test_a_stack_becomes_a_model_that_plain_transformers_loads(made, tmp_path):
     report = merge([str(made / "second")], tmp_path / "out", model=str(made / "base"))
     assert (report["onto"], report["verified"]) == ("dequantized", True)
-    assert report["kl"] < 0.01 and report["top1"] > 0.8  # seen: 1e-3, 0.95 (random weights; trained ones: 5e-5)
+    assert report["kl"] < 0.01 and report["top1"] > 0.8  # seen: 7e-4, 0.95 (random weights; trained ones: 5e-5)
     assert [a.get("method") for a in report["adapters"]] == [None, "dpo"]  # the first lies inside the second
     assert json.loads((tmp_path / "out" / "lowalign.json").read_text()) == {"merge": report}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -54,15 +54,15 @@ def test_a_stack_becomes_a_model_that_plain_transformers_loads(made, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user]hi</s>"
     assert model.generation_config.eos_token_id == 2
-    host = Host(Base.load(made / "base", device="cpu", quiet=True))
+    host = Host(Base.load(made / "base", dtype="float32", device="cpu", quiet=True))
     host.load("first", made / "first")
     host.load("second", made / "second")
     ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), host.use("first", "second"):
         expected = host.base.model(ids).logits.log_softmax(-1).double()
-        found = model(ids).logits.log_softmax(-1).double()
+        found = model.float()(ids).logits.log_softmax(-1).double()
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
-    assert kl < 0.01  # the same measure, by other code; one adapter left out: above 0.1
+    assert kl < 0.01  # the same measure, by other code, in fp32; seen: 1.6e-4. One adapter left out: above 0.1
 
 
 def test_onto_the_original_weights_is_further_away(made, tmp_path):
