@@ -1,11 +1,10 @@
 """`lowalign merge`: base + adapters → a model folder that plain transformers loads."""
 
 from lowalign.config.commands import MergeConfig
-from lowalign.export import merge as export
+from lowalign.export.merge import write_merged
 
 
 def merge(config: MergeConfig) -> int:
-    """Run `lowalign merge`. Returns the exit code."""
-    options = dict(vars(config))
-    export.merge(options.pop("adapters"), options.pop("out"), **options)
+    """Run the command. Returns the exit code."""
+    write_merged(config)
     return 0

@@ -236,6 +236,14 @@ class MergeConfig:
     """Precision of the merged weights."""
     max_shard_size: str = "5GB"
     """Largest file of weights."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: write a bitsandbytes 4-bit checkpoint, a quarter of the size. Quantizing again costs some accuracy; the KL says
+    how much."""
+    prompt_in: Literal["template", "tokenizer"] = "template"
+    """Of a soft prompt, which becomes tokens before every text: what writes them. template: the chat template. tokenizer:
+    the tokenizer, for an adapter that is used on plain text; the merged model then has no chat template."""
+    data: tuple[str, ...] = ()
+    """Files with prompts to compare on. Default: the held-out files of the run's recipe, else built-in questions."""
     verify: bool = True
     """Compare with the trained model (KL and top-1 agreement) and keep nothing if it differs. --no-verify skips it."""
     allow_base_mismatch: bool = False

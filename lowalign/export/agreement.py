@@ -3,24 +3,31 @@
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowalign.config.sections import Sampling
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
+from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
 from lowalign.errors import UserError
+from lowalign.export.sources import Sources
 from lowalign.log import log
+from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base, quiet_transformers
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 
 MAX_KL = 0.01  # nats a token. What was measured lies 10 to 200 times below; with an adapter left out it is above 0.1
+MAX_KL_NF4 = 0.1  # of a merged model that is quantized again: the loss of 4 bit, 1e-3 where it was measured
 MAX_SCORE_ERROR = 0.1  # in units of the scores or of their spread, whichever is larger
 POSITIONS = 256  # tokens that are compared; their full distributions are held in memory
+PROMPTS = 16  # of the rows that are read
+MAX_PROMPT = 1024  # tokens
 QUESTIONS = (
     "What is the capital of France?",
     "Write three sentences about the sea.",
@@ -63,64 +70,89 @@ class TrainedModel:
     scores: torch.Tensor | None = None
 
 
-def run_trained(
-    base: str, adapters: Sequence[str], chat: Chat, quantization: str, dtype: str, reward: bool, bare: bool
-) -> TrainedModel:
-    """Run base + adapters as they were trained, in the precision of the merged model. The base is freed before this
-    returns. reward: for a reward model. bare: the base without adapters too."""
-    host = Host(Base.load(base, quantization=quantization, dtype=dtype, quiet=True))
+def run_trained(sources: Sources, adapters: Sequence[str], prompts: Sequence[list[int]], dtype: str) -> TrainedModel:
+    """Run base + adapters as they were trained, in the precision of the merged model, on their own answers to the prompts
+    (token ids). The base is freed before this returns."""
+    host = Host(Base.load(sources.base, quantization=sources.quantization, dtype=dtype, quiet=True))
     stack = load_policy(host, adapters, allow_base_mismatch=True)  # checked before
-    host.base.end_at(chat.end_of_turn)
-    if reward:  # it scores the answers of what it was trained on top of
-        examples = sampled_examples(host, stack[:-1], chat)
+    host.base.end_at(sources.chat.end_of_turn)
+    if sources.scalar_head is not None:  # it scores the answers of what it was trained on top of
+        examples = sampled_examples(host, stack[:-1], prompts)
         with host.use(*stack), torch.no_grad():
             scores = torch.cat(host.scores(examples, stack[-1])).float().cpu()
         return TrainedModel(examples, [], [], scores)
-    examples = sampled_examples(host, stack, chat)
+    examples = sampled_examples(host, stack, prompts)
     logps = trained_logps(host, stack, examples)
-    bare_logps = trained_logps(host, (), examples) if bare else []
+    bare = trained_logps(host, (), examples) if sources.onto == "original" else []
     del host
     gc.collect()
-    return TrainedModel(examples[: len(logps)], logps, bare_logps)
+    return TrainedModel(examples[: len(logps)], logps, bare)
 
 
-def check_predictions(folder: Path, base: Path, trained: TrainedModel, onto: str) -> Agreement:
-    """Compare and log. Raises UserError when the model in the folder is not the trained one."""
+def check_predictions(
+    folder: Path, sources: Sources, trained: TrainedModel, virtual: list[int], nf4: bool
+) -> Agreement:
+    """Compare and log. virtual: the ids before every text of the merged model. nf4: it was quantized again.
+
+    Raises UserError when the model in the folder is not the trained one.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = agreement(trained.logps, merged_logps(folder, trained.examples, device))
-    log(f"merged against trained on {result.tokens} tokens: KL {result.kl:.1e} nats, same top token {result.top1:.1%}")
-    limit = MAX_KL
+    merged = merged_logps(folder, _behind(virtual, trained.examples), device)
+    # The virtual tokens are never sampled: the distributions are those over the tokens of the base.
+    columns = slice(virtual[0] if virtual else None)
+    result = agreement(*([p[:, columns].log_softmax(-1) for p in logps] for logps in (trained.logps, merged)))
+    quantized = "NF4 " if nf4 else ""
+    log(
+        f"{quantized}merged against trained on {result.tokens} tokens: KL {result.kl:.1e} nats, same top token {result.top1:.1%}"
+    )
+    limit, onto = (MAX_KL_NF4 if nf4 else MAX_KL), sources.onto
     if result.kl > limit and onto == "original":
         # The 4-bit base itself may be that far from the original weights, in a model that quantizes badly.
-        limit = 2 * agreement(trained.bare, merged_logps(base, trained.examples, device)).kl
+        limit = 2 * agreement(trained.bare, merged_logps(sources.base, trained.examples, device)).kl
     if not result.kl <= limit:
+        remedy = "--onto dequantized" if onto == "original" else "without --quantize" if nf4 else "--dtype float32"
         raise UserError(
             f"the merged model is not the trained one: KL {result.kl:.2g} nats a token, at most {limit:.2g} is allowed; it "
-            f"was not kept. Try {'--onto dequantized' if onto == 'original' else '--dtype float32'}"
+            f"was not kept. Try {remedy}"
         )
     return result
 
 
-def check_scores(folder: Path, trained: TrainedModel) -> ScoreAgreement:
+def check_scores(folder: Path, trained: TrainedModel, virtual: list[int]) -> ScoreAgreement:
     """Compare and log. Raises UserError when the classifier in the folder gives other scores than the reward run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = score_agreement(trained.scores, merged_scores(folder, trained.examples, device))
+    result = score_agreement(trained.scores, merged_scores(folder, _behind(virtual, trained.examples), device))
     log(f"scores merged against trained: off by {result.error:.1e}, spread {result.spread:.2g}")
     limit = max(MAX_SCORE_ERROR, MAX_SCORE_ERROR * result.spread)
     if not result.error <= limit:
         raise UserError(
             f"the merged reward model does not give the trained one's scores: off by {result.error:.2g}, at most {limit:.2g} "
-            "is allowed; it was not kept. Try --onto dequantized or --dtype float32"
+            "is allowed; it was not kept. Try --onto dequantized, --dtype float32, or without --quantize"
         )
     return result
 
 
-def sampled_examples(host: Host, stack: Sequence[str], chat: Chat) -> list[Example]:
-    """Questions with the trained model's own answers."""
-    prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
+def check_prompts(chat: Chat, files: Sequence[str]) -> list[list[int]]:
+    """The ids of the prompts to compare on: of the first rows of `files`, else of built-in questions."""
+    rows = list(islice(read_prompts(files), PROMPTS)) if files else []
+    rows = rows or [PromptRow([{"role": "user", "content": question}], "") for question in QUESTIONS]
+    return [ids for ids in (prompt_ids(chat, row, raw=False) for row in rows) if len(ids) <= MAX_PROMPT] or [
+        chat.prompt_ids([{"role": "user", "content": QUESTIONS[0]}])
+    ]
+
+
+def _behind(virtual: list[int], examples: Sequence[Example]) -> list[Example]:
+    return [Example(virtual + e.prompt, e.completions) for e in examples]
+
+
+def sampled_examples(host: Host, stack: Sequence[str], prompts: Sequence[list[int]]) -> list[Example]:
+    """The prompts with the trained model's own answers, up to a token that the tokenizer does not have (an untrained base
+    samples them; a baked prompt takes their rows)."""
     with host.use(*stack):
         answers = host.generate(prompts, 1, Sampling(max_new_tokens=48, min_new_tokens=8))
-    return [Example(prompt, [row[0].ids]) for prompt, row in zip(prompts, answers, strict=True)]
+    words = max(host.base.tokenizer.get_vocab().values()) + 1
+    ids = [list(takewhile(lambda i: i < words, row[0].ids)) for row in answers]
+    return [Example(prompt, [answer]) for prompt, answer in zip(prompts, ids, strict=True) if answer]
 
 
 @torch.no_grad()
@@ -130,7 +162,7 @@ def trained_logps(host: Host, stack: Sequence[str], examples: Sequence[Example])
     rows: list[Tensor] = []
     with host.use(*stack):
         for example in examples:
-            rows.append(_logps(host.base.model, example, host.base.device))
+            rows.append(_logps(host.base.model, example, host.base.device, host.soft_prompt()))
             if sum(map(len, rows)) >= POSITIONS:
                 break
     return rows
@@ -172,8 +204,10 @@ def merged_scores(folder: Path, examples: Sequence[Example], device: torch.devic
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in rows])
 
 
-def _logps(model: torch.nn.Module, example: Example, device: torch.device) -> Tensor:
+def _logps(model: nn.Module, example: Example, device: torch.device, soft: SoftPrompt = NO_SOFT_PROMPT) -> Tensor:
     completion = example.completions[0]
-    ids = torch.tensor([example.prompt + completion], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(example.prompt) - 1 : -1]
+    ids = torch.tensor(example.prompt + completion, device=device)
+    words = soft.prepend(model.get_input_embeddings()(ids)) if soft.length else None
+    inputs = {"input_ids": ids[None]} if words is None else {"inputs_embeds": words[None]}
+    logits = model(**inputs, use_cache=False).logits[0, -len(completion) - 1 : -1]
     return logits.float().log_softmax(-1).cpu()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowalign.errors import UserError
 from lowalign.export.lora_update import LoraUpdate
-from lowalign.export.nf4 import dequantized_checkpoint, round_trip
+from lowalign.export.nf4 import dequantized_checkpoint, quantized_tensors, round_trip
 from lowalign.export.weight_files import PlannedTensor, stored_tensors
 from lowalign.model.adapters.adapter import SCALAR_HEAD
 
@@ -24,12 +24,14 @@ from lowalign.model.adapters.adapter import SCALAR_HEAD
 @dataclass(frozen=True)
 class Skeleton:
     """What a model's config says of its weights. linear: the modules that a 4-bit base holds in 4 bit, all linear ones but
-    the head. embedding, head: names of the weights. tied: whether the head is the embedding."""
+    the head. embedding, head: names of the weights. tied: whether the head is the embedding. embedding_scale: what the
+    embedding multiplies its rows by (gemma)."""
 
     linear: dict[str, nn.Module]
     embedding: str
     head: str
     tied: bool
+    embedding_scale: float
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Skeleton":
@@ -40,7 +42,8 @@ class Skeleton:
         names = {id(module): name for name, module in model.named_modules()}
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not outputs}
         tied = bool(getattr(config, "tie_word_embeddings", False))
-        return cls(linear, f"{names[id(inputs)]}.weight", f"{names[id(outputs)]}.weight", tied)
+        scale = getattr(inputs, "scalar_embed_scale", 1.0)
+        return cls(linear, f"{names[id(inputs)]}.weight", f"{names[id(outputs)]}.weight", tied, scale)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Plan:
     """The tensors of a merged model in the order of the base's files. tied: its LM head is the embedding. reward: it has a
     scalar head instead of the LM head."""
 
+    skeleton: Skeleton
     tensors: list[PlannedTensor]
     tied: bool
     reward: bool
@@ -59,23 +63,28 @@ class Plan:
 
 
 def plan_merge(
-    base: Path, config: PretrainedConfig, updates: Sequence[LoraUpdate], dequantized: bool, dtype: torch.dtype
+    base: Path,
+    config: PretrainedConfig,
+    updates: Sequence[LoraUpdate],
+    dequantized: bool,
+    dtype: torch.dtype,
+    scalar_head: Tensor | None = None,
 ) -> Plan:
     """What the base becomes under the updates, in the order they stack; nothing is computed yet.
 
-    dequantized: onto NF4 converted back to 16 bit (always so for a base that is stored in NF4). Raises UserError for a tensor of
-    an adapter that no weight of the base takes.
+    dequantized: onto NF4 converted back to 16 bit (always so for a base that is stored in NF4). scalar_head: (1, hidden), of
+    a reward run. Raises UserError for a tensor of an adapter that no weight of the base takes.
     """
     stored, skeleton = stored_tensors(base), Skeleton.of(config)
     if getattr(config, "quantization_config", None):
         tensors, dequantized = dequantized_checkpoint(stored), False
     else:
         tensors = {name: PlannedTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items()}
-    reward = SCALAR_HEAD in updates[-1].tensors
+    reward = scalar_head is not None
     if reward:
         tensors.pop(skeleton.head, None)
-        shape = tuple(updates[-1].tensors[SCALAR_HEAD].shape)
-        tensors[SCALAR_HEAD] = PlannedTensor(SCALAR_HEAD, torch.float32, shape, lambda: torch.zeros(shape))
+        head = scalar_head.float()
+        tensors[SCALAR_HEAD] = PlannedTensor(SCALAR_HEAD, torch.float32, tuple(head.shape), lambda: head)
     tied = skeleton.tied and skeleton.head not in tensors
     if (
         tied
@@ -102,7 +111,19 @@ def plan_merge(
                 f"{update.folder} cannot be merged: {len(unplaced)} of its tensors change nothing that the base stores "
                 f"(first: {unplaced[0]}). Adapters on experts, biases or other heads stay adapters: ship the folder as it is"
             )
-    return Plan(planned, tied, reward)
+    return Plan(skeleton, planned, tied, reward)
+
+
+def quantize(plan: Plan) -> Plan:
+    """The plan with every linear layer but the head in NF4."""
+    tensors: list[PlannedTensor] = []
+    for tensor in plan.tensors:
+        module = plan.skeleton.linear.get(tensor.name.removesuffix(".weight"))
+        if module is None or not tensor.name.endswith(".weight"):
+            tensors.append(tensor)
+        else:
+            tensors += quantized_tensors(tensor, isinstance(module, Conv1D))
+    return replace(plan, tensors=tensors)
 
 
 def _maker(

@@ -1,17 +1,23 @@
-"""The weights that a 4-bit base computes with: quantized as `Base.load` does, and converted back to 16 bit."""
+"""NF4 on disk: the weights that a 4-bit base computes with, and checkpoints in bitsandbytes' 4-bit format.
+
+Quantized as `Base.load` does: blocks of 64, their scales quantized too (arXiv 2305.14314).
+"""
 
 import json
+import math
 from collections.abc import Callable
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from lowalign.errors import UserError
 from lowalign.export.weight_files import PlannedTensor, StoredTensor
 
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"  # what a bitsandbytes checkpoint calls a weight's shape and dtype
 STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
+STATE_BYTES = 512  # of QUANT_STATE, JSON filled up with spaces: a file's header needs its size before it is known
 
 
 def round_trip(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -52,3 +58,41 @@ def _dequantize(stored: StoredTensor, tensors: dict[str, StoredTensor]) -> Calla
         return dequantize_4bit(stored.read(), state)
 
     return make
+
+
+def quantized_tensors(weight: PlannedTensor, transposed: bool) -> list[PlannedTensor]:
+    """A linear layer's weight as the tensors of a bitsandbytes 4-bit checkpoint. It is quantized when the first of them is
+    written, and freed with the last. transposed: a Conv1D's weight, quantized as its transpose."""
+    blocks = math.ceil(math.prod(weight.shape) / 64)
+    shapes = {
+        "": (torch.uint8, (math.ceil(math.prod(weight.shape) / 2), 1)),
+        ".absmax": (torch.uint8, (blocks,)),
+        ".quant_map": (torch.float32, (16,)),
+        ".nested_absmax": (torch.float32, (math.ceil(blocks / 256),)),
+        ".nested_quant_map": (torch.float32, (256,)),
+        QUANT_STATE: (torch.uint8, (STATE_BYTES,)),
+    }
+    parts: dict[str, Tensor] = {}
+
+    def take(part: str) -> Tensor:
+        if not parts:
+            matrix = weight.make().T.contiguous() if transposed else weight.make()
+            parts[""], state = quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
+            parts.update({f".{key}": tensor for key, tensor in state.as_dict(packed=True).items()})
+            spaces = torch.full((STATE_BYTES - len(parts[QUANT_STATE]),), ord(" "), dtype=torch.uint8)
+            parts[QUANT_STATE] = torch.cat([parts[QUANT_STATE], spaces])
+        return parts.pop(part)
+
+    return [PlannedTensor(weight.name + part, *kind, lambda part=part: take(part)) for part, kind in shapes.items()]
+
+
+def quantization_config(dtype: str, skipped: str) -> dict:
+    """What config.json says of a model in NF4. dtype: of its computations. skipped: the head, which stays in 16 bit."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[skipped],
+    )
+    return json.loads(config.to_json_string(use_diff=False))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from lowalign import Base, Example, Host
 from lowalign.errors import UserError
-from lowalign.export import lora_update
+from lowalign.export import agreement, lora_update
 from lowalign.export.merge import merge
 from tests.tiny import tiny_folder, tiny_model
 
@@ -128,7 +128,7 @@ def half_an_adapter(folder, made):
     ("change", "message"),
     [
         (lambda f, m: {"adapters": [str(m / "prefix")]}, "is a prefix: .* cannot be merged. Ship the adapter folder"),
-        (lambda f, m: {"adapters": [str(m / "prompt")]}, "is a soft prompt"),
+        (lambda f, m: {"adapters": [str(m / "first"), str(m / "prefix")]}, "is a prefix: .* cannot be merged"),
         (lambda f, m: {"adapters": [str(f / "none")]}, "none is not a folder"),
         (lambda f, m: {"model": None}, "does not say where its base is .*give it with --model M"),
         (lambda f, m: {"out": f}, "exists and is not overwritten; name another folder with --out"),
@@ -186,3 +186,42 @@ def test_a_reward_run_with_other_scores_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not give the trained one's scores"):
         merge([str(tmp_path / "reward")], tmp_path / "out", model=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
+
+
+def test_nf4_out_is_a_checkpoint_that_stock_transformers_loads(made, tmp_path):
+    """Its weights are the merged ones after bitsandbytes' own quantization, bit for bit; the KL says what that costs."""
+    options = {"model": str(made / "base"), "onto": "original"}
+    plain = merge([str(made / "first")], tmp_path / "plain", **options)
+    report = merge([str(made / "first")], tmp_path / "nf4", **options, quantize="nf4", max_shard_size="30KB")
+    assert report["quantize"] == "nf4" and report["verified"] and report["kl"] > plain["kl"]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=nf4)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    assert found.is_loaded_in_4bit and found.config.quantization_config.bnb_4bit_use_double_quant
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name].float(), tensor.float()), name
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, expected(ids).logits)
+    host = Host(Base.load(tmp_path / "nf4", device="cpu", quiet=True))
+    assert host.base.identity.quantization == "nf4"
+
+
+def test_the_comparison_takes_prompts_of_a_file(made, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "The quick"}\n{"messages": [{"role": "user", "content": "a fox"}]}\n'
+    )
+    prompts = []
+    run = agreement.sampled_examples
+    monkeypatch.setattr(agreement, "sampled_examples", lambda h, s, rows: prompts.extend(rows) or run(h, s, rows))
+    merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), data=(str(tmp_path / "rows.jsonl"),))
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    assert [tokenizer.decode(ids) for ids in prompts] == [
+        "[user]The quick</s>[assistant]",
+        "[user]a fox</s>[assistant]",
+    ]
