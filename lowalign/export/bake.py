@@ -115,6 +115,8 @@ def write_tokenizer(folder: Path, prompt: BakedPrompt, chat: Chat) -> None:
         backend["post_processor"] = _without_special_tokens(backend["post_processor"])
         template.write_text(text + _bos(chat) + chat.template, encoding="utf-8")
         options["chat_template"] = template.read_text(encoding="utf-8")
+        if chat.bos_ids:  # llama.cpp adds bos unless this is false
+            options["add_bos_token"] = False
     else:
         backend["post_processor"] = _with_first(backend["post_processor"], prompt)
         template.unlink(missing_ok=True)

@@ -28,10 +28,12 @@ from lowalign.export.bake import BakedPrompt, bake, baked_prompt, config_changes
 from lowalign.export.merged_weights import Plan, plan_merge, quantize
 from lowalign.export.model_folder import write_model_files
 from lowalign.export.nf4 import quantization_config
+from lowalign.export.ollama import modelfile
 from lowalign.export.sources import Sources, heldout_files, read_sources
 from lowalign.export.weight_files import write_shards
 from lowalign.log import log
 from lowalign.model.base.base import set_pad_token
+from lowalign.model.base.hub import load_tokenizer
 
 
 def merge(adapters: Sequence[str], out: str | Path, **options: Any) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def write_merged(config: MergeConfig) -> dict[str, Any]:
             write_model_files(sources.base, temp, job.changes, sources.chat.template, sources.eos_ids())
             if job.prompt:
                 write_tokenizer(temp, job.prompt, sources.chat)
+            if not job.plan.reward and not job.nf4:
+                _write_modelfile(temp, sources)
             with tqdm(total=job.plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
                 write_shards(temp, job.plan.tensors, shard_bytes, bar.update)
             if trained is not None:
@@ -108,6 +112,16 @@ def _compare(folder: Path, sources: Sources, trained: TrainedModel, job: _Job) -
         return vars(check_scores(folder, trained, virtual))
     result = check_predictions(folder, sources, trained, virtual, job.nf4)
     return {"kl": result.kl, "top1": result.top1}
+
+
+def _write_modelfile(folder: Path, sources: Sources) -> None:
+    """For Ollama, where its template language can say what the chat template does."""
+    tokenizer = load_tokenizer(str(folder))
+    text = modelfile(tokenizer, sources.eos_ids()) if tokenizer.chat_template else None
+    if text is None:
+        log("no Modelfile: the chat template does more than Ollama's can say; llama.cpp reads the template itself")
+    else:
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
 def _check_room(out: Path, plan: Plan, verify: bool) -> None:

@@ -206,7 +206,9 @@ def test_the_files_of_llama_cpps_converter(tmp_path):
     (base / "tokenizer_config.json").write_text(json.dumps(options | {"added_tokens_decoder": {}}))
     peft_prompt(base, tmp_path / "prompt")
     merge([str(tmp_path / "prompt")], tmp_path / "out", model=str(base), verify=False)
-    added = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    options = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert options["add_bos_token"] is False  # the template writes bos, behind the virtual tokens
+    added = options["added_tokens_decoder"]
     first = len(tiny_tokenizer())
     assert added[str(first)]["content"] == "<|virtual_0|>" and added[str(first)]["special"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|virtual_2|>") == first + 2

@@ -54,6 +54,7 @@ def test_a_stack_becomes_a_model_that_plain_transformers_loads(made, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user]hi</s>"
     assert model.generation_config.eos_token_id == 2
+    assert 'PARAMETER stop "</s>"' in (tmp_path / "out" / "Modelfile").read_text()
     host = Host(Base.load(made / "base", dtype="float32", device="cpu", quiet=True))
     host.load("first", made / "first")
     host.load("second", made / "second")
