@@ -41,6 +41,26 @@ class LoraUpdate:
             f"{module}.{part}" in self.tensors for part in ("lora_A.weight", "lora_embedding_A")
         )
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError when it was trained on a weight of another shape. shape: (out, in)."""
+        module = name.removesuffix(".weight")
+        if name in self.tensors:
+            trained = tuple(self.tensors[name].shape)
+        elif f"{module}.lora_embedding_A" in self.tensors:
+            trained = tuple(
+                self.tensors[f"{module}.lora_embedding_{part}"].shape[side] for part, side in (("A", 1), ("B", 0))
+            )
+        else:
+            trained = tuple(
+                self.tensors[f"{module}.lora_{part}.weight"].shape[side] for part, side in (("B", 0), ("A", 1))
+            )
+        if trained != shape:
+            size = lambda sides: " x ".join(map(str, sides))  # noqa: E731
+            raise UserError(
+                f"{self.folder} was trained on another base: its {module} is {size(trained)}, and {size(shape)} here; give the "
+                "right one with --model M"
+            )
+
     def is_dora(self, name: str) -> bool:
         """Whether it scales the rows of this weight."""
         return f"{name.removesuffix('.weight')}.lora_magnitude_vector" in self.tensors

@@ -101,8 +101,11 @@ def plan_merge(
         if not tensor.dtype.is_floating_point or name.endswith("rotary_emb.inv_freq"):
             planned.append(tensor)
             continue
+        transposed = isinstance(module, Conv1D)
+        for update in changing:
+            update.check_shape(name, tensor.shape[::-1] if transposed else tensor.shape)
         quantized = dequantized and module is not None
-        make = _maker(tensor, changing, quantized, isinstance(module, Conv1D), dtype)
+        make = _maker(tensor, changing, quantized, transposed, dtype)
         planned.append(PlannedTensor(name, dtype, tensor.shape, make))
     for update in updates:
         unplaced = update.unplaced(tensors)

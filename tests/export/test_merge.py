@@ -100,6 +100,28 @@ def other_base(folder, made):
     return {"model": str(folder / "other")}
 
 
+def wider_base(folder, made):
+    tiny_folder(folder / "other", "llama", intermediate_size=192)
+    return {"model": str(folder / "other"), "allow_base_mismatch": True}
+
+
+def one_rank_cut(folder, made):
+    shutil.copytree(made / "first", folder / "cut")
+    file = folder / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return {"adapters": [str(folder / "cut")]}
+
+
+def no_rows(folder, made):
+    (folder / "rows.jsonl").write_text('{"question": "?"}\n')
+    return {"data": (str(folder / "rows.jsonl"),), "verify": True}
+
+
+def quantized_base(folder, made):
+    merge([str(made / "first")], folder / "nf4", model=str(made / "base"), verify=False, quantize="nf4")
+    return {"model": str(folder / "nf4"), "onto": "original", "allow_base_mismatch": True}
+
+
 def missing_shard(folder, made):
     shutil.copytree(made / "base", folder / "cut")
     tiny_model("llama").bfloat16().save_pretrained(folder / "cut", max_shard_size="100KB")
@@ -137,6 +159,15 @@ def half_an_adapter(folder, made):
         (other_base, "was trained on another base"),
         (missing_shard, "is missing: the model in .* is not complete"),
         (cut_off, "is cut off: .* ends after the file; download it again"),
+        (
+            wider_base,
+            "was trained on another base: its model.layers.0.mlp.* is .* and .* here; give the right one with --model M",
+        ),
+        (one_rank_cut, "cut is damaged: "),
+        (no_rows, r'rows.jsonl:1: expected "prompt"'),
+        (lambda f, m: {"data": (str(f / "none.jsonl"),), "verify": True}, "none.jsonl"),
+        (quantized_base, "is stored in 4 bit and has no original weights; merge with --onto dequantized"),
+        (lambda f, m: {"out": m / "first" / "lowalign.json" / "x"}, "could not be written to .*Not a directory"),
         (half_an_adapter, r"half is not whole: .*lora_A\.weight without .*lora_B\.weight"),
     ],
 )
