@@ -174,8 +174,9 @@ class PPOLossConfig:
     """Clip range of the value around its estimate before the update. 0: no clipping."""
     kl: float = 0.05
     """Coefficient of the KL divergence from the reference: 0.01 (weak) to 0.2, relative to the scale of rewards."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO)."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO). Default:
+    reward with gae, loss with group and rloo, which would compare its noise between the samples of a prompt."""
     kl_target: float | None = None
     """Adapt the coefficient towards this KL per completion, in nats (arXiv 1909.08593). Default: it is constant."""
     kl_horizon: int = 10_000
@@ -188,6 +189,11 @@ class PPOLossConfig:
     """PPO-ptx: rows of sft or plain text that are mixed into every step (arXiv 2203.02155)."""
     ptx_coef: float = 1.0
     """PPO-ptx: weight of their loss per token."""
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL divergence is a term of the loss, not of the rewards."""
+        return (self.kl_in or ("reward" if self.advantage == "gae" else "loss")) == "loss"
 
 
 @dataclass(frozen=True)
