@@ -126,7 +126,8 @@ class BestOfNConfig:
     raw: bool = False
     """Do not apply the chat template."""
     unfinished: Literal["skip", "keep"] = "skip"
-    """Completions cut off at the length limit. skip: never choose one as the best (sft would learn to stop there)."""
+    """Completions cut off at the length limit. skip: never prefer one to another completion, which would teach to stop
+    there. keep: treat them like the others."""
     rounds: int = 1
     """With train: number of rounds of sampling, choosing and training."""
     train: bool = False

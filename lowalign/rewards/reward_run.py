@@ -1,7 +1,7 @@
 """Scores of a reward run: an adapter with a scalar head on the base."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +21,12 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class RunReward:
-    """A reward run on the base. stack: its adapters, the last of which has the head. A score s is returned as
-    (s - mean) / std."""
+    """A reward run on the base. stack: its adapters, the last of which has the head. end: the id that ended the answers
+    it was trained on. A score s is returned as (s - mean) / std."""
 
     host: Host
     stack: Stack
+    end: int
     mean: float
     std: float
     token_budget: int
@@ -33,10 +34,20 @@ class RunReward:
     def __call__(
         self, _: object, prompt_ids: Sequence[Ids], __: object, completion_ids: Sequence[Sequence[Ids]]
     ) -> list[list[float]]:
-        """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it."""
-        examples = [Example(list(p), [list(c) for c in cs]) for p, cs in zip(prompt_ids, completion_ids, strict=True)]
+        """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it.
+
+        A sampled completion may end with any end token of the base. The score is read at the one that the reward model
+        knows, in its place.
+        """
+        groups = ([ended_with(self.end, c, self.host.base.eos_ids) for c in group] for group in completion_ids)
+        examples = [Example(list(p), group) for p, group in zip(prompt_ids, groups, strict=True)]
         scores = score_examples(self.host, self.stack, examples, self.token_budget)
         return [[(score - self.mean) / self.std for score in group] for group in scores]
+
+
+def ended_with(end: int, completion: Ids, eos_ids: Collection[int]) -> list[int]:
+    """The completion with its last id replaced by `end` if that is one of `eos_ids`; a cut-off completion stays as it is."""
+    return [*completion[:-1], end if completion[-1] in eos_ids else completion[-1]]
 
 
 def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool = False) -> Stack:
