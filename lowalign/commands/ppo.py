@@ -114,7 +114,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
             stack = load_stack(host, VALUE, spec.name, config.allow_base_mismatch)
             weight = spec.weight
             if config.rollout.normalise == "running":  # the rewards are divided by their spread
-                weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
+                weight = math.copysign(1 / (meta.get("reward", {}).get("std") or 1.0), weight)
             host.scalar_head(VALUE).data.mul_(weight)
             return stack
     under = tuple(name for name in initial if not (kind.soft and host.adapters[name].soft))  # one soft prompt at a time

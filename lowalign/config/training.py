@@ -55,7 +55,7 @@ class RewardLossConfig:
 
     loss: Literal["bradley-terry", "plackett-luce"] = "bradley-terry"
     """bradley-terry: mean over the pairs of each ranking (arXiv 2203.02155, eq. 1). plackett-luce: likelihood of the
-    complete order."""
+    complete order, per bit of it."""
     centring: float = 0.0
     """Weight of (r_chosen + r_rejected)^2, which keeps scores near zero (arXiv 2312.09244, eq. 2). Usual: 0.01."""
 

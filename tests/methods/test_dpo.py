@@ -130,6 +130,18 @@ def test_known_reference_values_are_used(folder):
     assert moved > known and metrics["rewards/chosen"] < 0
 
 
+@pytest.mark.parametrize("options", [{"sft": 0.7}, {"loss": "orpo"}])
+def test_ties_do_not_add_to_the_sft_term(folder, options):
+    """An Example in which all tie has no chosen completion, and the loss is not divided by it either."""
+    host, examples = host_with(folder), rankings((2, 3))
+    tie = Example([5, 6], [[7, 8], [9, 10, 11]], rank=[0, 0])
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(**options), TrainConfig(batch_size=2))
+    without, _ = method.loss(examples, method.normalizers(examples))
+    with_tie, metrics = method.loss([*examples, tie], method.normalizers([*examples, tie]))
+    assert with_tie.item() == pytest.approx(without.item(), rel=1e-5)
+    assert metrics["nll"] > 0
+
+
 def test_a_fresh_lora_begins_at_ln_2(folder):
     host, examples = host_with(folder, noise=0.0), rankings((2, 2, 4))
     method = DPO(host, examples, ("policy",), (), DPOLossConfig(), TrainConfig(batch_size=3))

@@ -57,11 +57,11 @@ class Adapters:
     def add_scalar_head(self, name: str, zero: bool = False) -> None:
         """Give the adapter a scalar head, (1, hidden) in fp32, that is trained and saved with it.
 
-        It starts as N(0, 1/(hidden + 1)²) (arXiv 2009.01325, appendix), or at zero.
+        It starts with a variance of 1/(hidden + 1) (arXiv 2009.01325, appendix B.1), or at zero.
         """
         adapter = self._adapter(name)
         width = self.base.model.config.get_text_config().hidden_size
-        start = torch.zeros(1, width) if zero else torch.randn(1, width) / (width + 1)
+        start = torch.zeros(1, width) if zero else torch.randn(1, width) / (width + 1) ** 0.5
         adapter.scalar_head = nn.Parameter(start.to(self.base.device), requires_grad=name in self.trained)
         adapter.flat = None
 
