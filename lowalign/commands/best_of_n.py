@@ -93,7 +93,9 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     if blocks:
         host = Host(base)
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
-        options = RewardOptions(config.allow_base_mismatch, config.raw, config.token_budget)
+        options = RewardOptions(
+            config.allow_base_mismatch, config.allow_training_spread, config.raw, config.token_budget
+        )
         rewards = load_rewards(config.reward, host, chat, options)
         journal.fill(blocks, partial(_candidates, config, host, stack, rewards, prompts), "prompt")
         for name in tuple(host.adapters):

@@ -75,7 +75,8 @@ def _reward_judge(config: JudgeConfig) -> RewardJudge:
     if runs and config.model is None:
         raise UserError(f"--reward {runs[0]} is a reward run; give its base with --model M")
     host, chat = _load(config, runs) if runs else (None, None)
-    rewards = load_rewards(config.reward, host, chat, RewardOptions(config.allow_base_mismatch))
+    options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread)
+    rewards = load_rewards(config.reward, host, chat, options)
     return RewardJudge(rewards, chat, config)
 
 

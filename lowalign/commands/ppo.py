@@ -67,7 +67,7 @@ class PPOSetup:
         base.end_at(self.chat.end_of_turn)
         check_and_log_start(host, policy, initial, [Example(ids, [ids[-8:]]) for _, ids in rows[:4]], c)
         reference = reference_stack(host, c.reference, initial, c.allow_base_mismatch)
-        rewards = load_rewards(c.reward, host, self.chat, RewardOptions(c.allow_base_mismatch))
+        rewards = load_rewards(c.reward, host, self.chat, RewardOptions(c.allow_base_mismatch, c.allow_training_spread))
         value = add_value(host, c, policy, initial) if c.ppo.advantage == "gae" else None
         prompts, prompt_ids = [row.prompt for row, _ in rows], [ids for _, ids in rows]
         decode = partial(base.tokenizer.decode, skip_special_tokens=True)

@@ -77,6 +77,8 @@ class JudgeConfig:
     """Maximum tokens of a forward: memory and speed."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     resume: bool = False
     """Resume from the verdicts in OUT."""
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -134,6 +136,8 @@ class BestOfNConfig:
     """Train on the best completions, then sample the next round from the trained policy (rejection sampling)."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     resume: bool = False
     """Resume from the results in OUT."""
     sampling: Sampling = field(default_factory=Sampling)

@@ -215,6 +215,8 @@ class PPOConfig(RunConfig):
     reward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC")] = ()
     """What scores the completions: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python function of prompts
     and completions that returns numbers. Several: their weighted sum, with scores of reward runs standardised."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     reference: str = "start"
     """start: what the policy started from (--init, or the base). base: the base without adapters. Or a run or adapter folder."""
     sampling: Sampling = field(default_factory=Sampling)

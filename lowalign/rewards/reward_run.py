@@ -15,6 +15,8 @@ from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
 
 TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer
+# What the metrics of a reward run were measured on, as its lowalign.json has it under reward.measured_on.
+HELDOUT, TRAINING = "held-out rows", "training rows"
 
 Ids = Sequence[int]
 
@@ -63,14 +65,22 @@ def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool =
     return stack
 
 
-def mean_and_std(run: str) -> tuple[float, float]:
-    """Mean and spread of a reward run's scores on held-out data, from its lowalign.json. Raises UserError without them."""
+def mean_and_std(run: str, allow_training_spread: bool = False) -> tuple[float, float]:
+    """Mean and spread of a reward run's scores, from its lowalign.json. Raises UserError without them, and for those of its
+    training rows unless they are allowed."""
     statistics = read_meta(locate(run)).get("reward", {})
     mean, std = statistics.get("mean"), statistics.get("std")
+    instead = "train it with held-out rows (`lowalign reward … --data.eval-rows 200`), or use it alone"
     if mean is None or std is None or not std > 0:
         raise UserError(
             f"the lowalign.json of {run} has no mean and spread of its scores, which a sum of several rewards needs; "
-            "train it with held-out rows (`lowalign reward … --data.eval-rows 100`), or use it alone"
+            f"{instead}"
+        )
+    if statistics.get("measured_on") == TRAINING and not allow_training_spread:
+        raise UserError(
+            f"mean and spread of the scores of {run} were measured on the rows it was trained on, where scores lie further "
+            f"apart than on others, and a sum of several rewards standardises with them; {instead}, or accept them with "
+            "--allow-training-spread"
         )
     return mean, std
 

@@ -9,7 +9,7 @@ import torch
 from lowalign import Example, Host
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
-from lowalign.rewards.reward_run import load_reward_run, score_examples
+from lowalign.rewards.reward_run import TRAINING, load_reward_run, score_examples
 from lowalign.rewards.rewards import RewardOptions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
 from tests.commands.tiny_runs import load, make
@@ -130,6 +130,26 @@ def test_a_weighted_sum(world, host, tmp_path):
             a, b, c = (first[i][j] - 0.25) / 2.0, (second[i][j] + 1.0) / 0.5, len(TEXTS[i][j])
             assert list(score.parts.values()) == pytest.approx([a, b, c], abs=1e-4)
             assert score.total == pytest.approx(2 * a + b - 0.5 * c, abs=1e-4)
+
+
+def test_a_sum_refuses_a_spread_that_was_measured_on_training_rows(world, host, tmp_path):
+    run = shutil.copytree(world / "reward", tmp_path / "reward")
+    meta = json.loads((run / "lowalign.json").read_text())
+    (run / "lowalign.json").write_text(
+        json.dumps(meta | {"reward": {"mean": 1.0, "std": 2.0, "measured_on": TRAINING}})
+    )
+    specs, chat = (str(run), f"{world}/other"), Chat(host.base.tokenizer)
+    with pytest.raises(
+        UserError, match=r"on the rows it was trained on.*--data\.eval-rows 200.*--allow-training-spread"
+    ):
+        load_rewards(specs, host, chat)
+    for name in tuple(host.adapters):
+        host.delete(name)
+    allowed = load_rewards(specs, host, chat, RewardOptions(allow_training_spread=True))
+    assert allowed.parts[str(run)][1].std == 2.0
+    for name in tuple(host.adapters):
+        host.delete(name)
+    load_rewards(specs[:1], host, chat)  # alone it needs no spread
 
 
 def test_a_function_gets_copies_of_the_prompts_one_for_each_completion(host, tmp_path):
