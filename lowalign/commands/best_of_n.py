@@ -33,7 +33,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
-from lowalign.rewards.rewards import Rewards, load_rewards
+from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs, require_flags
 from lowalign.train import checkpoint
@@ -93,7 +93,10 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     if blocks:
         host = Host(base)
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
-        rewards = load_rewards(config.reward, host, chat, config.allow_base_mismatch, config.token_budget)
+        options = RewardOptions(
+            config.allow_base_mismatch, config.allow_training_spread, config.raw, config.token_budget
+        )
+        rewards = load_rewards(config.reward, host, chat, options)
         journal.fill(blocks, partial(_candidates, config, host, stack, rewards, prompts), "prompt")
         for name in tuple(host.adapters):
             host.delete(name)

@@ -23,7 +23,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.judge_prompt import JudgePrompt
 from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, report, report_lines
-from lowalign.rewards.rewards import load_rewards
+from lowalign.rewards.rewards import RewardOptions, load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
@@ -75,7 +75,9 @@ def _reward_judge(config: JudgeConfig) -> RewardJudge:
     if runs and config.model is None:
         raise UserError(f"--reward {runs[0]} is a reward run; give its base with --model M")
     host, chat = _load(config, runs) if runs else (None, None)
-    return RewardJudge(load_rewards(config.reward, host, chat, config.allow_base_mismatch), chat, config)
+    options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread)
+    rewards = load_rewards(config.reward, host, chat, options)
+    return RewardJudge(rewards, chat, config)
 
 
 def _adapters(config: JudgeConfig) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
 from lowalign.rewards.reward_run import RunReward
-from lowalign.rewards.rewards import Rewards, load_rewards
+from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
 from lowalign.train.run import Job, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
@@ -67,7 +67,7 @@ class PPOSetup:
         base.end_at(self.chat.end_of_turn)
         check_and_log_start(host, policy, initial, [Example(ids, [ids[-8:]]) for _, ids in rows[:4]], c)
         reference = reference_stack(host, c.reference, initial, c.allow_base_mismatch)
-        rewards = load_rewards(c.reward, host, self.chat, c.allow_base_mismatch)
+        rewards = load_rewards(c.reward, host, self.chat, RewardOptions(c.allow_base_mismatch, c.allow_training_spread))
         value = add_value(host, c, policy, initial) if c.ppo.advantage == "gae" else None
         prompts, prompt_ids = [row.prompt for row, _ in rows], [ids for _, ids in rows]
         decode = partial(base.tokenizer.decode, skip_special_tokens=True)
@@ -114,7 +114,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
             stack = load_stack(host, VALUE, spec.name, config.allow_base_mismatch)
             weight = spec.weight
             if config.rollout.normalise == "running":  # the rewards are divided by their spread
-                weight = 1 / (meta.get("reward", {}).get("std") or 1.0)
+                weight = math.copysign(1 / (meta.get("reward", {}).get("std") or 1.0), weight)
             host.scalar_head(VALUE).data.mul_(weight)
             return stack
     under = tuple(name for name in initial if not (kind.soft and host.adapters[name].soft))  # one soft prompt at a time

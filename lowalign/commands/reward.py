@@ -15,7 +15,7 @@ from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
-from lowalign.rewards.reward_run import score_examples
+from lowalign.rewards.reward_run import HELDOUT, TRAINING, score_examples
 from lowalign.train.run import Job, load_rows, run
 
 EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
@@ -38,10 +38,18 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
     return run(config, Job("reward", partial(load_rows, config, load), start, finish=_evaluate), base)
 
 
-def _evaluate(host: Host, policy: Stack, examples: list[Example], config: RewardConfig) -> dict[str, Any]:
-    """The entry `reward` of the adapter's lowalign.json: metrics of the scores, on held-out rankings where there are some."""
-    examples = examples[:EVALUATED_ROWS]
+def _evaluate(
+    host: Host, policy: Stack, rows: list[Example], heldout: list[Example], config: RewardConfig
+) -> dict[str, Any]:
+    """The entry `reward` of the adapter's lowalign.json: metrics of the scores, and whether they were measured on held-out
+    rankings or, where there are none, on those it was trained on."""
+    examples = (heldout or rows)[:EVALUATED_ROWS]
     scores = score_examples(host, policy, examples, config.train.token_budget)
     metrics = reward_metrics([torch.tensor(values) for values in scores], examples)
-    log("scores: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    return {"reward": metrics}
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    if heldout:
+        log(f"scores of held-out rows: {figures}")
+    else:
+        log(f"scores of the rows it was trained on, which do not show how it scores others: {figures}")
+        log("hold rows out to measure it: --data.eval-rows N, or --data.eval FILE")
+    return {"reward": metrics | {"measured_on": HELDOUT if heldout else TRAINING}}

@@ -77,6 +77,8 @@ class JudgeConfig:
     """Maximum tokens of a forward: memory and speed."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     resume: bool = False
     """Resume from the verdicts in OUT."""
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -126,13 +128,16 @@ class BestOfNConfig:
     raw: bool = False
     """Do not apply the chat template."""
     unfinished: Literal["skip", "keep"] = "skip"
-    """Completions cut off at the length limit. skip: never choose one as the best (sft would learn to stop there)."""
+    """Completions cut off at the length limit. skip: never prefer one to another completion, which would teach to stop
+    there. keep: treat them like the others."""
     rounds: int = 1
     """With train: number of rounds of sampling, choosing and training."""
     train: bool = False
     """Train on the best completions, then sample the next round from the trained policy (rejection sampling)."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     resume: bool = False
     """Resume from the results in OUT."""
     sampling: Sampling = field(default_factory=Sampling)

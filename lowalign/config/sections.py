@@ -124,7 +124,7 @@ class TrainConfig:
     warmup: float = 0.03
     """Fraction of the steps over which the learning rate rises to its peak."""
     clip: float = 1.0
-    """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    """Maximum gradient norm of each trained adapter; larger gradients are scaled down to it. 0: no clipping."""
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     """AdamW with 8-bit state in pageable memory, with 8-bit state, or with 32-bit state."""
     weight_decay: float = 0.0

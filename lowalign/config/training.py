@@ -55,7 +55,7 @@ class RewardLossConfig:
 
     loss: Literal["bradley-terry", "plackett-luce"] = "bradley-terry"
     """bradley-terry: mean over the pairs of each ranking (arXiv 2203.02155, eq. 1). plackett-luce: likelihood of the
-    complete order."""
+    complete order, per bit of it."""
     centring: float = 0.0
     """Weight of (r_chosen + r_rejected)^2, which keeps scores near zero (arXiv 2312.09244, eq. 2). Usual: 0.01."""
 
@@ -174,8 +174,9 @@ class PPOLossConfig:
     """Clip range of the value around its estimate before the update. 0: no clipping."""
     kl: float = 0.05
     """Coefficient of the KL divergence from the reference: 0.01 (weak) to 0.2, relative to the scale of rewards."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO)."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO). Default:
+    reward with gae, loss with group and rloo, which would compare its noise between the samples of a prompt."""
     kl_target: float | None = None
     """Adapt the coefficient towards this KL per completion, in nats (arXiv 1909.08593). Default: it is constant."""
     kl_horizon: int = 10_000
@@ -188,6 +189,11 @@ class PPOLossConfig:
     """PPO-ptx: rows of sft or plain text that are mixed into every step (arXiv 2203.02155)."""
     ptx_coef: float = 1.0
     """PPO-ptx: weight of their loss per token."""
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL divergence is a term of the loss, not of the rewards."""
+        return (self.kl_in or ("reward" if self.advantage == "gae" else "loss")) == "loss"
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,8 @@ class PPOConfig(RunConfig):
     reward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC")] = ()
     """What scores the completions: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python function of prompts
     and completions that returns numbers. Several: their weighted sum, with scores of reward runs standardised."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
     reference: str = "start"
     """start: what the policy started from (--init, or the base). base: the base without adapters. Or a run or adapter folder."""
     sampling: Sampling = field(default_factory=Sampling)

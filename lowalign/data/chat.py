@@ -76,6 +76,11 @@ class Chat:
         return {self.end_of_turn, *self._encoder.special_ids.values()}
 
     @property
+    def end_of_text(self) -> int:
+        """The id that ends a plain-text completion. Raises UserError where the tokenizer has none."""
+        return self._encoder.eos
+
+    @property
     def templates(self) -> list[str | None]:
         """The template, and the one for rows with tools, or None."""
         return [self.template, self._template.with_tools]

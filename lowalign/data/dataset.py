@@ -114,7 +114,7 @@ def split_heldout(examples: Sequence[Example], rows: int, seed: int) -> tuple[li
     order; all Examples of a row go to one side. Raises UserError when nothing would be left to train on."""
     sources = list(dict.fromkeys(example.source for example in examples))
     if rows >= len(sources):
-        raise UserError(f"--data.eval-rows {rows:,} of {len(sources):,} rows leaves none to train on")
+        raise UserError(f"--data.eval-rows {rows:,} of {len(sources):,} rows leaves none to train on; hold out fewer")
     random.Random(seed).shuffle(sources)
     heldout = set(sources[len(sources) - rows :])
     return [e for e in examples if e.source not in heldout], [e for e in examples if e.source in heldout]

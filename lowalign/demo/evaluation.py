@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from lowalign.demo import world
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_stack
-from lowalign.rewards.reward_run import load_reward_run, score_examples
+from lowalign.rewards.rewards import load_rewards
 from lowalign.rewards.selection import best
 
 EVAL_PROMPTS = 96  # held-out instructions that a policy answers
@@ -68,9 +69,10 @@ def evaluate(
     with host.use(*policy):
         completions = host.generate(ids, n, sampling)
     if reward:
-        examples = [Example(p, [c.ids for c in group]) for p, group in zip(ids, completions, strict=True)]
-        rewards = score_examples(host, load_reward_run(host, "reward", reward), examples)
-        answers = [group[best(r)] for group, r in zip(completions, rewards, strict=True)]
+        decode = partial(base.tokenizer.decode, skip_special_tokens=True)
+        texts = [[decode(c.ids) for c in group] for group in completions]
+        rewards = load_rewards((reward,), host, chat)(prompts, ids, texts, [[c.ids for c in g] for g in completions])
+        answers = [group[best([s.total for s in r])] for group, r in zip(completions, rewards, strict=True)]
     else:
         answers = [group[0] for group in completions]
     kl = None

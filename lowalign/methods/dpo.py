@@ -73,9 +73,13 @@ class DPO(ReferenceMethod):
 
 
 def best_weights(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """(C,): each Example's weight on its best completion (divided equally among several), 0 on the others."""
+    """(C,): each Example's weight on its best completion (divided equally among several), 0 on the others.
+
+    0 on all where all tie: none is chosen, and such an Example is not among the rankings that the loss is divided by.
+    """
     weights = []
     for e in examples:
         best = [rank == min(e.rank) for rank in e.rank]
-        weights += [e.weight * b / sum(best) for b in best]
+        weight = 0.0 if all(best) else e.weight
+        weights += [weight * b / sum(best) for b in best]
     return torch.tensor(weights, device=device)

@@ -7,6 +7,7 @@ z0 is one constant for the whole step, without gradient; it is passed with the s
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class KTO(ReferenceMethod):
     """The method of `lowalign dpo --dpo.loss kto`. The best completions of a ranking are thumbs up, the others down."""
 
     needs_reference = True
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row: the base has the positions and the memory for it, maybe not for more."""
+        return longest_row(self.examples)
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Completions of the step, those with thumbs up and down, their total weight, and z0."""
@@ -37,8 +43,8 @@ class KTO(ReferenceMethod):
         def compute(micro_batch: list[Example]) -> None:
             log_ratios.append((self.policy_logps(micro_batch) - self.reference_logps(micro_batch)).sum().item())
 
-        in_micro_batches(mismatched(examples), self.token_budget, compute)
-        return max(0.0, sum(log_ratios) / len(examples))
+        in_micro_batches(mismatched(examples, max(self.longest, longest_row(examples))), self.token_budget, compute)
+        return max(0.0, sum(log_ratios) / sum(len(e.completions) for e in examples))
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
@@ -70,10 +76,24 @@ def labels(examples: Sequence[Example]) -> list[bool]:
     ]
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt with the first completion of the next Example, which is unrelated to it."""
+def longest_row(examples: Sequence[Example]) -> int:
+    """Tokens of the longest prompt with one of its completions."""
+    return max(len(e.prompt) + max(map(len, e.completions)) for e in examples)
+
+
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Each prompt with all completions of the next Example, which are unrelated to it.
+
+    All of them: the chosen completions alone would make z0 too large. A prompt that exceeds `max_length` with them is cut
+    from the left, except its first token, which may be bos. max_length: at least longest_row(examples).
+    """
     others = [*examples[1:], examples[0]]
     return [
-        Example(e.prompt, [o.completions[0]], None if o.masks is None else [o.masks[0]])
+        Example(_shortened(e.prompt, max_length - max(map(len, o.completions))), o.completions, o.masks)
         for e, o in zip(examples, others, strict=True)
     ]
+
+
+def _shortened(prompt: list[int], count: int) -> list[int]:
+    """At most `count` tokens of the prompt: the first and the last ones."""
+    return prompt if len(prompt) <= count else [*prompt[: min(1, count)], *prompt[len(prompt) - max(0, count - 1) :]]

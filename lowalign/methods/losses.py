@@ -34,15 +34,19 @@ def bradley_terry_tie(a: Tensor, b: Tensor) -> Tensor:
     return -0.5 * (logsigmoid(a - b) + logsigmoid(b - a))
 
 
-def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
-    """-Σ_i log( exp r_i / Σ_(j: rank_j ≥ rank_i) exp r_j ): scores (K,), rank (K,) with the best lowest -> ().
+def plackett_luce(scores: Tensor, rank: Tensor, margin: float = 0.0) -> Tensor:
+    """-Σ_i log( exp r_i / Σ_(j: rank_j ≥ rank_i) exp(r_j + m [rank_j > rank_i]) ) / log₂ K!: scores (K,), rank (K,) with
+    the best lowest -> ().
 
     The likelihood of choosing the best, the second best, … in turn (Plackett 1975, doi 10.2307/2346567). Ties choose from
-    the same set (Breslow). With K = 2 it is the Bradley-Terry loss.
+    the same set (Breslow). It is divided by the bits that the order tells, log₂ K! without ties: with equal scores every
+    ranking has the loss of a pair, log 2. Otherwise a ranking of 8 would weigh as much as 15 pairs. With K = 2 it is the
+    Bradley-Terry loss, with a tie too.
     """
-    remaining = rank[None, :] >= rank[:, None]
-    rivals = scores[None, :].masked_fill(~remaining, float("-inf")).logsumexp(-1)
-    return (rivals - scores).sum()
+    remaining, worse = rank[None, :] >= rank[:, None], rank[None, :] > rank[:, None]
+    rivals = (scores[None, :] + margin * worse.to(scores.dtype)).masked_fill(~remaining, float("-inf")).logsumexp(-1)
+    bits = remaining.sum(-1).to(scores.dtype).log2().sum().clamp(min=1)  # below 1 only for a single completion
+    return (rivals - scores).sum() / bits
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -89,7 +93,8 @@ def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    return logp - (-logp.expm1()).log()
+    # A probability of 1 has infinite odds, and NaN as its gradient: 1 - P is at least the rounding of 1.
+    return logp - (-logp.expm1()).clamp(min=torch.finfo(logp.dtype).eps).log()
 
 
 @dataclass(frozen=True)

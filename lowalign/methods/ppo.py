@@ -151,7 +151,7 @@ class PPO:
             error = mean(losses.clipped_value(value, old_value, target, c.value_clip))
             loss = loss + c.value_coef * error
             metrics["value_loss"] = error.detach()
-        if c.kl_in == "loss":
+        if c.kl_in_loss:
             loss = loss + self.kl.beta * mean(losses.k3(logp, gather([e.reference_logps for e in examples])))
         if c.entropy:
             loss = loss - c.entropy * mean(gather(own.entropies))

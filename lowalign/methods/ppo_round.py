@@ -189,7 +189,7 @@ def round_metrics(
 
 def _rewards(rollout: Rollout, config: PPOConfig, beta: float) -> list[Tensor]:
     """r_t of each completion: each token's KL penalty, plus the completion's reward on the last token."""
-    if config.ppo.kl_in == "loss":
+    if config.ppo.kl_in_loss:
         beta = 0.0
     rewards = [-beta * (old - ref) for old, ref in zip(rollout.old, rollout.reference_logps, strict=True)]
     for per_token, reward in zip(rewards, rollout.rewards, strict=True):

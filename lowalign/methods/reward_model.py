@@ -53,7 +53,8 @@ class RewardModel(FixedDataMethod):
         r_w, r_l = flat[pairs.better], flat[pairs.worse]
         if self.config.loss == "plackett-luce":
             rank = lambda e: torch.tensor(e.rank, device=flat.device)  # noqa: E731
-            per_ranking = [e.weight * losses.plackett_luce(s, rank(e)) for e, s in zip(examples, r, strict=True)]
+            each = zip(examples, r, strict=True)
+            per_ranking = [e.weight * losses.plackett_luce(s, rank(e), e.margin) for e, s in each]
             summed = torch.stack(per_ranking).sum()
         else:
             summed = (pairs.weight * losses.bradley_terry(r_w, r_l, pairs.margin)).sum()

@@ -90,6 +90,7 @@ def check_start(host: Host, policy: Stack, initial: Stack, examples: Sequence[Ex
     Raises RuntimeError when a policy that equals it by construction does not, which is a bug.
     """
     host.training(None)  # dropout off
+    host.flat(policy[-1])  # the weights as they are trained, in 16 bit on a 16-bit base
     examples = [_shortened(e) for e in examples[:CHECK_EXAMPLES]]
     adapter = host.adapters[policy[-1]]
     copied = policy[:-1] != initial

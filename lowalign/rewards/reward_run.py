@@ -1,7 +1,7 @@
 """Scores of a reward run: an adapter with a scalar head on the base."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,17 +15,20 @@ from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
 
 TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer
+# What the metrics of a reward run were measured on, as its lowalign.json has it under reward.measured_on.
+HELDOUT, TRAINING = "held-out rows", "training rows"
 
 Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
 class RunReward:
-    """A reward run on the base. stack: its adapters, the last of which has the head. A score s is returned as
-    (s - mean) / std."""
+    """A reward run on the base. stack: its adapters, the last of which has the head. end: the id that ended the answers
+    it was trained on. A score s is returned as (s - mean) / std."""
 
     host: Host
     stack: Stack
+    end: int
     mean: float
     std: float
     token_budget: int
@@ -33,10 +36,20 @@ class RunReward:
     def __call__(
         self, _: object, prompt_ids: Sequence[Ids], __: object, completion_ids: Sequence[Sequence[Ids]]
     ) -> list[list[float]]:
-        """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it."""
-        examples = [Example(list(p), [list(c) for c in cs]) for p, cs in zip(prompt_ids, completion_ids, strict=True)]
+        """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it.
+
+        A sampled completion may end with any end token of the base. The score is read at the one that the reward model
+        knows, in its place.
+        """
+        groups = ([ended_with(self.end, c, self.host.base.eos_ids) for c in group] for group in completion_ids)
+        examples = [Example(list(p), group) for p, group in zip(prompt_ids, groups, strict=True)]
         scores = score_examples(self.host, self.stack, examples, self.token_budget)
         return [[(score - self.mean) / self.std for score in group] for group in scores]
+
+
+def ended_with(end: int, completion: Ids, eos_ids: Collection[int]) -> list[int]:
+    """The completion with its last id replaced by `end` if that is one of `eos_ids`; a cut-off completion stays as it is."""
+    return [*completion[:-1], end if completion[-1] in eos_ids else completion[-1]]
 
 
 def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool = False) -> Stack:
@@ -52,14 +65,22 @@ def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool =
     return stack
 
 
-def mean_and_std(run: str) -> tuple[float, float]:
-    """Mean and spread of a reward run's scores on held-out data, from its lowalign.json. Raises UserError without them."""
+def mean_and_std(run: str, allow_training_spread: bool = False) -> tuple[float, float]:
+    """Mean and spread of a reward run's scores, from its lowalign.json. Raises UserError without them, and for those of its
+    training rows unless they are allowed."""
     statistics = read_meta(locate(run)).get("reward", {})
     mean, std = statistics.get("mean"), statistics.get("std")
+    instead = "train it with held-out rows (`lowalign reward … --data.eval-rows 200`), or use it alone"
     if mean is None or std is None or not std > 0:
         raise UserError(
             f"the lowalign.json of {run} has no mean and spread of its scores, which a sum of several rewards needs; "
-            "train it with held-out rows (`lowalign reward … --data.eval-rows 100`), or use it alone"
+            f"{instead}"
+        )
+    if statistics.get("measured_on") == TRAINING and not allow_training_spread:
+        raise UserError(
+            f"mean and spread of the scores of {run} were measured on the rows it was trained on, where scores lie further "
+            f"apart than on others, and a sum of several rewards standardises with them; {instead}, or accept them with "
+            "--allow-training-spread"
         )
     return mean, std
 

@@ -51,12 +51,24 @@ class Rewards:
         return CompletionScore(sum(self.parts[name][0] * value for name, value in parts.items()), parts)
 
 
+@dataclass(frozen=True)
+class RewardOptions:
+    """How rewards are loaded. allow_training_spread: in a sum, accept a reward run whose mean and spread were measured on its
+    training rows. plain_text: the completions continue plain text, without a chat template. token_budget: most tokens of a
+    scoring forward."""
+
+    allow_base_mismatch: bool = False
+    allow_training_spread: bool = False
+    plain_text: bool = False
+    token_budget: int = TOKEN_BUDGET
+
+
 def load_rewards(
-    specs: Sequence[str], host: Host, chat: Chat, allow_base_mismatch: bool = False, token_budget: int = TOKEN_BUDGET
+    specs: Sequence[str], host: Host, chat: Chat | None, options: RewardOptions = RewardOptions()
 ) -> Rewards:
     """Load what the specs name; reward runs go onto the host as reward0, reward1, …
 
-    chat: of the completions to be scored. Raises UserError for what cannot be loaded, and for a reward run without a head,
+    chat: of the completions to be scored; None when the specs name functions only. Raises UserError for what cannot be loaded, and for a reward run without a head,
     with another chat template, or without the mean and spread that a sum needs.
     """
     parsed = [parse_spec(spec) for spec in specs]
@@ -68,8 +80,9 @@ def load_rewards(
         if (function := spec.function()) is not None:
             parts[spec.name] = spec.weight, load_function(*function)
         else:
-            stack = load_reward_run(host, f"reward{i}", spec.name, allow_base_mismatch)
+            stack = load_reward_run(host, f"reward{i}", spec.name, options.allow_base_mismatch)
             check_template(spec.name, chat)
-            mean, std = mean_and_std(spec.name) if len(specs) > 1 else (0.0, 1.0)
-            parts[spec.name] = spec.weight, RunReward(host, stack, mean, std, token_budget)
+            end = chat.end_of_text if options.plain_text else chat.end_of_turn
+            mean, std = mean_and_std(spec.name, options.allow_training_spread) if len(specs) > 1 else (0.0, 1.0)
+            parts[spec.name] = spec.weight, RunReward(host, stack, end, mean, std, options.token_budget)
     return Rewards(parts)

@@ -71,25 +71,30 @@ CandidateLine = dict[str, Any]
 def write_datasets(folder: Path, lines: Sequence[CandidateLine], unfinished: bool, raw: bool) -> dict[str, int]:
     """Write best.jsonl, pairs.jsonl and rankings.jsonl -> how many rows each has.
 
-    unfinished: completions cut off at the length limit may be the best. raw: prompts are plain text, not user messages.
-    Blank completions are left out of all files, repeated ones count once, and equal scores make no pair.
+    unfinished: completions cut off at the length limit count like others. Else one is never better than another: it would
+    be trained to end where it was cut. It may be the rejected one of a pair; a ranking has those that score below all
+    finished ones, together on the last rank. raw: prompts are plain text, not user messages. Blank completions are left
+    out of all files, repeated ones count once, and equal scores make no pair.
     """
     rows: dict[str, list[dict]] = {"best": [], "pairs": [], "rankings": []}
     for line in lines:
         completions = line["completions"]
         texts, scores = [c["completion"] for c in completions], [c["score"] for c in completions]
         usable = distinct(texts, [i for i, text in enumerate(texts) if text.strip()])
-        top = best(scores, [i for i in usable if unfinished or completions[i]["stopped"]])
+        finished = [i for i in usable if unfinished or completions[i]["stopped"]]
+        top = best(scores, finished)
         if top is not None:
             rows["best"].append(_sft_row(line["prompt"], texts[top], raw))
             low = worst(scores, usable)
             if scores[low] < scores[top]:
                 pair = {"chosen": _completion(texts[top], raw), "rejected": _completion(texts[low], raw)}
                 rows["pairs"].append({"prompt": _prompt(line["prompt"], raw), **pair})
-        usable_ranks = ranks([scores[i] for i in usable])
-        if len(set(usable_ranks)) > 1:
-            ranking = {"completions": [_completion(texts[i], raw) for i in usable], "ranks": usable_ranks}
-            rows["rankings"].append({"prompt": _prompt(line["prompt"], raw), **ranking})
+            floor = min(scores[i] for i in finished)
+            ranked = [i for i in usable if i in finished or scores[i] < floor]
+            ranked_scores = [scores[i] if i in finished else -math.inf for i in ranked]
+            if len(set(ranked_scores)) > 1:
+                ranking = {"completions": [_completion(texts[i], raw) for i in ranked], "ranks": ranks(ranked_scores)}
+                rows["rankings"].append({"prompt": _prompt(line["prompt"], raw), **ranking})
     for name, part in rows.items():
         write_jsonl(folder / f"{name}.jsonl", part)
     return {name: len(part) for name, part in rows.items()}

@@ -165,15 +165,17 @@ class _Run:
         torch.manual_seed(seed)
         examples = self._batch()
         sums = self.micro_batches.gradients(examples, seed)
-        norms = [torch.linalg.vector_norm(flat.master.grad) for flat in self.flats.values()]
-        metrics = _numbers(sums | {"grad_norm": torch.linalg.vector_norm(torch.stack(norms))})
+        norms = {name: torch.linalg.vector_norm(flat.master.grad) for name, flat in self.flats.items()}
+        whole = {"grad_norm": torch.linalg.vector_norm(torch.stack([*norms.values()]))}
+        parts = {f"grad_norm/{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
+        metrics = _numbers(sums | whole | parts)
         refuse_not_finite(self.step + 1, metrics, examples, self.out)
         if not self.first_step_checked:
             assert_all_have_gradients(self.flats)
-        clip = self.config.clip
-        if 0 < clip < metrics["grad_norm"]:
-            for flat in self.flats.values():
-                flat.master.grad.mul_(clip / metrics["grad_norm"])
+        for name, flat in self.flats.items():  # each by itself: a large gradient of one must not shrink the others'
+            norm = metrics.get(f"grad_norm/{name}", metrics["grad_norm"])
+            if 0 < self.config.clip < norm:
+                flat.master.grad.mul_(self.config.clip / norm)
         factor = schedule(self.config, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.method.lr_multipliers[group["name"]] * factor

@@ -29,7 +29,7 @@ from lowalign.model.policy import Stack
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.signals import StopSignals
 
-FORMAT = 1
+FORMAT = 2
 STORE_EVERY = 30.0  # seconds
 
 

@@ -43,7 +43,7 @@ class Job:
     read: (tokenizer, chat) -> the rows to train on and the held-out rows. start: (host, rows, heldout, policy, initial:
     the stack that the policy started from) -> the method. data, adapters: what the command reads besides --data and
     --init. steps: number of rows -> optimizer steps; default: epochs × rows / batch size. finish: (host, policy, rows,
-    config) -> additional entries for the adapter's lowalign.json.
+    heldout, config) -> additional entries for the adapter's lowalign.json.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Job:
     data: Sequence[str] = ()
     adapters: Sequence[str] = ()
     steps: Callable[[int], int] | None = None
-    finish: Callable[[Host, Stack, list, Any], dict] = lambda *_: {}
+    finish: Callable[[Host, Stack, list, list, Any], dict] = lambda *_: {}
 
 
 def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
@@ -85,7 +85,7 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        metadata = job.finish(host, policy, heldout or rows, config)
+        metadata = job.finish(host, policy, rows, heldout, config)
         save_adapter(host, policy, chat, config, result, job.name, metadata)
         for adapter in tuple(host.adapters):
             host.delete(adapter)

@@ -99,7 +99,8 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
         with host.use("prefix"):
             (drawn,) = host.generate([ids], 4, Sampling(max_new_tokens=9, seed=5), seeds=[i])
         with host.use("lora"), torch.no_grad():
-            scores = [host.scores([Example(ids, [c.ids])], "lora")[0].item() for c in drawn]
+            end = lambda c: [*c.ids[:-1], chat.end_of_turn] if c.stopped else c.ids  # noqa: E731
+            scores = [host.scores([Example(ids, [end(c)])], "lora")[0].item() for c in drawn]
         completions = line["completions"]
         decode = lambda c: host.base.tokenizer.decode(c.ids, skip_special_tokens=True)  # noqa: E731
         assert [c["completion"] for c in completions] == [decode(c) for c in drawn]
@@ -167,9 +168,28 @@ def test_blank_repeated_and_unfinished_completions(tmp_path):
     assert write_datasets(tmp_path, candidates, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
     assert lines(tmp_path / "best.jsonl") == [{"prompt": "p", "completion": "b"}, {"prompt": "r", "completion": "same"}]
     assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
-    assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
+    assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["a", "b"], "ranks": [2, 1]}]
     assert write_datasets(tmp_path, candidates, unfinished=True, raw=True)["best"] == 3
+    assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
     assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
+
+
+def test_a_ranking_never_prefers_an_answer_that_was_cut_off(tmp_path):
+    """It would be trained to end there. One that scores below all finished ones is worse than these, and no better than
+    another one that was cut off; with a score between finished ones it is left out."""
+    from lowalign.rewards.selection import write_datasets
+
+    sample = lambda text, score, stopped: {"completion": text, "score": score, "stopped": stopped}  # noqa: E731
+    answers = [("first", 9, False), ("a", 8, True), ("between", 7, False), ("b", 6, True), ("low", 1, False), ("lower", 0, False)]  # fmt: skip
+    candidates = [
+        {"prompt": "p", "completions": [sample(*answer) for answer in answers]},
+        {"prompt": "q", "completions": [sample("cut", 1, False), sample("also", 0, False)]},
+        {"prompt": "r", "completions": [sample("cut", 1, False), sample("a", 0, True)]},
+    ]
+    assert write_datasets(tmp_path, candidates, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    (ranking,) = lines(tmp_path / "rankings.jsonl")
+    assert dict(zip(ranking["completions"], ranking["ranks"], strict=True)) == {"a": 1, "b": 2, "low": 3, "lower": 3}
+    assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "a", "rejected": "lower"}]
 
 
 def test_earlier_answers_of_a_prompt_are_not_supervised(tmp_path):

@@ -407,6 +407,8 @@ def test_where_the_value_function_comes_from(tmp_path):
         f"0.5*{world}/reward", normalise="running"
     )  # … or the scores divided by their spread, which is 2
     assert torch.equal(weights["score.weight"], head / 2.0)
+    _, weights = added(f"-1*{world}/reward", normalise="running")
+    assert torch.equal(weights["score.weight"], head / -2.0)  # dividing by the spread keeps the sign of the weight
     for reward, kind in (((f"{world}/reward",), "prefix"), ((f"{world}/reward", f"{world}/other"), "lora")):
         stack, weights = added(
             *reward, kind=kind

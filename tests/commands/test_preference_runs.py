@@ -96,6 +96,24 @@ def test_a_reward_run_saves_metrics_of_its_scores(world, tmp_path, kind):
         assert host.scores([Example([5], [[6], [7]])], "judge")[0].shape == (2,)
 
 
+def test_the_figures_of_a_reward_run_say_what_they_were_measured_on(world, tmp_path, capsys):
+    """Without held-out rows the accuracy is that of the training rows: it is 1 for random labels too."""
+    for rows, what in ((4, "held-out rows"), (0, "training rows")):
+        out = tmp_path / str(rows)
+        assert main([*flags(world, "reward", out), "--data.eval-rows", str(rows)]) == 0
+        meta = json.loads((out / "adapter" / "lowalign.json").read_text())
+        assert meta["reward"]["measured_on"] == what
+        assert ("scores of held-out rows: " in capsys.readouterr().err) == (rows > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_of_a_reward_model_holds_rows_out(world, tmp_path, capsys, kind):
+    command = ["reward", f"{kind}/reward", "--model", f"{world}/model", "--data", f"{world}/pairs.jsonl"]
+    assert "--data.eval-rows 200 of 24 rows leaves none to train on; hold out fewer" in refused(
+        capsys, [*command, "--out", str(tmp_path / "a")]
+    )
+
+
 def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
     sft = flags(world, "sft", tmp_path / "sft", data="sft")
     assert main(sft) == 0

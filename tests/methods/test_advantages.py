@@ -214,10 +214,27 @@ def test_the_level_of_the_value_function_by_hand():
     assert ppo_round.value_bias([r], c, 0.1) == pytest.approx(((0.9 * 0.9 - 0.2) - 0.5 + 0.9 - 0.2) / 2)
 
 
+@pytest.mark.parametrize("beta", [1e-4, 0.2, 10.0])
+@pytest.mark.parametrize("name", ["group", "rloo"])
+def test_equal_rewards_give_no_advantage_at_any_kl(name, beta):
+    """Four completions of one reward: what differs is the noise of their KL, which must not decide which is better."""
+    old = [draw(5, seed=i).float() for i in range(4)]
+    reference = [o + 0.3 * draw(5, seed=10 + i).float() for i, o in enumerate(old)]
+    r = rollout((5,) * 4, (True,) * 4, rewards=[1.5] * 4, old=old, reference_logps=reference)
+    ppo_round.set_advantages([r], config(advantage=name), beta)
+    assert all(not a.any() for a in r.advantages)
+
+
+def test_where_the_kl_is_unless_the_option_says_it():
+    placed = {name: config(advantage=name).ppo.kl_in_loss for name in ("gae", "group", "rloo")}
+    assert placed == {"gae": False, "group": True, "rloo": True}
+    assert config(kl_in="loss").ppo.kl_in_loss and not config(advantage="group", kl_in="reward").ppo.kl_in_loss
+
+
 @pytest.mark.parametrize(("name", "want"), [("group", 2.0), ("rloo", 4.0)])
 def test_a_completion_leads_by_its_reward_less_its_divergence(name, want):
     r = rollout(rewards=[3.0, -1.0], **KL)  # less β·0.5 and β·0: with β = 0.2 the lead is 2.9 + 1 = 3.9
-    ppo_round.set_advantages([r], config(advantage=name, group_std=False), 0.2)
+    ppo_round.set_advantages([r], config(advantage=name, group_std=False, kl_in="reward"), 0.2)
     assert r.advantages[0].tolist() == pytest.approx([want * 3.9 / 4] * 2)
     assert r.advantages[1].tolist() == pytest.approx([-want * 3.9 / 4] * 3)
     assert r.returns == []

@@ -130,6 +130,18 @@ def test_known_reference_values_are_used(folder):
     assert moved > known and metrics["rewards/chosen"] < 0
 
 
+@pytest.mark.parametrize("options", [{"sft": 0.7}, {"loss": "orpo"}])
+def test_ties_do_not_add_to_the_sft_term(folder, options):
+    """An Example in which all tie has no chosen completion, and the loss is not divided by it either."""
+    host, examples = host_with(folder), rankings((2, 3))
+    tie = Example([5, 6], [[7, 8], [9, 10, 11]], rank=[0, 0])
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(**options), TrainConfig(batch_size=2))
+    without, _ = method.loss(examples, method.normalizers(examples))
+    with_tie, metrics = method.loss([*examples, tie], method.normalizers([*examples, tie]))
+    assert with_tie.item() == pytest.approx(without.item(), rel=1e-5)
+    assert metrics["nll"] > 0
+
+
 def test_a_fresh_lora_begins_at_ln_2(folder):
     host, examples = host_with(folder, noise=0.0), rankings((2, 2, 4))
     method = DPO(host, examples, ("policy",), (), DPOLossConfig(), TrainConfig(batch_size=3))
@@ -158,9 +170,11 @@ def test_kto(folder, kind):
     ratio = lambda e, i: row_logps(host, ("policy",), e)[i].sum() - row_logps(host, (), e)[i].sum().detach()  # noqa: E731
     with torch.no_grad():
         others = [
-            Example(a.prompt, [b.completions[0]]) for a, b in zip(examples, examples[1:] + examples[:1], strict=True)
+            Example(a.prompt, [answer])
+            for a, b in zip(examples, examples[1:] + examples[:1], strict=True)
+            for answer in b.completions
         ]
-        z0 = max(0.0, sum(ratio(e, 0) for e in others).item() / len(others))
+        z0 = max(0.0, sum(ratio(e, 0) for e in others).item() / 6)
     total = 0.0
     for e in examples:
         for i in range(len(e.completions)):
@@ -170,7 +184,8 @@ def test_kto(folder, kind):
     want = total / 6
     want.backward()
     want_gradient = gradient(host)
-    method = KTO(host, examples, ("policy",), (), config, TrainConfig(batch_size=len(examples), token_budget=40))
+    rows = [*examples, Example([5] * 40, [[6] * 40], label=True)]  # one that is longer than any mismatch
+    method = KTO(host, rows, ("policy",), (), config, TrainConfig(batch_size=len(examples), token_budget=40))
     host.training("on")
     normalizers = method.normalizers(examples)
     assert normalizers["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-6)
@@ -186,11 +201,27 @@ def test_kto_labels_and_mismatches():
     assert labels(thumbs())[:4] == [False, True, False, True]
     pair = rankings((2,), seed=9)[0]
     assert labels([pair]) == [rank == 0 for rank in pair.rank]
-    a, b = thumbs()[:2]
-    assert [(m.prompt, m.completions) for m in mismatched([a, b])] == [
+    a, b = thumbs()[0], pair  # both completions of the pair count, not only its chosen one
+    assert [(m.prompt, m.completions) for m in mismatched([a, b], 100)] == [
         (a.prompt, b.completions),
         (b.prompt, a.completions),
     ]
+
+
+def test_kto_of_a_prompt_with_a_long_answer_of_another_fits_the_base(tmp_path):
+    """Each row has 40 tokens, all that a gpt2 of 40 positions has; the long prompt with the long answer would have 70."""
+    host = host_with(tiny_folder(tmp_path / "gpt2", "gpt2", n_positions=40))
+    long_prompt = Example(list(range(60, 95)), [list(range(100, 105))], label=True)
+    long_answer = Example([50, 51, 52, 53, 54], [list(range(200, 235))], label=False)
+    method = KTO(
+        host, [long_prompt, long_answer], ("policy",), (), DPOLossConfig(loss="kto"), TrainConfig(batch_size=2)
+    )
+    assert math.isfinite(method.normalizers([long_prompt, long_answer])["z0"])
+    first, second = mismatched([long_prompt, long_answer], 40)
+    assert (first.prompt, first.completions) == ([60, 91, 92, 93, 94], long_answer.completions)
+    assert (second.prompt, second.completions) == (long_answer.prompt, long_prompt.completions)
+    without_prompt = Example([], [list(range(40))], label=True)
+    assert mismatched([without_prompt, long_prompt], 40)[1].prompt == []
 
 
 @pytest.mark.parametrize(

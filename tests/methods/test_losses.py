@@ -42,7 +42,28 @@ def test_plackett_luce_is_picking_in_turn():
     for at in range(4):
         rest = [math.exp(r[i]) for i in order[at:]]
         probability *= math.exp(r[order[at]]) / sum(rest)
-    assert losses.plackett_luce(r, torch.tensor(rank)).item() == pytest.approx(-math.log(probability), rel=1e-12)
+    want = -math.log(probability) / math.log2(24)
+    assert losses.plackett_luce(r, torch.tensor(rank)).item() == pytest.approx(want, rel=1e-12)
+
+
+def test_plackett_luce_weighs_a_ranking_of_8_as_a_pair():
+    """Its loss at equal scores is log 2 at any length; the complete order of 8 has log 8! = 10.6 nats, 15 times a pair's."""
+    for k in (2, 3, 8):
+        equal = losses.plackett_luce(torch.zeros(k, dtype=torch.float64), torch.arange(k))
+        assert equal.item() == pytest.approx(math.log(2), rel=1e-12)
+
+
+def test_plackett_luce_keeps_the_margin():
+    """A pair: that of Bradley-Terry. Three: at each choice the worse ones are ahead by the margin."""
+    pair = torch.stack([w[0], l[0]])
+    expected = losses.bradley_terry(w[:1], l[:1], 0.7)[0]
+    torch.testing.assert_close(losses.plackett_luce(pair, torch.tensor([0, 1]), 0.7), expected)
+    a, b, c = 0.2, -0.4, 1.1
+    r = torch.tensor([b, c, a], dtype=torch.float64)  # a > b > c
+    first = math.exp(a) / (math.exp(a) + math.exp(b + 0.7) + math.exp(c + 0.7))
+    second = math.exp(b) / (math.exp(b) + math.exp(c + 0.7))
+    want = -(math.log(first) + math.log(second)) / math.log2(6)
+    assert losses.plackett_luce(r, torch.tensor([1, 2, 0]), 0.7).item() == pytest.approx(want, rel=1e-12)
 
 
 def test_plackett_luce_of_two_is_bradley_terry_and_ties_pick_from_one_set():
@@ -51,6 +72,9 @@ def test_plackett_luce_of_two_is_bradley_terry_and_ties_pick_from_one_set():
     r = torch.tensor([1.0, 0.5, -1.0], dtype=torch.float64)
     e = [math.exp(x) for x in r]
     want = -math.log(e[0] / sum(e)) - math.log(e[1] / sum(e))  # two share the first place
+    want /= 2 * math.log2(3)
+    tie = losses.plackett_luce(pair, torch.tensor([0, 0]))
+    torch.testing.assert_close(tie, losses.bradley_terry_tie(w[:1], l[:1])[0])
     assert losses.plackett_luce(r, torch.tensor([0, 0, 1])).item() == pytest.approx(want, rel=1e-12)
 
 
@@ -91,6 +115,17 @@ def test_odds_ratio():
     odds = lambda p: p / (1 - p)  # noqa: E731
     want = [-log_sigmoid(math.log(odds(a) / odds(b))) for a, b in zip(p_w.tolist(), p_l.tolist(), strict=True)]
     close(losses.odds_ratio(p_w.log(), p_l.log()), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_odds_of_a_certain_completion_have_a_gradient(dtype):
+    """A mean log-prob of exactly 0: log odds are bounded, and the rejected one is still pushed down."""
+    for values in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)):
+        chosen, rejected = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in values)
+        loss = losses.odds_ratio(chosen, rejected)
+        loss.sum().backward()
+        assert loss.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite()
+        assert chosen.grad <= 0 <= rejected.grad and (values[1] < 0 or rejected.grad > 0.1)
 
 
 def test_kto():

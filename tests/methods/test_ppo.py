@@ -53,7 +53,9 @@ CASES = {
     "gae, shared": Case(share=True, ppo={"entropy": 0.02}, ptx=True, budget=60),
     "group": Case(ppo={"advantage": "group", "kl_in": "loss", "entropy": 0.01}, temperature=1.3),
     "group, no spread": Case(policy="prefix", ppo={"advantage": "group", "group_std": False}, budget=60),
+    "group, k1": Case(ppo={"advantage": "group", "kl_in": "reward"}),
     "rloo": Case(ppo={"advantage": "rloo", "dual_clip": 1.2}, rollout={"missing_eos": "mask"}),
+    "rloo, k1": Case(ppo={"advantage": "rloo", "kl_in": "reward"}),
 }
 
 
@@ -165,6 +167,11 @@ class Round:
     bias: Tensor
 
 
+def kl_in_loss(c: PPOConfig) -> bool:
+    """Whether the KL is in the loss: as the option says; without it, in the reward of gae only."""
+    return c.ppo.kl_in == "loss" or (c.ppo.kl_in is None and c.ppo.advantage != "gae")
+
+
 @torch.no_grad()
 def plain_round(copies: Copies, c: PPOConfig, rows, stopped: list[bool]) -> Round:
     data = Padded.of(rows)
@@ -186,7 +193,7 @@ def plain_round(copies: Copies, c: PPOConfig, rows, stopped: list[bool]) -> Roun
     _, _, hidden = data.distribution(copies.value, 1.0)
     values = (hidden @ copies.head.T)[..., 0] * mask
     bias = torch.zeros(())
-    kl = c.ppo.kl * (old - reference) * learnt * (c.ppo.kl_in == "reward")
+    kl = c.ppo.kl * (old - reference) * learnt * (not kl_in_loss(c))
     if c.ppo.advantage == "gae":
         rewards = -kl
         last = mask.long().cumsum(1).argmax(1)
@@ -243,7 +250,7 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
             error = torch.max(error, (near - target) ** 2)
         parts["value_loss"] = 0.5 * mean(error)
         loss = loss + c.ppo.value_coef * parts["value_loss"]
-    if c.ppo.kl_in == "loss":
+    if kl_in_loss(c):
         away = r.reference[rows] - logp
         loss = loss + c.ppo.kl * mean(away.exp() - away - 1)
     loss = loss - c.ppo.entropy * mean(entropy)

@@ -1,6 +1,7 @@
 """The reward model: packed against separate rows, the loss against a plain computation, and its folder in stock peft."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_plackett_luce_and_centring_reach_the_loss(folder):
     with torch.no_grad(), host.use("policy"):
         r = host.scores(examples, "policy")
     best_first = [s[torch.tensor(e.rank).argsort()] for s, e in zip(r, examples, strict=True)]
-    want = sum((s.flip(0).logcumsumexp(0).flip(0) - s).sum() for s in best_first) / 2
+    bits = (math.log2(6), 1.0)  # that the orders of three and two tell
+    want = sum((s.flip(0).logcumsumexp(0).flip(0) - s).sum() / b for s, b in zip(best_first, bits, strict=True)) / 2
     loss, _ = method_on(host, examples, loss="plackett-luce").loss(
         examples, {"rankings": 2, "pairs": 4, "completions": 5}
     )
@@ -87,6 +89,26 @@ def test_plackett_luce_and_centring_reach_the_loss(folder):
         for c in (0.0, 0.3)
     )
     assert (centred - plain).item() == pytest.approx(0.3 * sum(squares).item() / 2, rel=1e-4)
+
+
+def test_plackett_luce_does_not_ignore_margins(folder):
+    host, examples = host_with(folder, head=True), rankings((2, 2))
+    examples[0].margin = 1.5
+    normalizers = {"rankings": 2, "pairs": 2, "completions": 4}
+    want, _ = method_on(host, examples).loss(examples, normalizers)
+    loss, _ = method_on(host, examples, loss="plackett-luce").loss(examples, normalizers)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)  # of two it is Bradley-Terry
+
+
+def test_the_heads_spread_is_that_of_the_reference(folder):
+    """N(0, 1/(hidden + 1)) of arXiv 2009.01325: a standard deviation of 1/sqrt(hidden + 1), not 1/(hidden + 1)."""
+    host = host_with(folder)
+    torch.manual_seed(0)
+    heads = []
+    for _ in range(200):
+        host.add_scalar_head("policy")
+        heads.append(host.scalar_head("policy").detach().clone())
+    assert torch.cat(heads).std().item() == pytest.approx(1 / math.sqrt(65), rel=0.03)  # of 12,800 numbers
 
 
 def test_metrics_are_those_of_the_pairs(folder):
@@ -176,6 +198,9 @@ def test_stock_peft_gives_the_same_scores_on_four_bits(folder, kind, tmp_path):
     stock.is_loaded_in_4bit = True  # peft adds a LoRA to 4-bit layers in another order of rounding
     stock.score.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # the head stays in fp32
     stock = PeftModel.from_pretrained(stock, tmp_path / "reward").eval()
+    for name, p in stock.named_parameters():
+        if "lora_" in name:  # a LoRA computes in the base's dtype
+            p.data = p.data.bfloat16()
     torch.testing.assert_close(scores, stock_scores(stock), rtol=1e-5, atol=1e-6)
 
 

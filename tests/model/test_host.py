@@ -177,6 +177,7 @@ def test_a_fresh_lora_is_the_identity(folder, options):
 @pytest.mark.parametrize("name", ["policy", "reward", "prompt", "prefix"])
 def test_save_and_load(folder, tmp_path, name):
     host = four_adapters(folder)
+    host.flat(name)  # as in training: a LoRA computes in the base's dtype
     with host.use(name), torch.no_grad():
         want = flatten(host.logprobs(batch()))
     host.save(name, tmp_path / "a", method="sft")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowalign import Base, Example, Host, demo
 from lowalign.config.sections import AdapterConfig
@@ -28,9 +29,10 @@ def host(folder):
 
 def shaken(host, name):
     """As if trained: no weight is where it started."""
-    with torch.no_grad():
-        for p in host.parameters(name):
-            p.add_(torch.randn_like(p) * 0.05)
+    flat = host.flat(name)
+    for tensor in flat.tensors().values():
+        tensor.add_(torch.randn_like(tensor) * 0.05)
+    flat.sync_working_copy()
 
 
 def values(host, stack):
@@ -124,6 +126,42 @@ def test_starting_from_an_earlier_adapter(host, tmp_path, init, new, mode):
     stack = load_stack(host, "again", str(tmp_path / "two"))
     assert len(stack) == len(policy)
     assert torch.equal(values(host, stack), want)
+
+
+@pytest.mark.parametrize("mode", ["copy", "stack"])
+def test_what_is_trained_on_16_bits_computes_what_its_reference_computes(host, tmp_path, mode):
+    """The frozen original in fp32 and its copy in 16 bit gave other log-probs, after a check of both in fp32."""
+    host.add("first", peft_config(AdapterConfig()))
+    shaken(host, "first")
+    host.save("first", tmp_path)
+    policy, reference = start_policy(host, AdapterConfig(), str(tmp_path), mode, 0)
+    assert all(p.dtype == torch.bfloat16 for p in host.parameters(reference[-1]))
+    check_start(host, policy, reference, EXAMPLES)
+    host.flat(POLICY)  # as the loop does
+    assert all(p.dtype == torch.bfloat16 for p in host.parameters(POLICY))
+    assert torch.equal(values(host, policy), values(host, reference))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    exact = [reference[-1]] + [POLICY] * (mode == "copy")
+    for name in exact:  # what is trained further, and what is saved, has lost no bit
+        weights = {f"base_model.model.{k}": t for k, t in host.weights(name).items()}
+        assert weights.keys() == stored.keys() and {t.dtype for t in weights.values()} == {torch.float32}
+        assert all(torch.equal(t, stored[k]) for k, t in weights.items())
+
+
+def test_a_head_that_is_added_later_keeps_the_fp32_weights(host, tmp_path):
+    host.add("first", peft_config(AdapterConfig()))
+    shaken(host, "first")
+    host.save("first", tmp_path)
+    for with_flat in (False, True):
+        host.load("again", tmp_path)
+        if with_flat:
+            host.flat("again")
+        host.add_scalar_head("again")
+        host.flat("again")
+        want = host.weights("first")
+        assert all(torch.equal(t, host.weights("again")[k]) for k, t in want.items())
+        assert host.scalar_head("again").dtype == torch.float32
+        host.delete("again")
 
 
 def test_a_copy_of_a_dora_equals_it_bit_for_bit(host, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from lowalign import Example, Host
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
-from lowalign.rewards.reward_run import load_reward_run, score_examples
-from lowalign.rewards.rewards import load_rewards
+from lowalign.rewards.reward_run import TRAINING, load_reward_run, score_examples
+from lowalign.rewards.rewards import RewardOptions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
 from tests.commands.tiny_runs import load, make
 
@@ -54,6 +54,32 @@ def test_a_single_run_gives_its_raw_scores(world, host):
     assert [[s.total for s in group] for group in actual] == [pytest.approx(group, abs=1e-5) for group in expected]
     assert len({round(s.total, 3) for group in actual for s in group}) == 4
     assert all(s.parts == {f"{world}/reward": s.total} for group in actual for s in group)
+
+
+@pytest.mark.parametrize("plain_text", [False, True])
+def test_a_completion_that_ends_with_another_end_token_is_scored_at_the_one_the_reward_model_knows(
+    world, host, monkeypatch, tmp_path, plain_text
+):
+    """The policy may end with any end token of the base; the reward model learned the template's, in plain text eos."""
+    chat = Chat(host.base.tokenizer, "{% for m in messages %}<pad>{{ m.content }}<unk>{% endfor %}"
+                "{% if add_generation_prompt %}<pad>{% endif %}")  # fmt: skip
+    end = chat.end_of_text if plain_text else chat.end_of_turn
+    assert (chat.end_of_turn, chat.end_of_text) == (3, 2)  # <unk>, </s>
+    monkeypatch.setattr(host.base, "eos_ids", (2, 3, 40))
+    run = shutil.copytree(world / "reward", tmp_path / "reward")
+    (run / "chat_template.jinja").write_text(chat.template)
+    score = load_rewards([str(run)], host, chat, RewardOptions(plain_text=plain_text))
+    prompt = [5, 6, 7]
+    with host.use("reward0"), torch.no_grad():
+        known = host.scores([Example(prompt, [[20, 40, 21, end]])], "reward0")[0].item()
+        other = host.scores([Example(prompt, [[20, 40, 21, 40]])], "reward0")[0].item()
+        cut = host.scores([Example(prompt, [[20, 40, 21]])], "reward0")[0].item()
+    assert abs(known - other) > 0.01
+    ((*ended, unfinished),) = score(
+        ["p"], [prompt], [["x"] * 4], [[[20, 40, 21, e] for e in (2, 3, 40)] + [[20, 40, 21]]]
+    )
+    assert [s.total for s in ended] == pytest.approx([known] * 3, abs=1e-5)
+    assert unfinished.total == pytest.approx(cut, abs=1e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 9, 10, 14, 1000])
@@ -104,6 +130,26 @@ def test_a_weighted_sum(world, host, tmp_path):
             a, b, c = (first[i][j] - 0.25) / 2.0, (second[i][j] + 1.0) / 0.5, len(TEXTS[i][j])
             assert list(score.parts.values()) == pytest.approx([a, b, c], abs=1e-4)
             assert score.total == pytest.approx(2 * a + b - 0.5 * c, abs=1e-4)
+
+
+def test_a_sum_refuses_a_spread_that_was_measured_on_training_rows(world, host, tmp_path):
+    run = shutil.copytree(world / "reward", tmp_path / "reward")
+    meta = json.loads((run / "lowalign.json").read_text())
+    (run / "lowalign.json").write_text(
+        json.dumps(meta | {"reward": {"mean": 1.0, "std": 2.0, "measured_on": TRAINING}})
+    )
+    specs, chat = (str(run), f"{world}/other"), Chat(host.base.tokenizer)
+    with pytest.raises(
+        UserError, match=r"on the rows it was trained on.*--data\.eval-rows 200.*--allow-training-spread"
+    ):
+        load_rewards(specs, host, chat)
+    for name in tuple(host.adapters):
+        host.delete(name)
+    allowed = load_rewards(specs, host, chat, RewardOptions(allow_training_spread=True))
+    assert allowed.parts[str(run)][1].std == 2.0
+    for name in tuple(host.adapters):
+        host.delete(name)
+    load_rewards(specs[:1], host, chat)  # alone it needs no spread
 
 
 def test_a_function_gets_copies_of_the_prompts_one_for_each_completion(host, tmp_path):

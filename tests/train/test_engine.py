@@ -1,6 +1,7 @@
 """The loop against plain torch, and what stops it."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from lowalign.data.pack import Example, step_order
 from lowalign.errors import UserError
-from lowalign.train import checkpoint
+from lowalign.train import checkpoint, engine
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
 from lowalign.train.method import TrainableHost
@@ -52,8 +53,9 @@ def test_gradients_do_not_depend_on_the_micro_batch():
     assert counts[0] < counts[1] < counts[2] == 8
 
 
-def _by_hand(steps: int, clip: float, lr_multipliers: dict[str, float]) -> tuple[toy.ToyHost, list[float], list[float]]:
-    """The same training in plain torch: the whole batch at once, one parameter group per adapter, stock clipping."""
+def _by_hand(steps: int, clip: float, lr_multipliers: dict[str, float]) -> tuple[toy.ToyHost, list, list[list[float]]]:
+    """The same training in plain torch: the whole batch at once, one parameter group per adapter, stock clipping of each.
+    -> the host, the losses, and for each step the adapters' gradient norms."""
     host = toy.ToyHost(dropout=0.0)
     groups = [
         {"params": list(host.adapters[name].parameters()), "factor": factor} for name, factor in lr_multipliers.items()
@@ -72,10 +74,10 @@ def _by_hand(steps: int, clip: float, lr_multipliers: dict[str, float]) -> tuple
             tokens += len(ids) - 2
         optimizer.zero_grad()
         (loss / tokens).backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip).item())
+        groups = optimizer.param_groups
+        norms.append([torch.nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups])
         losses.append(loss.item() / tokens)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = 1e-2 * group["factor"] * rates[step]
         optimizer.step()
     return host, losses, norms
@@ -85,7 +87,7 @@ def test_training_is_that_of_plain_torch(tmp_path):
     """Six steps, two adapters with different learning-rate factors, micro-batches of two or three rows, clipping in force."""
     lr_multipliers, clip = {"policy": 1.0, "value": 0.5}, 0.6
     plain, losses, norms = _by_hand(6, clip, lr_multipliers)
-    assert min(norms) > clip
+    assert min(map(max, norms)) > clip
     method = toy.ToyMethod(toy.ToyHost(dropout=0.0), lr_multipliers)
     host, _, result = toy.run(
         tmp_path,
@@ -100,12 +102,46 @@ def test_training_is_that_of_plain_torch(tmp_path):
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and result.step == 6
     assert [line["loss"] for line in steps] == pytest.approx(losses, rel=1e-6)
-    assert [line["grad_norm"] for line in steps] == pytest.approx(norms, rel=1e-5)
+    for k, name in enumerate(lr_multipliers):
+        assert [line[f"grad_norm/{name}"] for line in steps] == pytest.approx([norm[k] for norm in norms], rel=1e-5)
+    assert [line["grad_norm"] for line in steps] == pytest.approx([math.hypot(*norm) for norm in norms], rel=1e-5)
     assert [line["lr"] for line in steps] == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
     for name in lr_multipliers:
         for p, q in zip(host.adapters[name].parameters(), plain.adapters[name].parameters(), strict=True):
             # Adam divides by the gradient's size: where it is 1e-6 a rounding error of 1e-8 is a hundredth of a step of 1e-2.
             assert torch.allclose(p, q, rtol=1e-4, atol=1e-4)
+
+
+class Scaled(toy.ToyMethod):
+    """The policy's loss is a tenth, the value's a thousandfold."""
+
+    def loss(self, examples, normalizers):
+        whole, trained = 0.0, self.lr_multipliers
+        for name, factor in (("policy", 0.1), ("value", 1000.0)):
+            self.lr_multipliers = {name: 1.0}
+            whole = whole + factor * super().loss(examples, normalizers)[0]
+        self.lr_multipliers = trained
+        return whole, {"loss": whole.detach()}
+
+
+def test_a_large_gradient_of_the_value_does_not_shrink_the_policys(tmp_path, monkeypatch):
+    """The gradients that the optimizer gets: the value's is scaled down to the limit, the policy's is as it was."""
+    make, seen = engine.make_optimizer, []
+
+    def watched(masters, config):
+        optimizer = make(masters, config)
+        norms = lambda *_: seen.append({name: float(m.grad.norm()) for name, m in masters.items()})  # noqa: E731
+        optimizer.register_step_pre_hook(norms)
+        return optimizer
+
+    monkeypatch.setattr(engine, "make_optimizer", watched)
+    method = Scaled(toy.ToyHost(dropout=0.0), {"policy": 1.0, "value": 1.0})
+    toy.run(tmp_path, method=method, steps=2, clip=1.0, optimizer="adamw")
+    steps = [line for line in lines(tmp_path) if "loss" in line]
+    for line, norms in zip(steps, seen, strict=True):
+        assert line["grad_norm/value"] > 100 > 1 > line["grad_norm/policy"] > 0
+        assert norms["value"] == pytest.approx(1.0, rel=1e-4)
+        assert norms["policy"] == pytest.approx(line["grad_norm/policy"], rel=1e-6)
 
 
 def test_clip_off_and_not_reached(tmp_path):

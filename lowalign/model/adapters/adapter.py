@@ -36,6 +36,7 @@ class Adapter:
         self.base, self.name, self.config = base, name, config
         self.scalar_head: nn.Parameter | None = None
         self.flat: FlatWeights | None = None
+        self.full_precision: dict[str, Tensor] = {}  # fp32 weights of a loaded adapter that computes with a 16-bit copy
         self.parked = False
 
     # -- what a kind answers: the first three always, the others where the default does not hold ----------------------
@@ -96,11 +97,26 @@ class Adapter:
 
     def weights(self) -> dict[str, Tensor]:
         """All its weights by name, in the precision they are trained in."""
-        return self.flat.tensors() if self.flat else dict(self.named_parameters())
+        return self.flat.tensors() if self.flat else {**self.named_parameters(), **self.full_precision}
 
     def file_parameters(self) -> dict[str, nn.Parameter]:
         """Where the tensors of a file go, by their names in the file."""
         return {self.file_name(key): parameter for key, parameter in self.named_parameters().items()}
+
+    def compute_as_trained(self) -> None:
+        """Compute with a copy in the base's dtype, as in training; the fp32 weights go to CPU memory."""
+        if self.working_copy and self.base.dtype != torch.float32:
+            for key, p in self.own_weights().items():
+                self.full_precision[key] = p.data.to("cpu", copy=True)
+                p.data = p.data.to(self.base.dtype)
+
+    def compute_in_full_precision(self) -> None:
+        """Compute with the fp32 weights again, and forget the flat buffer."""
+        exact = self.flat.tensors() if self.flat else self.full_precision
+        for key, p in self.named_parameters().items():
+            if key in exact:
+                p.data = exact[key].to(p.device)
+        self.flat, self.full_precision = None, {}
 
     def move(self, device: torch.device) -> None:
         """Move its weights and their gradients."""

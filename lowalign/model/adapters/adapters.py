@@ -57,13 +57,13 @@ class Adapters:
     def add_scalar_head(self, name: str, zero: bool = False) -> None:
         """Give the adapter a scalar head, (1, hidden) in fp32, that is trained and saved with it.
 
-        It starts as N(0, 1/(hidden + 1)²) (arXiv 2009.01325, appendix), or at zero.
+        It starts with a variance of 1/(hidden + 1) (arXiv 2009.01325, appendix B.1), or at zero.
         """
         adapter = self._adapter(name)
         width = self.base.model.config.get_text_config().hidden_size
-        start = torch.zeros(1, width) if zero else torch.randn(1, width) / (width + 1)
+        start = torch.zeros(1, width) if zero else torch.randn(1, width) / (width + 1) ** 0.5
+        adapter.compute_in_full_precision()  # a flat buffer, if there is one, has no place for the head
         adapter.scalar_head = nn.Parameter(start.to(self.base.device), requires_grad=name in self.trained)
-        adapter.flat = None
 
     def has_scalar_head(self, name: str) -> bool:
         """Whether the adapter has a scalar head."""
@@ -79,7 +79,8 @@ class Adapters:
     def load(self, name: str, folder_or_hub_id: str | Path, allow_base_mismatch: bool = False) -> dict:
         """Load an adapter folder (ours or stock peft's, a run's folder, or a Hub id). Returns its lowalign.json.
 
-        Raises UserError when it was trained on another base, has weights missing or too many, or is not safetensors.
+        On a 16-bit base a LoRA computes with a 16-bit copy, as when it was trained; `weights` and `save` have its fp32
+        weights. Raises UserError when it was trained on another base, has weights missing or too many, or is not safetensors.
         """
         folder = adapter_files.locate(folder_or_hub_id)
         stored, meta = adapter_files.read(folder)
@@ -99,6 +100,7 @@ class Adapters:
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(stored.tensors[key])
+        self.adapters[name].compute_as_trained()
         return meta
 
     def save(
@@ -180,6 +182,7 @@ class Adapters:
         """
         adapter = self._adapter(name)
         if adapter.flat is None:
+            adapter.compute_in_full_precision()
             dtype = self.base.dtype if adapter.working_copy else torch.float32
             adapter.flat = FlatWeights(adapter.named_parameters(), dtype, keep_fp32=(SCALAR_HEAD,))
         return adapter.flat
