@@ -24,6 +24,28 @@ from lowalign.errors import UserError
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal. Several adapters are loaded on one base; /use switches between them."""
+
+    adapters: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_OR_ADAPTER…")] = ()
+    """Runs, adapter folders or Hub ids. Each is called by the name of its folder; the first one answers."""
+    model: str | None = None
+    """Base model, a folder or a Hub id. Default: the one the last run names."""
+    system: str | None = None
+    """System message."""
+    allow_base_mismatch: bool = False
+    """Accept adapters that were trained on another base."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
+    )
+    base: BaseConfig = field(default_factory=BaseConfig)
+
+    def __post_init__(self) -> None:
+        if not self.adapters and self.model is None:
+            raise UserError("nothing to talk to: lowalign chat RUN_OR_ADAPTER… or lowalign chat --model M")
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Sample completions of prompts: one line of JSON (prompt, completion) per completion."""
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from lowalign.config.commands import (
     BestOfNConfig,
+    ChatConfig,
     CopyRecipeConfig,
     DataCheckConfig,
     GenerateConfig,
@@ -38,6 +39,7 @@ RECIPE = "[RECIPE]"
 TRAIN = f"{RECIPE} --model M --data FILE… --out DIR"
 REWARDED = f"{RECIPE} --model M --reward SPEC… --data FILE… --out DIR"
 GENERATE = "--model M [--adapter A…] --prompt TEXT"
+CHAT = "[RUN_OR_ADAPTER…] [--model M]"
 CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
@@ -55,6 +57,7 @@ VERBS = {
     ),
     "inspect": (
         Verb("data check", "commands.data_check:data_check", DataCheckConfig, CHECK, "format, lengths, loss mask"),
+        Verb("chat", "commands.chat:chat", ChatConfig, CHAT, "talk to adapters on one base, switch and compare them"),
         Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
         Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),
         Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),

@@ -25,7 +25,7 @@ from lowalign.model.policy import load_policy
 MAX_KL = 0.01  # nats a token. What was measured lies 10 to 200 times below; with an adapter left out it is above 0.1
 MAX_KL_NF4 = 0.1  # of a merged model that is quantized again: the loss of 4 bit, 1e-3 where it was measured
 MAX_SCORE_ERROR = 0.1  # in units of the scores or of their spread, whichever is larger
-POSITIONS = 256  # tokens that are compared; their full distributions are held in memory
+POSITIONS = 512  # tokens that are compared; their full distributions are held in memory
 PROMPTS = 16  # of the rows that are read
 MAX_PROMPT = 1024  # tokens
 QUESTIONS = (
@@ -183,9 +183,12 @@ def merged_logps(folder: Path, examples: Sequence[Example], device: torch.device
 
 def agreement(trained: Sequence[Tensor], merged: Sequence[Tensor]) -> Agreement:
     """Compare the distributions token by token."""
-    p, q = torch.cat(list(trained)).double(), torch.cat(list(merged)).double()
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    return Agreement(max(0.0, kl), (p.argmax(-1) == q.argmax(-1)).double().mean().item(), len(p))
+    kl = same = tokens = 0.0
+    for p, q in zip(trained, merged, strict=True):
+        kl += (p.double().exp() * (p.double() - q.double())).sum().item()
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        tokens += len(p)
+    return Agreement(max(0.0, kl / tokens), same / tokens, int(tokens))
 
 
 def score_agreement(trained: Tensor, merged: Tensor) -> ScoreAgreement:

@@ -93,7 +93,7 @@ def read_sources(config: MergeConfig) -> Sources:
                 "cannot be merged. Ship the adapter folder itself (peft and lowalign load it), or train a LoRA instead"
             )
     known = stack[-1].meta.get("base", {})
-    name = config.model or _base_of(config.adapters[-1], stack[-1])
+    name = config.model or base_of(config.adapters[-1])
     base = resolve(name, None if config.model else known.get("revision"), BASE_FILES)[0]
     quantization = known.get("quantization", "none")
     onto = config.onto or ("dequantized" if quantization == "nf4" else "original")
@@ -128,9 +128,11 @@ def _recipe(source: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) or {} if file.is_file() else {}
 
 
-def _base_of(source: str, adapter: StackedAdapter) -> str:
-    """The base that the run's recipe names, or the adapter_config.json."""
-    name = _recipe(source).get("model") or adapter.stored.config.base_model_name_or_path
+def base_of(source: str) -> str:
+    """The base that a run's recipe names, or the adapter_config.json. Raises UserError when it is not here."""
+    name = _recipe(source).get("model")
+    if not name:
+        name = adapter_files.read(adapter_files.locate(source))[0].config.base_model_name_or_path
     if not name or (not Path(name).expanduser().is_dir() and name.count("/") != 1):
         raise UserError(f"{source} does not say where its base is (it names {name!r}); give it with --model M")
     return name

@@ -163,6 +163,7 @@ def _sample_one(sampled: SampledModel, prompt: PromptTask, number: int, sampling
         )
         ids.append(int(token))
         logps.append(logp)
+        sampled.on_token(ids[-1])
         if ids[-1] in sampled.eos_ids:
             break
         total = prompt.length + len(ids)

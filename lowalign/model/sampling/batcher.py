@@ -21,12 +21,14 @@ PREFILL_TOKENS = 4096  # most prompt tokens in one forward, unless a single prom
 
 @dataclass(frozen=True)
 class SampledModel:
-    """A causal language model to sample from. soft: stands before each prompt. check: called before each forward."""
+    """A causal language model to sample from. soft: stands before each prompt. check: called before each forward.
+    on_token: called with each token that is drawn, to print an answer as it comes."""
 
     model: nn.Module
     eos_ids: Collection[int] = ()
     soft: SoftPrompt = NO_SOFT_PROMPT
     check: Callable[[], None] = lambda: None
+    on_token: Callable[[int], None] = lambda _: None
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +185,7 @@ class SampleBatcher:
                 )
             row.ids.append(token)
             row.logprobs.append(logprob)
+            self.sampled.on_token(token)
 
     def _retire(self) -> None:
         """Remove finished rows, move the last live ones into their slots, free prompts that no sample needs."""
