@@ -89,6 +89,7 @@ class HubStub(AbstractContextManager):
     def clear(self) -> None:
         """Forget everything."""
         self.repos: dict[str, Repo] = {}
+        self.gated: set[str] = set()  # repositories that nobody may read yet
         self.blobs: dict[str, bytes] = {}  # LFS objects by sha256
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[Request] = []
@@ -177,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
             stored = self.hub.repos.get(repo)
             if stored is None or (stored.private and not authorized):
                 return self.missing("RepoNotFound")
+            if repo in self.hub.gated:
+                return self.missing("GatedRepo")
             if name not in ("create_branch", "lfs_batch") and stored.at(arguments.get("rev")) is None:
                 return self.missing("RevisionNotFound")
             arguments["repo"] = stored

@@ -18,6 +18,9 @@ from lowalign.export.publishable import base_of, is_hub_id, is_local_path, witho
 from lowalign.export.recipe_summary import changed_options
 
 PLOT = "metrics.svg"
+GENERATED = (
+    "<!-- Written by `lowalign push`, and written again by the next push. Delete this line to keep your own text. -->"
+)
 METHODS = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling on preferences",
@@ -38,16 +41,16 @@ class CardFacts:
     plot: bool
 
 
-def make_card(artefact: Artefact, facts: CardFacts) -> str:
-    """The card of an artefact. A README.md of its folder is kept; only metadata that it lacks is added.
+def make_card(artefact: Artefact, facts: CardFacts, own: str | None) -> str:
+    """The card of an artefact. own: a card that the user wrote; it is kept, and gets the metadata that it lacks.
 
-    Raises UserError when the metadata of that README.md cannot be read.
+    Raises UserError when the metadata of that card cannot be read.
     """
     artefact = replace(artefact, meta=without_paths(artefact.meta))
-    metadata = _metadata(artefact, facts)
-    if CARD in artefact.files:
-        return _completed((artefact.folder / CARD).read_text(encoding="utf-8"), metadata)
-    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n" + "\n\n".join(_sections(artefact, facts)) + "\n"
+    metadata, text = _metadata(artefact, facts), "\n\n".join([*_sections(artefact, facts), GENERATED]) + "\n"
+    if own is not None:
+        return _completed(own, metadata, text)
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"
 
 
 def method_of(artefact: Artefact) -> str | None:
@@ -80,10 +83,10 @@ def _datasets(options: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for name in names if is_hub_id(name) and not name.endswith(DATA_SUFFIXES)))
 
 
-def _completed(text: str, metadata: dict[str, Any]) -> str:
-    """The user's card with the metadata that it lacks. The body is not touched."""
+def _completed(own: str, metadata: dict[str, Any], text: str) -> str:
+    """The user's card with the metadata that it lacks. Its text is not touched; `text` takes the place of an empty one."""
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)
+        card = ModelCard(own, ignore_metadata_errors=True)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the metadata of {CARD} cannot be read: {str(error).splitlines()[0]}; correct it") from error
     before = card.data.to_dict()
@@ -93,10 +96,10 @@ def _completed(text: str, metadata: dict[str, Any]) -> str:
     after = metadata | {key: value for key, value in after.items() if value is not None}
     tags = [tag for tag in before.get("tags") or () if not is_local_path(tag.rpartition(":")[2])]
     after["tags"] = list(dict.fromkeys([*tags, *metadata["tags"]]))
-    if after == before:
-        return text
+    if after == before and card.text.strip():
+        return own
     options = {"sort_keys": False, "allow_unicode": True, "width": float("inf")}
-    return f"---\n{yaml.safe_dump(after, **options)}---\n{card.text}"
+    return f"---\n{yaml.safe_dump(after, **options)}---\n{card.text if card.text.strip() else text}"
 
 
 def _sections(artefact: Artefact, facts: CardFacts) -> Iterator[str]:
@@ -146,6 +149,7 @@ def _table(artefact: Artefact) -> str:
         "stacked on": f"{meta['parents']} frozen adapters, in parents/" if meta.get("parents") else None,
         "LoRA rank": artefact.config.get("r"),
         "merged onto": merged.get("onto") and f"the {merged['onto']} weights of the base",
+        "weights": "4 bit (NF4), quantized after the merge" if merged.get("quantize") == "nf4" else None,
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lowalign.errors import UserError
 from lowalign.export.artefact import CARD, Artefact, decides_weights, open_artefact
-from lowalign.export.card import PLOT, CardFacts, make_card
+from lowalign.export.card import GENERATED, PLOT, CardFacts, make_card
 from lowalign.export.listing import git_hash, list_files
 from lowalign.export.plot import metrics_plot
 from lowalign.export.publishable import base_of, is_hub_id, published_json
@@ -40,7 +41,11 @@ def push(path: str | Path, repo: str, *, private: bool = False, revision: str | 
             raise UserError(f"{repo} was not pushed: you are not logged in: {LOG_IN}")
         api = HfApi()
         repo = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
-        additions = _additions(artefact, repo, _license(api, artefact))
+        plot = metrics_plot(artefact.run / "metrics.jsonl") if artefact.run else None
+        facts = CardFacts(repo, _license(api, artefact), plot is not None or PLOT in artefact.files)
+        card = make_card(artefact, facts, _own_card(api, artefact, repo, revision))
+        ModelCard(card).validate()  # by the Hub, now rather than after the upload
+        additions = _additions(artefact, {CARD: card} | ({PLOT: plot} if plot else {}))
         _make_repository(api, repo, private, revision)
         commit = _upload(api, repo, revision, additions)
         wrong = list(_differences(api, repo, revision, additions))
@@ -54,18 +59,23 @@ def push(path: str | Path, repo: str, *, private: bool = False, revision: str | 
     return commit
 
 
-def _additions(artefact: Artefact, repo: str, license_: dict[str, str]) -> list[CommitOperationAdd]:
-    """What is sent: the known files, the card and the plot. Raises UserError when a text has an access token in it."""
-    plot = metrics_plot(artefact.run / "metrics.jsonl") if artefact.run else None
-    facts = CardFacts(repo, license_, plot is not None or PLOT in artefact.files)
+def _own_card(api: HfApi, artefact: Artefact, repo: str, revision: str | None) -> str | None:
+    """The card that the user wrote: README.md of the folder, or the one on the Hub if no push wrote that."""
+    if CARD in artefact.files:
+        return (artefact.folder / CARD).read_text(encoding="utf-8")
+    try:
+        text = Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8")
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        return None
+    return None if GENERATED in text else text
+
+
+def _additions(artefact: Artefact, texts: dict[str, str]) -> list[CommitOperationAdd]:
+    """What is sent: the known files and these texts. Raises UserError when something has an access token in it."""
     contents: dict[str, bytes | Path] = {}
     for name in artefact.files:
         contents[name] = published_json(artefact, name) or artefact.folder / name
-    card = make_card(artefact, facts)
-    ModelCard(card).validate()  # by the Hub, now rather than after the upload
-    contents[CARD] = card.encode()
-    if plot is not None:
-        contents[PLOT] = plot.encode()
+    contents |= {name: text.encode() for name, text in texts.items()}
     left_out = sorted(p.name for p in artefact.folder.iterdir() if p.is_file() and p.name not in contents)
     if left_out:
         log(f"not published, because lowalign does not know these files: {', '.join(left_out)}")

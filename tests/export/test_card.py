@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.errors import UserError
+from lowalign.export.card import GENERATED
 from lowalign.export.plot import metrics_plot
 from lowalign.export.push import push
 from lowalign.export.recipe_summary import changed_options
@@ -189,6 +190,22 @@ def test_the_users_card_is_kept(base_hub, artefacts, tmp_path):
     (tmp_path / "adapter" / "README.md").write_text("---\n[: \n---\n")
     with pytest.raises(UserError, match=r"the metadata of README\.md cannot be read"):
         push(tmp_path / "adapter", REPO)
+
+
+def test_a_card_that_was_edited_on_the_hub(base_hub, artefacts):
+    push(artefacts.run, REPO)
+    generated = base_hub.files(REPO)["README.md"]
+    base_hub.repos[REPO].add(**{"README.md": generated.replace(b"1.25", b"9.99")})
+    push(artefacts.run, REPO)
+    assert base_hub.files(REPO)["README.md"] == generated
+    base_hub.repos[REPO].add(**{"README.md": generated.replace(GENERATED.encode(), b"My own words.")})
+    push(artefacts.run, REPO)
+    assert base_hub.files(REPO)["README.md"] == generated.replace(GENERATED.encode(), b"My own words.")
+    base_hub.repos[REPO].add(
+        **{"README.md": b"---\nlicense: mit\n---\n"}
+    )  # as the Hub's form for a new repository makes it
+    push(artefacts.run, REPO)
+    assert card_of(base_hub).data.license == "mit" and card_of(base_hub).text.lstrip().startswith("# thing")
 
 
 def test_recipes_that_are_none():

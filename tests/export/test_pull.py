@@ -215,4 +215,5 @@ def test_a_plain_model_of_others(hub, artefacts, tmp_path):
     }
     weights = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes())
     assert weights.digest() == hashlib.sha256((artefacts.base / "model.safetensors").read_bytes()).digest()
-    Base.load(tmp_path / "out", quantization="none", dtype="float32", device="cpu", quiet=True)
+    identity = Base.load(tmp_path / "out", quantization="none", dtype="float32", device="cpu", quiet=True).identity
+    assert (identity.name, identity.revision) == ("them/model", commit)  # an adapter on it names the Hub's model

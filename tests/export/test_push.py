@@ -6,13 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from lowalign.cli import main
 from lowalign.errors import UserError
 from lowalign.export import push as push_module
+from lowalign.export.pull import pull
 from lowalign.export.push import push
 from tests.export.conftest import BASE
 from tests.hub_stub import DROP, TOKEN, Repo
@@ -152,6 +156,30 @@ def test_a_token_in_a_text_is_refused(base_hub, artefacts, tmp_path):
     assert REPO not in base_hub.repos
 
 
+def test_the_token_of_a_login(base_hub, artefacts, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    Path(constants.HF_TOKEN_PATH).write_text(TOKEN)
+    push(artefacts.run, REPO)
+    assert REPO in base_hub.repos
+
+
+def test_an_adapter_of_another_kind(base_hub, artefacts, tmp_path):
+    """One that peft does not know: lowalign.json beside its weights."""
+    (tmp_path / "delta").mkdir()
+    meta = json.loads((artefacts.run / "adapter" / "lowalign.json").read_text())
+    kept = {key: meta[key] for key in ("base", "method", "step")}
+    (tmp_path / "delta" / "lowalign.json").write_text(json.dumps(kept))
+    save_file({"signs": torch.zeros(8, dtype=torch.uint8)}, tmp_path / "delta" / "delta.safetensors")
+    commit = push(tmp_path / "delta", REPO)
+    card = base_hub.files(REPO)["README.md"].decode()
+    assert "library_name: lowalign" in card and "base_model_relation: adapter" in card and "python" not in card
+    assert f"lowalign generate --model {BASE} --adapter {REPO}" in card
+    assert pull(REPO, tmp_path / "out") == commit
+    assert (tmp_path / "out" / "delta.safetensors").read_bytes() == (
+        tmp_path / "delta" / "delta.safetensors"
+    ).read_bytes()
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {
@@ -170,6 +198,7 @@ FAULTS = {
     ),
     "connection cut in the commit": ("POST .*/commit/", DROP, "the connection failed"),
     "commit refused": ("POST .*/commit/", 400, "the Hub answered 400"),
+    "card refused": ("POST /api/validate-yaml", 400, "injected"),
     "commit down": ("POST .*/commit/", 503, "the Hub answered 503"),
 }
 
