@@ -1,5 +1,6 @@
 """What a user publishes: a run, a stack, a reward run, their merges. All on a base that the stub of the Hub has."""
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,5 +92,5 @@ def _make_adapters(made: Artefacts, host: Host) -> None:
 @pytest.fixture
 def base_hub(hub: HubStub, artefacts: Artefacts) -> HubStub:
     """The Hub with the base on it."""
-    hub.repos[BASE] = artefacts.repo
+    hub.repos[BASE] = copy.deepcopy(artefacts.repo)
     return hub

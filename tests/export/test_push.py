@@ -386,3 +386,9 @@ def test_the_command_line_honours_the_endpoint(base_hub, artefacts, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "adapter_model.safetensors" in base_hub.files(REPO) and BASE in base_hub.files(REPO)["README.md"].decode()
     assert TOKEN not in done.stdout + done.stderr and TOKEN.encode() not in everything(base_hub, tmp_path)
+
+
+def test_there_is_no_option_for_a_token(hub, artefacts, capsys):
+    assert main(["push", str(artefacts.run), REPO, "--token", TOKEN]) == 1
+    said = capsys.readouterr()
+    assert "Unrecognized options: --token" in said.err and TOKEN not in said.out + said.err
