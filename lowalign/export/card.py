@@ -146,7 +146,7 @@ def _table(artefact: Artefact) -> str:
             identity.get("quantization")
         ),
         "training steps": meta.get("step") or (merged.get("adapters") or [{}])[-1].get("step"),
-        "stacked on": f"{meta['parents']} frozen adapters, in parents/" if meta.get("parents") else None,
+        "frozen adapters that it was trained on top of, in parents/": meta.get("parents"),
         "LoRA rank": artefact.config.get("r"),
         "merged onto": merged.get("onto") and f"the {merged['onto']} weights of the base",
         "weights": "4 bit (NF4), quantized after the merge" if merged.get("quantize") == "nf4" else None,

@@ -13,14 +13,15 @@ def loading(artefact: Artefact, repo: str) -> Iterator[str]:
     """Paragraphs of Markdown: in transformers, in peft and in lowalign, where each can."""
     if not artefact.is_adapter:
         yield _model_code(artefact, repo)
-        yield _shell("lowalign", f'lowalign generate --model {repo} --prompt "…"') if not artefact.reward else ""
+        if not artefact.reward:
+            yield _shell("lowalign", f'lowalign generate --model {repo} --prompt "…"')
         return
     base, commit = base_of(artefact)
     base, arguments = base or "BASE", f', revision="{commit}"' if commit else ""
     if commit is None:
         yield f"`{base}` stands for the folder or the Hub id of the base."
-    if artefact.loads_in_peft and (code := _peft_code(artefact, repo)):
-        yield _python("peft", [f'base = "{base}"', *code], arguments)
+    if artefact.loads_in_peft and (code := _peft_code(artefact, repo, base)):
+        yield _python("peft", code, arguments)
         if artefact.config["peft_type"] == "LORA" and commit and not artefact.reward and not _parents(artefact):
             lines = [
                 "from transformers import AutoModelForCausalLM",
@@ -35,7 +36,7 @@ def loading(artefact: Artefact, repo: str) -> Iterator[str]:
     yield _shell("lowalign", verb)
 
 
-def _peft_code(artefact: Artefact, repo: str) -> list[str]:
+def _peft_code(artefact: Artefact, repo: str, base: str) -> list[str]:
     """Lines of Python that load base and adapter; REVISION stands for the arguments that pin the base. [] if peft cannot."""
     parents = _parents(artefact)
     if parents and (artefact.reward or {*parents, artefact.config["peft_type"]} != {"LORA"}):
@@ -43,7 +44,7 @@ def _peft_code(artefact: Artefact, repo: str) -> list[str]:
     auto = "AutoModelForSequenceClassification" if artefact.reward else "AutoModelForCausalLM"
     labels = ", num_labels=1" if artefact.reward else ""
     code = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
-    code += [f"model = {auto}.from_pretrained(base{labels}REVISION)"]
+    code += [f'base = "{base}"', f"model = {auto}.from_pretrained(base{labels}REVISION)"]
     if parents:
         names = [f"parent{i}" for i in range(len(parents))]
         first, *others = (f'"{repo}", subfolder="parents/{i}", adapter_name="{name}"' for i, name in enumerate(names))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lowalign.errors import UserError
@@ -64,9 +64,12 @@ def _own_card(api: HfApi, artefact: Artefact, repo: str, revision: str | None) -
     if CARD in artefact.files:
         return (artefact.folder / CARD).read_text(encoding="utf-8")
     try:
-        text = Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8")
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        commit = api.model_info(repo, revision=revision).sha  # for a branch the client may answer from its cache
+    except (RepositoryNotFoundError, RevisionNotFoundError):
         return None
+    if CARD not in list_files(api, repo, commit):
+        return None
+    text = Path(api.hf_hub_download(repo, CARD, revision=commit)).read_text(encoding="utf-8")
     return None if GENERATED in text else text
 
 
@@ -79,7 +82,7 @@ def _additions(artefact: Artefact, texts: dict[str, str]) -> list[CommitOperatio
     left_out = sorted(p.name for p in artefact.folder.iterdir() if p.is_file() and p.name not in contents)
     if left_out:
         log(f"not published, because lowalign does not know these files: {', '.join(left_out)}")
-    token = (get_token() or "").encode()
+    token = str(get_token()).encode()
     for name, content in contents.items():
         text = b"" if name.endswith(".safetensors") else content if isinstance(content, bytes) else content.read_bytes()
         if TOKEN.search(text) or token in text:

@@ -201,6 +201,12 @@ def test_a_card_that_was_edited_on_the_hub(base_hub, artefacts):
     base_hub.repos[REPO].add(**{"README.md": generated.replace(GENERATED.encode(), b"My own words.")})
     push(artefacts.run, REPO)
     assert base_hub.files(REPO)["README.md"] == generated.replace(GENERATED.encode(), b"My own words.")
+    base_hub.repos[REPO].add(**{"README.md": b"Newer words."})
+    base_hub.fail("(HEAD|GET) .*/resolve/.*/README.md", 503, times=1000)  # what cannot be read might be the user's
+    with pytest.raises(UserError, match="the Hub answered 503"):
+        push(artefacts.run, REPO)
+    base_hub.faults.clear()
+    assert base_hub.files(REPO)["README.md"] == b"Newer words."
     base_hub.repos[REPO].add(
         **{"README.md": b"---\nlicense: mit\n---\n"}
     )  # as the Hub's form for a new repository makes it

@@ -171,6 +171,21 @@ def test_a_disk_that_fills_up(base_hub, artefacts, tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
+def test_a_stop_and_a_kill(base_hub, artefacts, tmp_path):
+    def stop(source, target):
+        raise KeyboardInterrupt
+
+    push(artefacts.run, REPO)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lowalign.export.pull.shutil.copyfile", stop)
+        pull(REPO, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+    (tmp_path / ".saving-out").mkdir()
+    (tmp_path / ".saving-out" / "model.safetensors").write_bytes(b"what a kill left")
+    pull(REPO, tmp_path / "out")
+    assert leftovers(tmp_path) == ["out"] and not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_repositories_with_nothing_to_load(hub, tmp_path):
     hub.repos[REPO] = Repo()
     hub.repos[REPO].add(**{"data.csv": b"1"})
