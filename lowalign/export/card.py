@@ -79,7 +79,9 @@ def _metadata(artefact: Artefact, facts: CardFacts) -> dict[str, Any]:
 
 def _datasets(options: dict[str, Any]) -> list[str]:
     """Of the data files those that are datasets of the Hub, without the split."""
-    names = [str(name).partition(":")[0] for name in options.get("data", {}).get("files") or ()]
+    data = options.get("data")
+    files = data.get("files") if isinstance(data, dict) else None
+    names = [str(name).partition(":")[0] for name in files or ()]
     return list(dict.fromkeys(name for name in names if is_hub_id(name) and not name.endswith(DATA_SUFFIXES)))
 
 

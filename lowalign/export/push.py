@@ -34,6 +34,8 @@ def push(path: str | Path, repo: str, *, private: bool = False, revision: str | 
     login`. Raises UserError when the folder cannot be published, when the Hub refuses, and when the repository afterwards
     does not hold what was sent.
     """
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(f"--revision {revision} is a commit; a push goes to a branch")
     artefact = open_artefact(path)
     try:
         validate_repo_id(repo)
@@ -44,8 +46,9 @@ def push(path: str | Path, repo: str, *, private: bool = False, revision: str | 
         plot = metrics_plot(artefact.run / "metrics.jsonl") if artefact.run else None
         facts = CardFacts(repo, _license(api, artefact), plot is not None or PLOT in artefact.files)
         card = make_card(artefact, facts, _own_card(api, artefact, repo, revision))
+        contents = _contents(artefact, {CARD: card} | ({PLOT: plot} if plot else {}))
         ModelCard(card).validate()  # by the Hub, now rather than after the upload
-        additions = _additions(artefact, {CARD: card} | ({PLOT: plot} if plot else {}))
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]  # computes hashes
         _make_repository(api, repo, private, revision)
         commit = _upload(api, repo, revision, additions)
         wrong = list(_differences(api, repo, revision, additions))
@@ -73,8 +76,8 @@ def _own_card(api: HfApi, artefact: Artefact, repo: str, revision: str | None) -
     return None if GENERATED in text else text
 
 
-def _additions(artefact: Artefact, texts: dict[str, str]) -> list[CommitOperationAdd]:
-    """What is sent: the known files and these texts. Raises UserError when something has an access token in it."""
+def _contents(artefact: Artefact, texts: dict[str, str]) -> dict[str, bytes | Path]:
+    """What is sent: the known files and these texts. Raises UserError when one of them has an access token in it."""
     contents: dict[str, bytes | Path] = {}
     for name in artefact.files:
         contents[name] = published_json(artefact, name) or artefact.folder / name
@@ -87,7 +90,9 @@ def _additions(artefact: Artefact, texts: dict[str, str]) -> list[CommitOperatio
         text = b"" if name.endswith(".safetensors") else content if isinstance(content, bytes) else content.read_bytes()
         if TOKEN.search(text) or token in text:
             raise UserError(f"{artefact.folder / name} has an access token in it; take it out, and revoke it")
-    return [CommitOperationAdd(name, content) for name, content in contents.items()]
+    size = sum(c.stat().st_size if isinstance(c, Path) else len(c) for c in contents.values())
+    log(f"computing the hashes of {len(contents)} files, {size / 1e6:,.1f} MB")
+    return contents
 
 
 def _license(api: HfApi, artefact: Artefact) -> dict[str, str]:

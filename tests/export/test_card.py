@@ -216,5 +216,6 @@ def test_a_card_that_was_edited_on_the_hub(base_hub, artefacts):
 
 def test_recipes_that_are_none():
     assert changed_options(None) == changed_options("[") == changed_options("text") == {}
+    assert changed_options("data: 3") == {"data": 3}
     assert changed_options("verb: gone\nout: x\nr: 4") == {"r": 4}
     assert changed_options("verb: sft\ndata:\n  eval_rows: 0\n  limit: 3\n  new: 1") == {"data": {"limit": 3, "new": 1}}

@@ -153,7 +153,14 @@ def test_a_token_in_a_text_is_refused(base_hub, artefacts, tmp_path):
     (folder / "README.md").write_text(f"# Mine\n\nhf = login('{TOKEN}')\n")
     with pytest.raises(UserError, match=r"README\.md has an access token in it; take it out, and revoke it"):
         push(folder, REPO)
-    assert REPO not in base_hub.repos
+    assert REPO not in base_hub.repos and not any(TOKEN.encode() in request.body for request in base_hub.requests)
+
+
+def test_small_files_take_no_other_way_with_xet(base_hub, artefacts, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(base_hub, "lfs_threshold", 10**9)
+    push(artefacts.run, REPO)
+    assert "adapter_model.safetensors" in base_hub.files(REPO) and base_hub.count("PUT") == 0
 
 
 def test_the_token_of_a_login(base_hub, artefacts, monkeypatch):
@@ -351,6 +358,12 @@ def test_what_an_interrupted_command_left(hub, artefacts, tmp_path):
 def test_a_malformed_name(hub, artefacts, name):
     with pytest.raises(UserError, match="this is not the name of a repository; write NAMESPACE/NAME"):
         push(artefacts.run, name)
+    assert hub.requests == []
+
+
+def test_a_push_to_a_commit(hub, artefacts):
+    with pytest.raises(UserError, match="is a commit; a push goes to a branch"):
+        push(artefacts.run, REPO, revision="0" * 40)
     assert hub.requests == []
 
 

@@ -58,8 +58,11 @@ def identify(
 
 def _pulled_from(folder: Path) -> dict[str, str]:
     """repo and commit, as `lowalign pull` wrote them; {} for a folder of another origin."""
-    file = folder / "lowalign.json"
-    return json.loads(file.read_text()).get("hub", {}) if file.exists() else {}
+    try:
+        origin = json.loads((folder / "lowalign.json").read_text())["hub"]
+        return {"repo": str(origin["repo"]), "commit": str(origin["commit"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _weights_hash(file: Path) -> str:
