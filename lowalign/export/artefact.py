@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from peft import PeftType
+
 from lowalign.errors import UserError
 from lowalign.export.weight_files import stored_tensors
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.adapter import SCALAR_HEAD
-from lowalign.model.adapters.kinds import BY_PEFT_TYPE
 from lowalign.model.base.hub import UNSAFE_SUFFIXES
 
 CARD = "README.md"
@@ -60,8 +61,8 @@ def decides_weights(name: str) -> bool:
 class Artefact:
     """A folder that can be published.
 
-    files: known files by their path in it. config: adapter_config.json or config.json; {} if it has neither. meta:
-    lowalign.json. run: the run that the adapter belongs to. reward: whether it gives scores instead of text.
+    files: known files by their path in it. config: adapter_config.json or config.json. meta: lowalign.json, {} without
+    one. run: the run that the adapter belongs to. reward: whether it gives scores instead of text.
     """
 
     folder: Path
@@ -74,12 +75,12 @@ class Artefact:
     @property
     def is_adapter(self) -> bool:
         """Or a model with all its weights."""
-        return "adapter_config.json" in self.files or "config.json" not in self.files
+        return "adapter_config.json" in self.files
 
     @property
     def loads_in_peft(self) -> bool:
-        """Whether it is an adapter of a kind that stock peft knows."""
-        return self.config.get("peft_type") in BY_PEFT_TYPE
+        """Whether it is an adapter of a kind that stock peft knows; some are lowalign's own."""
+        return self.config.get("peft_type") in {kind.value for kind in PeftType}
 
 
 def open_artefact(path: str | Path) -> Artefact:
@@ -126,17 +127,13 @@ def _known_files(folder: Path) -> Iterator[str]:
 
 def _check(folder: Path, files: tuple[str, ...], config: dict[str, Any], meta: dict[str, Any]) -> bool:
     """-> whether it is a reward model. Raises UserError when it is not complete, or damaged."""
-    weights = [name for name in files if name.endswith(".safetensors")]
-    if "adapter_config.json" in files and config.get("peft_type") in BY_PEFT_TYPE:
+    if "adapter_config.json" in files:
         parents = [folder / "parents" / str(i) for i in range(meta.get("parents", 0))]
         stored = [adapter_files.read(part)[0] for part in (*parents, folder)]
         return any(key.endswith(SCALAR_HEAD) for key in stored[-1].tensors)
-    if "adapter_config.json" not in files and "config.json" in files:
+    if "config.json" in files:
         stored_tensors(folder)
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    half = "adapter_model.safetensors" in files and "adapter_config.json" not in files
-    if weights and not half and ("adapter_config.json" in files or "lowalign.json" in files):
-        return False  # an adapter of a kind that only lowalign has
     unsafe = next((p.name for p in sorted(folder.iterdir()) if p.suffix in UNSAFE_SUFFIXES), None)
     raise UserError(
         f"{folder} holds neither an adapter (adapter_config.json, adapter_model.safetensors) nor a model (config.json, "

@@ -27,7 +27,12 @@ METHODS = {
     "dpo": "direct preference optimization (DPO)",
     "ppo": "proximal policy optimization (PPO)",
 }
-KINDS = {"LORA": "LoRA", "PROMPT_TUNING": "soft prompt (prompt tuning)", "PREFIX_TUNING": "prefix (prefix tuning)"}
+KINDS = {
+    "LORA": "LoRA",
+    "PROMPT_TUNING": "soft prompt (prompt tuning)",
+    "PREFIX_TUNING": "prefix (prefix tuning)",
+    "BITDELTA": "BitDelta",
+}
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
 
 

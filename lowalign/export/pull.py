@@ -65,7 +65,7 @@ def _refuse_outside(repo: str, names: Iterable[str]) -> None:
 
 def _check_content(repo: str, listed: Iterable[str], names: Sequence[str]) -> None:
     """Raises UserError for a repository that has nothing to load."""
-    configs = {"adapter_config.json", "config.json", "lowalign.json"} & set(names)
+    configs = {"adapter_config.json", "config.json"} & set(names)
     if configs and any(name.endswith(".safetensors") for name in names):
         return
     unsafe = next((name for name in listed if name.endswith(UNSAFE_SUFFIXES)), None)

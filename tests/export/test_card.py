@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.errors import UserError
-from lowalign.export.card import GENERATED
+from lowalign.export.artefact import open_artefact
+from lowalign.export.card import GENERATED, CardFacts, make_card
 from lowalign.export.plot import metrics_plot
 from lowalign.export.push import push
 from lowalign.export.recipe_summary import changed_options
@@ -150,6 +152,15 @@ def test_an_adapter_that_only_lowalign_stacks(base_hub, artefacts, tmp_path):
     (tmp_path / "prefix" / "lowalign.json").write_text(json.dumps(meta))
     push(tmp_path / "prefix", REPO)
     assert code_of(base_hub, "python") == [] and "only lowalign loads the whole" in card_of(base_hub).text
+
+
+def test_an_adapter_that_only_lowalign_knows(artefacts):
+    artefact = replace(
+        open_artefact(artefacts.second), config={"peft_type": "BITDELTA"}, files=("adapter_config.json",)
+    )
+    card = make_card(artefact, CardFacts(REPO, {}, False), None)
+    assert "library_name: lowalign" in card and "base_model_relation: adapter" in card and "- bitdelta" in card
+    assert "```python" not in card and f"lowalign generate --model {BASE} --adapter {REPO}" in card
 
 
 def test_a_base_that_was_a_folder(hub, artefacts, tmp_path):

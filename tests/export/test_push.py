@@ -9,14 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
 
 from lowalign.cli import main
 from lowalign.errors import UserError
 from lowalign.export import push as push_module
-from lowalign.export.pull import pull
 from lowalign.export.push import push
 from tests.export.conftest import BASE
 from tests.hub_stub import DROP, TOKEN, Repo
@@ -170,23 +167,6 @@ def test_the_token_of_a_login(base_hub, artefacts, monkeypatch):
     assert REPO in base_hub.repos
 
 
-def test_an_adapter_of_another_kind(base_hub, artefacts, tmp_path):
-    """One that peft does not know: lowalign.json beside its weights."""
-    (tmp_path / "delta").mkdir()
-    meta = json.loads((artefacts.run / "adapter" / "lowalign.json").read_text())
-    kept = {key: meta[key] for key in ("base", "method", "step")}
-    (tmp_path / "delta" / "lowalign.json").write_text(json.dumps(kept))
-    save_file({"signs": torch.zeros(8, dtype=torch.uint8)}, tmp_path / "delta" / "delta.safetensors")
-    commit = push(tmp_path / "delta", REPO)
-    card = base_hub.files(REPO)["README.md"].decode()
-    assert "library_name: lowalign" in card and "base_model_relation: adapter" in card and "python" not in card
-    assert f"lowalign generate --model {BASE} --adapter {REPO}" in card
-    assert pull(REPO, tmp_path / "out") == commit
-    assert (tmp_path / "out" / "delta.safetensors").read_bytes() == (
-        tmp_path / "delta" / "delta.safetensors"
-    ).read_bytes()
-
-
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {
@@ -325,7 +305,13 @@ def pickled(artefacts, folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
 
 
+def of_another_kind(artefacts, folder):
+    shutil.copytree(artefacts.second, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+
+
 FOLDERS = {
+    "another kind": (of_another_kind, "DIR holds a IA3 adapter; lowalign knows LORA, "),
     "absent": (lambda artefacts, folder: None, "DIR is not a folder"),
     "empty": (lambda artefacts, folder: folder.mkdir(), "DIR holds neither an adapter .* nor a model"),
     "unfinished run": (unfinished_run, "the run in DIR has not saved an adapter in .*; finish it with --resume"),
