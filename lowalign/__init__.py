@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.export.merge import merge
+    from lowalign.export.pull import pull
+    from lowalign.export.push import push
     from lowalign.model.base.base import Base
     from lowalign.model.host import Host
 
 __version__ = "0.1.0"
-__all__ = ["Base", "Example", "Host", "Sampling", "merge"]
+__all__ = ["Base", "Example", "Host", "Sampling", "merge", "pull", "push"]
 
 _HOMES = {
     "Base": "lowalign.model.base.base",
@@ -24,6 +26,8 @@ _HOMES = {
     "Host": "lowalign.model.host",
     "Sampling": "lowalign.config.sections",
     "merge": "lowalign.export.merge",
+    "pull": "lowalign.export.pull",
+    "push": "lowalign.export.push",
 }
 
 

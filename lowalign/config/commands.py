@@ -279,3 +279,31 @@ class MergeConfig:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise UserError("no adapter to merge: lowalign merge RUN_OR_ADAPTER… --out DIR")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Publish a run's adapter, an adapter or a merged model on the Hugging Face Hub: known files only, in one commit, with
+    a model card. The files are listed back and compared. The token is that of HF_TOKEN or `hf auth login`."""
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Run, adapter folder or model folder."""
+    repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO")]
+    """Repository: NAMESPACE/NAME, or NAME in your own namespace. It is made if it does not exist."""
+    private: bool = False
+    """Make the repository private."""
+    revision: str | None = None
+    """Branch. It is made if it does not exist. Default: main."""
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Download an adapter or a model from the Hugging Face Hub to a new folder: safetensors only, at one commit, compared
+    with the Hub's hashes. A pull that was interrupted goes on from the cache."""
+
+    repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO")]
+    """Repository: NAMESPACE/NAME."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Folder to write. It must not exist."""
+    revision: str | None = None
+    """Branch, tag or commit. Default: main."""

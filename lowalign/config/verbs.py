@@ -10,6 +10,8 @@ from lowalign.config.commands import (
     GenerateConfig,
     JudgeConfig,
     MergeConfig,
+    PullConfig,
+    PushConfig,
     ScoreConfig,
     ShowRecipeConfig,
 )
@@ -44,6 +46,8 @@ CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
+PUSH = "DIR REPO [--private] [--revision R]"
+PULL = "REPO DIR [--revision R]"
 SHOW = "NAME [--full]"
 COPY = "NAME [DEST] [--full]"
 
@@ -64,6 +68,8 @@ VERBS = {
     ),
     "export": (
         Verb("merge", "commands.merge:merge", MergeConfig, MERGE, "base + adapters to plain weights, verified"),
+        Verb("push", "commands.push:push", PushConfig, PUSH, "publish an adapter or a model on the Hub"),
+        Verb("pull", "commands.pull:pull", PullConfig, PULL, "download one from the Hub, verified"),
     ),
     "recipes": (
         Verb("recipes list", "commands.recipes:list_recipes", None, "", "the recipes that come with lowalign"),

@@ -75,7 +75,13 @@ class Base:
             )
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
             )
         tokenizer = load_tokenizer(str(folder))
         freeze(model)
@@ -154,7 +160,7 @@ def _checked_config(folder: Path, quantization: str):
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no *.safetensors file; other formats can hold code and are not read. Convert it first (transformers: model.save_pretrained)")  # fmt: skip
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"transformers does not know the model in {folder}: {error}") from error
 

@@ -3,22 +3,40 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowalign.errors import UserError
+from lowalign.model.base.hub_errors import HUB_ERRORS, explain
 
 TOKENIZER_FILES = [
     *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "*.jinja"),
 ]
 BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES]
+UNSAFE_SUFFIXES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".msgpack",
+    ".py",
+    ".so",
+)
+# Never downloaded: they can hold code. The patterns of fnmatch know no other way to ignore case.
+UNSAFE_FILES = [f"*.{''.join(f'[{c}{c.upper()}]' for c in suffix[1:])}" for suffix in UNSAFE_SUFFIXES]
 
 
 def resolve(path_or_hub_id: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
     """-> the local folder, and the Hub commit (None for a folder of the user).
 
-    patterns: of the files to download. Raises UserError when there is neither a folder nor a Hub repository of that name.
+    patterns: of the files to download; those that can hold code never are. Raises UserError when there is neither a folder
+    nor a Hub repository of that name.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -26,9 +44,11 @@ def resolve(path_or_hub_id: str, revision: str | None, patterns: list[str]) -> t
     if folder.exists() or path_or_hub_id.startswith((".", "/", "~")) or path_or_hub_id.count("/") > 1:
         raise UserError(f"{path_or_hub_id} is not a folder")
     try:
-        snapshot = snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        snapshot = snapshot_download(
+            path_or_hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=UNSAFE_FILES
+        )
+    except HUB_ERRORS as error:
+        reason = explain(error, revision)
         raise UserError(f'"{path_or_hub_id}" is neither a folder here nor reachable on the Hub: {reason}') from error
     return Path(snapshot), Path(snapshot).name
 
@@ -37,7 +57,7 @@ def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrain
     """The tokenizer in a folder or of a Hub model; code in the repository is never run. Raises UserError."""
     folder, _ = resolve(path_or_hub_id, revision, TOKENIZER_FILES)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # every tokenizer class raises its own
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -40,19 +40,29 @@ class Identity:
 def identify(
     name: str, folder: Path, commit: str | None, tokenizer: PreTrainedTokenizerBase, quantization: str
 ) -> Identity:
-    """The identity of a model folder. commit: of the Hub; None for a folder of the user."""
+    """The identity of a model folder. commit: of the Hub; None for a folder of the user, which `pull` may have written."""
     config = json.loads((folder / "config.json").read_text())
     for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):  # no effect on results
         config.pop(key, None)
+    origin = {"repo": name, "commit": commit} if commit else _pulled_from(folder)
     return Identity(
-        name=name if commit else folder.name,  # a path has no meaning on another machine
-        revision=commit,
+        name=origin.get("repo", folder.name),  # a path has no meaning on another machine
+        revision=origin.get("commit"),
         weights=_short("".join(_weights_hash(file) for file in sorted(folder.glob("*.safetensors")))),
         config=_short(json.dumps(config, sort_keys=True)),
         vocabulary=len(tokenizer),
         template=_short(json.dumps(tokenizer.chat_template or "")),
         quantization=quantization,
     )
+
+
+def _pulled_from(folder: Path) -> dict[str, str]:
+    """repo and commit, as `lowalign pull` wrote them; {} for a folder of another origin."""
+    try:
+        origin = json.loads((folder / "lowalign.json").read_text())["hub"]
+        return {"repo": str(origin["repo"]), "commit": str(origin["commit"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _weights_hash(file: Path) -> str:

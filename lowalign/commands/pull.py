@@ -1,0 +1,10 @@
+"""`lowalign pull`: an adapter or a model of the Hub → a folder."""
+
+from lowalign.config.commands import PullConfig
+from lowalign.export import pull as export
+
+
+def pull(config: PullConfig) -> int:
+    """Run `lowalign pull`. Returns the exit code."""
+    export.pull(config.repo, config.out, revision=config.revision)
+    return 0
