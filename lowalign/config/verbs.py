@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from lowalign.config.bitdelta import CompressConfig, DistilConfig
 from lowalign.config.commands import (
     BestOfNConfig,
     CopyRecipeConfig,
@@ -41,6 +42,8 @@ GENERATE = "--model M [--adapter A…] --prompt TEXT"
 CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
+COMPRESS = "--base B --finetuned F --out DIR"
+DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 SHOW = "NAME [--full]"
 COPY = "NAME [DEST] [--full]"
@@ -61,6 +64,14 @@ VERBS = {
     ),
     "export": (
         Verb("merge", "commands.merge:merge", MergeConfig, MERGE, "base + adapters to plain weights, verified"),
+        Verb(
+            "bitdelta compress",
+            "commands.bitdelta:compress",
+            CompressConfig,
+            COMPRESS,
+            "a fine-tune at one bit a weight",
+        ),
+        Verb("bitdelta distil", "commands.bitdelta:distil", DistilConfig, DISTIL, "train the scales of such a delta"),
     ),
     "recipes": (
         Verb("recipes list", "commands.recipes:list_recipes", None, "", "the recipes that come with lowalign"),

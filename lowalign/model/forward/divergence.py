@@ -24,9 +24,9 @@ class HeadKL(torch.autograd.Function):
             with torch.set_grad_enabled(keep):
                 logq = lm_head.logits(h).log_softmax(-1)
                 values = (logp.exp() * (logp - logq)).sum(-1)
-            if keep:
-                (d_hidden[part],) = torch.autograd.grad(values.sum(), h)
-            kl[part] = values.detach()
+                kl[part] = values.detach()
+                if keep:
+                    (d_hidden[part],) = torch.autograd.grad(values.sum(), h)
         ctx.save_for_backward(d_hidden)
         return kl
 
