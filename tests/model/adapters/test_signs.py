@@ -58,10 +58,16 @@ def test_memory_stays_at_a_tile(monkeypatch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            seen.extend(t.numel() for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor))
+            seen.extend(
+                t.numel() for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)
+            )
             return result
 
-    packed, x, s = pack_signs(torch.rand(512, 1024) > 0.5), torch.randn(3, 1024, requires_grad=True), torch.zeros(1, requires_grad=True)
+    packed, x, s = (
+        pack_signs(torch.rand(512, 1024) > 0.5),
+        torch.randn(3, 1024, requires_grad=True),
+        torch.zeros(1, requires_grad=True),
+    )
     with Watch():
         y = SignProduct.apply(x, packed, s)
         y.backward(torch.ones_like(y))
