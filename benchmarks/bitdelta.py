@@ -42,7 +42,7 @@ def fine_tune(out: Path, seed: int, steps: int = 200, batch_size: int = 16, lear
         AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
         AutoTokenizer.from_pretrained(BASE),
     )
-    rows = [row["messages"] for row in best_answers(1120, seed)]
+    rows = [row["messages"] for row in best_answers(3200, seed)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     for step in range(steps):
         batch = [rows[i] for i in torch.randint(len(rows), (batch_size,)).tolist()]

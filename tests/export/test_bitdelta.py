@@ -334,6 +334,6 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bitdelta, "write_tensors", full)
-    with pytest.raises(UserError, match="could not be written to .*No space left on device; nothing of it is left"):
+    with pytest.raises(UserError, match=r"could not be written to .*No space left on device; nothing of it is left"):
         compress(str(base), str(fine), tmp_path / "delta")
     assert not [p for p in tmp_path.iterdir() if "delta" in p.name]

@@ -219,7 +219,7 @@ def test_another_host_on_the_same_base(root):
 
 def test_refused(root, tmp_path):
     host = make_host(root)
-    with pytest.raises(UserError, match="does not fit this base, which has no model.layers.2"):
+    with pytest.raises(UserError, match=r"does not fit this base, which has no model.layers.2"):
         (tmp_path / "deep").mkdir()
         base, fine = base_and_fine_tune(tmp_path / "deep", num_hidden_layers=3)
         compress(str(base), str(fine), tmp_path / "delta", onto="original")
