@@ -65,10 +65,10 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
         before = measured(host, policy, heldout or rows)
         return BitDeltaDistillation(host, rows, policy, config.train, teacher)
 
-    def finish(host: Host, policy: Stack, rows: list[Example], config: DistilConfig) -> dict[str, Any]:
-        after = measured(host, policy, rows)
+    def finish(host: Host, policy: Stack, rows: list[Example], heldout: list[Example], _: Any) -> dict[str, Any]:
+        after = measured(host, policy, heldout or rows)
         report = meta.get("bitdelta", {}) | _report(before, after)
-        on = "held-out" if config.data.eval or config.data.eval_rows else "training"
+        on = "held-out" if heldout else "training"
         log("\n".join(_lines(report, on)))
         return {"bitdelta": report | {"rows": on}}
 
