@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from lowalign.config.bitdelta import CompressConfig, DistilConfig
 from lowalign.config.commands import (
     BestOfNConfig,
     ChatConfig,
@@ -45,6 +46,8 @@ CHAT = "[RUN_OR_ADAPTER…] [--model M]"
 CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
+COMPRESS = "--base B --finetuned F --out DIR"
+DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 PUSH = "DIR REPO [--private] [--revision R]"
 PULL = "REPO DIR [--revision R]"
@@ -70,6 +73,14 @@ VERBS = {
         Verb("merge", "commands.merge:merge", MergeConfig, MERGE, "base + adapters to plain weights, verified"),
         Verb("push", "commands.push:push", PushConfig, PUSH, "publish an adapter or a model on the Hub"),
         Verb("pull", "commands.pull:pull", PullConfig, PULL, "download one from the Hub, verified"),
+        Verb(
+            "bitdelta compress",
+            "commands.bitdelta:compress",
+            CompressConfig,
+            COMPRESS,
+            "a fine-tune at one bit a weight",
+        ),
+        Verb("bitdelta distil", "commands.bitdelta:distil", DistilConfig, DISTIL, "train the scales of such a delta"),
     ),
     "recipes": (
         Verb("recipes list", "commands.recipes:list_recipes", None, "", "the recipes that come with lowalign"),

@@ -83,7 +83,7 @@ class LoraUpdate:
         magnitude = self._fp32(f"{module}.lora_magnitude_vector") if self.is_dora(name) else None
         rows, start = (weight.T, base.T) if transposed else (weight, base)
         scale = self._scale(module)
-        for part in _stretches(*rows.shape):
+        for part in stretches(*rows.shape):
             delta = product(part) * scale
             if magnitude is None:
                 rows[part] += delta
@@ -114,6 +114,7 @@ def _module(name: str) -> str:
     return name
 
 
-def _stretches(rows: int, columns: int) -> list[slice]:
+def stretches(rows: int, columns: int) -> list[slice]:
+    """The rows of a matrix in slices of about WEIGHTS_AT_A_TIME weights."""
     size = max(1, WEIGHTS_AT_A_TIME // columns)
     return [slice(at, at + size) for at in range(0, rows, size)]

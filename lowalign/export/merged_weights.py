@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowalign.errors import UserError
+from lowalign.export.bitdelta_update import BitDeltaUpdate
 from lowalign.export.lora_update import LoraUpdate
 from lowalign.export.nf4 import dequantized_checkpoint, quantized_tensors, round_trip
 from lowalign.export.weight_files import PlannedTensor, stored_tensors
@@ -24,10 +25,11 @@ from lowalign.model.adapters.adapter import SCALAR_HEAD
 @dataclass(frozen=True)
 class Skeleton:
     """What a model's config says of its weights. linear: the modules that a 4-bit base holds in 4 bit, all linear ones but
-    the head. embedding, head: names of the weights. tied: whether the head is the embedding. embedding_scale: what the
+    the head. parameters: names of all. embedding, head: names of the weights. tied: whether the head is the embedding. embedding_scale: what the
     embedding multiplies its rows by (gemma)."""
 
     linear: dict[str, nn.Module]
+    parameters: frozenset[str]
     embedding: str
     head: str
     tied: bool
@@ -43,7 +45,9 @@ class Skeleton:
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not outputs}
         tied = bool(getattr(config, "tie_word_embeddings", False))
         scale = getattr(inputs, "scalar_embed_scale", 1.0)
-        return cls(linear, f"{names[id(inputs)]}.weight", f"{names[id(outputs)]}.weight", tied, scale)
+        parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+        embedding, head = (f"{names[id(module)]}.weight" for module in (inputs, outputs))
+        return cls(linear, parameters, embedding, head, tied, scale)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Plan:
 def plan_merge(
     base: Path,
     config: PretrainedConfig,
-    updates: Sequence[LoraUpdate],
+    updates: Sequence[LoraUpdate | BitDeltaUpdate],
     dequantized: bool,
     dtype: torch.dtype,
     scalar_head: Tensor | None = None,
@@ -130,7 +134,11 @@ def quantize(plan: Plan) -> Plan:
 
 
 def _maker(
-    tensor: PlannedTensor, updates: Sequence[LoraUpdate], quantized: bool, transposed: bool, dtype: torch.dtype
+    tensor: PlannedTensor,
+    updates: Sequence[LoraUpdate | BitDeltaUpdate],
+    quantized: bool,
+    transposed: bool,
+    dtype: torch.dtype,
 ) -> Callable[[], Tensor]:
     """What computes the merged weight."""
 

@@ -13,9 +13,11 @@ from transformers import AutoConfig, PretrainedConfig
 from lowalign.config.commands import MergeConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
+from lowalign.export.bitdelta_update import BitDeltaUpdate
 from lowalign.export.lora_update import LoraUpdate
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.adapter import SCALAR_HEAD
+from lowalign.model.adapters.bitdelta import BitDelta
 from lowalign.model.adapters.lora import Lora
 from lowalign.model.adapters.prompt_tuning import PromptTuning
 from lowalign.model.base.hub import BASE_FILES, load_tokenizer, resolve
@@ -43,9 +45,10 @@ class Sources:
     onto: str
 
     @property
-    def updates(self) -> list[LoraUpdate]:
+    def updates(self) -> list[LoraUpdate | BitDeltaUpdate]:
         """The changes of the base's weights."""
-        return [LoraUpdate(a.folder, a.stored) for a in self.stack if not a.stored.kind.soft]
+        update = {Lora: LoraUpdate, BitDelta: BitDeltaUpdate}
+        return [update[a.stored.kind](a.folder, a.stored) for a in self.stack if not a.stored.kind.soft]
 
     @property
     def soft_prompt(self) -> Tensor | None:
@@ -87,7 +90,7 @@ def read_sources(config: MergeConfig) -> Sources:
     """Raises UserError when they do not fit together, or cannot become plain weights."""
     stack = [adapter for source in config.adapters for adapter in _read_stack(source)]
     for adapter in stack:
-        if adapter.stored.kind not in (Lora, PromptTuning):
+        if adapter.stored.kind not in (Lora, BitDelta, PromptTuning):
             raise UserError(
                 f"{adapter.folder} is a prefix: keys and values of every layer, which no weight of the model holds, so it "
                 "cannot be merged. Ship the adapter folder itself (peft and lowalign load it), or train a LoRA instead"

@@ -142,7 +142,7 @@ def write_shards(
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, on_written)
+        write_tensors(folder / name, shard, on_written)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors)
@@ -150,7 +150,8 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(file: Path, tensors: Sequence[PlannedTensor], on_written: Callable[[int], object]) -> None:
+def write_tensors(file: Path, tensors: Sequence[PlannedTensor], on_written: Callable[[int], object]) -> None:
+    """Write one safetensors file, each tensor made when its turn comes. Raises OSError."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:

@@ -16,7 +16,7 @@ from lowalign.model.adapters.adapters import Adapters
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base
 from lowalign.model.forward import unpacked
-from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_tokens
+from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_states, packed_tokens
 from lowalign.model.sampling.batcher import Completion, SampledModel
 from lowalign.model.sampling.sample import sample_batched
 
@@ -75,6 +75,14 @@ class Host(Adapters):
         soft = self.soft_prompt()
         with self._activations():
             return compute(self.base.model, examples, soft, head)
+
+    def states(self, examples: Sequence[Example]) -> list[Tensor]:
+        """For each example (its supervised tokens, hidden): the last hidden states that predict them, under the active
+        adapters."""
+        compute = packed_states if self.base.packed else unpacked.row_states
+        soft = self.soft_prompt()
+        with self._activations():
+            return compute(self.base.model, examples, soft)
 
     @torch.no_grad()
     def generate(

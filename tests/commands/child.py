@@ -11,6 +11,7 @@ import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import lowalign.commands.best_of_n
+import lowalign.commands.bitdelta
 import lowalign.commands.dpo
 import lowalign.commands.ppo
 import lowalign.commands.reward

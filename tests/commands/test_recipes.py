@@ -11,15 +11,19 @@ import pytest
 
 from lowalign import cli
 from lowalign.config import recipe
+from lowalign.config.bitdelta import DistilConfig
 from lowalign.config.commands import BestOfNConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from lowalign.config.verbs import verbs
+from lowalign.config.verbs import verb_of, verbs
 from lowalign.config.yaml_flags import options, read
 from lowalign.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("adapters/**/*.yaml"))
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig, "best_of_n": BestOfNConfig}
+METHODS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig, "best_of_n": BestOfNConfig}
+CONFIGS = METHODS | {"distil": DistilConfig}
+FLAGS = {config: ["--model", "m", "--out", "o"] for config in METHODS.values()}
+FLAGS[DistilConfig] = ["--model", "m", "--out", "o", "--delta", "d", "--finetuned", "f"]
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "adapters/README.md", *RECIPES]
 TEXTS += sorted(ROOT.glob("examples/*.sh"))
 
@@ -29,14 +33,15 @@ def name(path: Path) -> str:
 
 
 def test_every_file_is_packaged():
-    assert set(map(name, RECIPES)) == {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in CONFIGS}
+    names = {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in METHODS} | {"bitdelta/distil"}
+    assert set(map(name, RECIPES)) == names
     assert {n: p.resolve() for n, p in recipe.packaged().items()} == {name(p): p for p in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_has_only_what_differs_from_the_defaults(path):
     kind = CONFIGS[path.stem]
-    config, default = recipe.parse(kind, ["--model", "m", "--out", "o"], path), kind("m", Path("o"))
+    config, default = recipe.parse(kind, FLAGS[kind], path), recipe.parse(kind, FLAGS[kind])
     keys = [flag.key for flag in read(path, kind)]
     assert [key for key in keys if attrgetter(key)(config) == attrgetter(key)(default)] == []
     assert len(path.read_text().splitlines()) <= 15
@@ -50,7 +55,7 @@ def test_a_recipe_has_only_what_differs_from_the_defaults(path):
 def test_a_recipe_begins_with_its_title_and_its_command(path):
     title, command, verb = path.read_text().splitlines()[:3]
     assert re.fullmatch(r"# \w.{20,}[.]", title)
-    named = path.stem.replace("_", "-")
+    named = verb_of(CONFIGS[path.stem])
     assert command.removeprefix("#   ").startswith(f"lowalign {named} {name(path)} --model ")
     assert verb == f"verb: {named}"
 
@@ -61,7 +66,7 @@ def test_a_recipe_in_full_is_the_same_configuration(path, tmp_path, capsys):
     assert cli.main(["recipes", "copy", name(path), str(full), "--full"]) == 0
     text = full.read_text()
     assert text.startswith("\n".join(path.read_text().splitlines()[:2]))
-    flags = ["--model", "m", "--out", "o"]
+    flags = FLAGS[kind]
     assert recipe.parse(kind, flags, full) == recipe.parse(kind, flags, path)
     written = {key for key, _ in options(kind)} - {flag.key for flag in read(full, kind)}
     assert all(f"{key.rpartition('.')[2]}: null" in text for key in written)  # the rest have no value

@@ -67,6 +67,10 @@ class Adapter:
     def activate(layers: list[nn.Module], names: list[str]) -> None:
         """Make exactly these adapters of this kind act in `layers`; requires_grad does not change."""
 
+    def replaces(self) -> frozenset[str]:
+        """The base's own tensors that it puts others in place of; of each at most one active adapter may."""
+        return frozenset()
+
     def init_from_text(self, text: str) -> None:
         """Start from a text under the active adapters, where the config alone cannot do it."""
 

@@ -5,6 +5,7 @@ Which adapters are active (`use`) and which are trained (`train_only`) are two s
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +25,7 @@ from lowalign.model.base.base import Base
 class Adapters:
     """Adapters by name on one base. Make it with a Base; add, load, save and delete adapters; use them in any mix.
 
-    LoRAs stack (their updates add up); at most one soft prompt (prompt or prefix tuning) is active at a time.
+    LoRAs and deltas stack (their updates add up); at most one soft prompt (prompt or prefix tuning) is active at a time.
     """
 
     def __init__(self, base: Base) -> None:
@@ -139,6 +140,11 @@ class Adapters:
         soft = [adapter.name for adapter in adapters if adapter.soft]
         if len(soft) > 1:
             raise UserError(f"{' and '.join(soft)} are both soft prompts; at most one can be active")
+        for one, other in combinations(adapters, 2):
+            if both := one.replaces() & other.replaces():
+                raise UserError(
+                    f"{one.name} and {other.name} cannot be active together: both replace {min(both)} of the base"
+                )
         for adapter in adapters:
             if adapter.parked:
                 adapter.move(self.base.device)

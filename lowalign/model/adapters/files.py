@@ -23,8 +23,9 @@ from lowalign.model.adapters.kinds import BY_PEFT_TYPE
 from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
 
+WEIGHTS = "adapter_model.safetensors"
 HEAD_MODULES = ["classifier", "score"]
-_FILES = ["adapter_config.json", "adapter_model.safetensors", "lowalign.json", "chat_template.jinja", "parents/*"]
+_FILES = ["adapter_config.json", WEIGHTS, "lowalign.json", "chat_template.jinja", "parents/*"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ def _write_one(folder: Path, adapter: StoredAdapter, identity: Identity, meta: d
         raise UserError(f"the adapter is not saved: {not_finite[0]} has values that are not finite")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_description(folder, adapter, identity, meta)
+
+
+def write_description(folder: Path, adapter: StoredAdapter, identity: Identity, meta: dict) -> None:
+    """Write adapter_config.json and lowalign.json beside weights that are there. Raises OSError."""
     _write_json(folder / "adapter_config.json", _plain(adapter, identity))
     _write_json(folder / "lowalign.json", meta | {"base": asdict(identity), "weights": weights_hash(folder)})
 
@@ -83,7 +89,7 @@ def read(folder: Path) -> tuple[StoredAdapter, dict]:
 
     Raises UserError for a kind that is not in KINDS, weights that are not safetensors, and damaged files.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     try:
         raw = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
@@ -150,7 +156,7 @@ def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[
 
 def weights_hash(folder: Path) -> str:
     """sha256 of the file of weights, which identifies an adapter."""
-    return file_hash(folder / "adapter_model.safetensors")
+    return file_hash(folder / WEIGHTS)
 
 
 def _plain(adapter: StoredAdapter, identity: Identity) -> dict[str, object]:

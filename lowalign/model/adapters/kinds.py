@@ -5,11 +5,12 @@ from peft import PeftConfig
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
 from lowalign.model.adapters.adapter import Adapter
+from lowalign.model.adapters.bitdelta import BitDelta
 from lowalign.model.adapters.lora import Lora
 from lowalign.model.adapters.prefix_tuning import PrefixTuning
 from lowalign.model.adapters.prompt_tuning import PromptTuning
 
-KINDS: tuple[type[Adapter], ...] = (Lora, PromptTuning, PrefixTuning)
+KINDS: tuple[type[Adapter], ...] = (Lora, PromptTuning, PrefixTuning, BitDelta)
 BY_OPTION = {kind.option: kind for kind in KINDS}
 BY_PEFT_TYPE = {kind.peft_type: kind for kind in KINDS}
 

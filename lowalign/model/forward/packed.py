@@ -84,6 +84,17 @@ def packed_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPromp
     return results
 
 
+def packed_states(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt) -> list[Tensor]:
+    """For each example (its supervised tokens, hidden): the last hidden states that predict them."""
+    results: list[Tensor] = [torch.empty(0)] * len(examples)
+    for group in _groups(model.config.get_text_config(), examples, soft):
+        row = pack_behind(soft, [examples[i] for i in group], model)
+        states = hidden_states(model, row, soft)[row.predictors[row.supervised]]
+        for i, own in zip(group, states.split([examples[i].supervised for i in group]), strict=True):
+            results[i] = own
+    return results
+
+
 def apply_scalar_head(hidden: Tensor, scalar_head: Tensor) -> Tensor:
     """hidden (N, H), scalar_head (1, H) -> (N,), in fp32 at least."""
     return (hidden.to(torch.promote_types(hidden.dtype, scalar_head.dtype)) @ scalar_head.T)[:, 0]

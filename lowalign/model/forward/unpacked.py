@@ -65,6 +65,20 @@ def row_scores(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt, 
     ]
 
 
+def row_states(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt) -> list[Tensor]:
+    """As `packed_states`, a row at a time."""
+    results = []
+    for e in examples:
+        parts = []
+        for i, completion in enumerate(e.completions):
+            predicted = len(completion) if e.prompt else len(completion) - 1
+            hidden = _hidden(model, e.prompt + completion[:-1], soft, predicted)
+            mask = torch.tensor(e.mask(i)[len(completion) - predicted :], dtype=torch.bool)
+            parts.append(hidden[mask.to(hidden.device)])
+        results.append(torch.cat(parts))
+    return results
+
+
 @torch.no_grad()
 def keys_values(model: nn.Module, ids: list[int]) -> list[KeysValues]:
     """For each layer the keys and values of a row of tokens, (1, kv_heads, len(ids), head_dim) each."""
