@@ -36,7 +36,7 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
     Of `model` (a folder or a Hub id) only the tokenizer is loaded. Raises UserError when it or a file cannot be read.
     """
     tokenizer = load_tokenizer(model, revision)
-    chat = load_chat(tokenizer, config.template)
+    chat = load_chat(tokenizer, config)
     dataset = read_examples(config.files, chat, replace(config, on_error="skip"), encoder=_encoder(config))
     print("\n".join(report_lines(dataset.report)))
     repeated = len(dataset.examples) - len(set(map(content_of, dataset.examples)))

@@ -50,6 +50,15 @@ class DataConfig:
     """Bad rows: refuse to start, or skip them and list them in OUT/rejected.jsonl."""
     template: Path | None = None
     """Jinja file with a chat template, used instead of the tokenizer's own."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE …: variables of the chat template, for example enable_thinking=false. They become part of the template
+    that is saved with the adapter."""
+    thoughts: Literal["last", "all", "none"] = "last"
+    """Thoughts of the assistant (reasoning_content, <think> in the text). last: as the chat template writes them; where it
+    takes them out of earlier turns, each turn becomes one example. all: one example, with the thoughts of all turns. none:
+    left out."""
+    lossy: Literal["drop", "keep"] = "drop"
+    """Rows whose supervised text, call or thoughts the chat template leaves out: drop them, or learn the rest."""
     limit: int | None = None
     """Use only the first N rows of each file, for a trial."""
     cache: bool = True

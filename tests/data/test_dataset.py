@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache, dataset
-from lowalign.data.chat import TOOLS_NOTE, Chat
+from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.report import report_lines, spread
+from lowalign.data.variants import TOOLS_NOTE
 from lowalign.errors import UserError
 from tests.data import made
 
@@ -95,10 +96,12 @@ def test_lengths_at_the_edge(folder: Path, extra: int) -> None:
 
 
 def test_when_nothing_is_left_it_says_why(folder: Path) -> None:
-    thinking = Chat(made.chatml(), made.CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"))
-    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(UserError, match=r"no row of .*a\.jsonl can be used: the chat template begins an answer"):
-        load([write(folder / "a.jsonl", [talk])], thinking)
+    silent = Chat(made.chatml(), made.CHATML.replace("m.content +", "(m.content if loop.first else m.content[:12]) +"))
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a long, long answer"}]}
+    with pytest.raises(
+        UserError, match=r"no row of .*a\.jsonl can be used: the chat template leaves out the text of an"
+    ):
+        load([write(folder / "a.jsonl", [talk])], silent)
     chat = Chat(made.chatml())
     with pytest.raises(UserError, match="the files are empty"):
         load([write(folder / "a.jsonl", [])], chat)
