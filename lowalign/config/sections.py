@@ -43,9 +43,16 @@ class DataConfig:
     """Number of rows to hold out, if `eval` names no files. They are chosen at random, by train.seed."""
     shape: ShapeName = "auto"
     """Row format. auto: recognised from the columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns to leave out of the rows. Rows with columns that change their meaning and are not used are refused."""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW …: columns to read under another name, for example functions=tools system_prompt=system."""
     max_length: int = 2048
-    """Maximum tokens of one example. A longer one keeps its completion; its prompt is cut from the left. ppo: maximum
-    tokens of a prompt; longer prompts are left out."""
+    """Maximum tokens of one example; see `long`. ppo: maximum tokens of a prompt; longer prompts are left out."""
+    long: Literal["turns", "left", "drop"] = "turns"
+    """Examples that are too long. turns: a conversation loses the turns at its end that do not fit; where not even the first
+    answer fits, as left. left: the prompt is cut from the left, the completion is kept. drop: the row is left out.
+    Preferences are cut from the left, or dropped."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """Bad rows: refuse to start, or skip them and list them in OUT/rejected.jsonl."""
     template: Path | None = None

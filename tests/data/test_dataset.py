@@ -133,9 +133,9 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     talk = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}] * 2
     rows = [answer("a"), {"messages": talk}, {"text": "the cat " * 40}, answer("a"), {"text": "a"}]
     file = write(folder / "rows é.jsonl", rows)
-    fresh = load([file], chat, cache=False, max_length=30)
+    fresh = load([file], chat, cache=False, max_length=60)
     assert not (folder / "cache").exists()
-    stored = load([file], chat, max_length=30)
+    stored = load([file], chat, max_length=60)
     (path,) = (folder / "cache" / "data").iterdir()
     whole = path.read_bytes()
 
@@ -144,7 +144,7 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_tokenize", never)
-        recalled = load([file], chat, max_length=30)
+        recalled = load([file], chat, max_length=60)
     assert fresh.examples == stored.examples == recalled.examples
     assert fresh.report == stored.report == recalled.report
     assert any(False in e.masks[0] for e in recalled.examples)
@@ -153,7 +153,7 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     flipped["ids"][0] += 1
     for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), None):
         save_file(flipped, path) if damaged is None else path.write_bytes(damaged)
-        again = load([file], chat, max_length=30)
+        again = load([file], chat, max_length=60)
         assert (again.examples, again.report) == (fresh.examples, fresh.report)
         assert cache.read(path.stem) is not None
     assert len(list(path.parent.iterdir())) == 1
