@@ -83,7 +83,7 @@ def test_data_check_exits_with_1_when_rows_are_bad(monkeypatch):
     monkeypatch.setattr(data_check, "check", lambda *arguments: calls.append(arguments) or len(calls) - 1)
     command = ["data", "check", "a", "--model", "m", "--data", "b", "--data.shape", "text"]
     assert [cli.main(command), cli.main(command)] == [0, 1]
-    assert calls == [(AnyDataConfig(files=("a", "b"), shape="text"), "m", None, 3)] * 2
+    assert calls == [(AnyDataConfig(files=("a", "b"), shape="text"), "m", None, 3, None)] * 2
 
 
 def test_a_verb_is_one_entry_of_the_table(called, monkeypatch, capsys):

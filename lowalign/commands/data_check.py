@@ -5,7 +5,8 @@ import re
 import sys
 from dataclasses import replace
 from itertools import groupby
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,8 @@ from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_ENCODER
 from lowalign.data.report import content_of, report_lines
 from lowalign.data.rows.read import Row, read_rows
+from lowalign.durable import write_jsonl
+from lowalign.errors import UserError
 from lowalign.model.base.hub import load_tokenizer
 
 HEAD, TAIL = 800, 300  # characters shown of a long span
@@ -26,17 +29,21 @@ SAMPLE = 100  # rows of each file that decide whether they are preferences
 def data_check(config: DataCheckConfig) -> int:
     """Run the command. Returns the exit code: 1 when there are bad rows."""
     data = replace(config.data, files=(*config.files, *config.data.files))
-    return 1 if check(data, config.model, config.revision, config.rows) else 0
+    return 1 if check(data, config.model, config.revision, config.rows, config.examples) else 0
 
 
-def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3) -> int:
+def check(
+    config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3, out: Path | None = None
+) -> int:
     """Print the report on config.files (formats, lengths, dropped and repeated rows) and the first `rows` Examples with
-    their supervised tokens marked. Returns the number of bad rows.
+    their supervised tokens marked; write all Examples to `out`. Returns the number of bad rows.
 
     Of `model` (a folder or a Hub id) only the tokenizer is loaded. Raises UserError when it or a file cannot be read.
     """
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists; --examples writes a new file")
     tokenizer = load_tokenizer(model, revision)
-    chat = load_chat(tokenizer, config.template)
+    chat = load_chat(tokenizer, config)
     dataset = read_examples(config.files, chat, replace(config, on_error="skip"), encoder=_encoder(config))
     print("\n".join(report_lines(dataset.report)))
     repeated = len(dataset.examples) - len(set(map(content_of, dataset.examples)))
@@ -44,6 +51,9 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
         print(f"in all files together {repeated:,} examples repeat an earlier one")
     if dataset.bad:
         print("\n".join(list_bad(dataset)))
+    if out is not None:
+        write_jsonl(out, (_as_json(example, tokenizer) for example in dataset.examples))
+        print(f"{len(dataset.examples):,} examples written to {out}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in dataset.examples[:rows]:
         marked = "in green" if colour else "in «…»"
@@ -53,6 +63,16 @@ def check(config: AnyDataConfig, model: str, revision: str | None = None, rows: 
         print(f"\n{example.source} ({', '.join(facts)})")
         print(marked_text(example, tokenizer, colour))
     return len(dataset.bad)
+
+
+def _as_json(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The Example as a line of the file of --examples; rank, label, margin and weight where it has them."""
+    masks = [example.mask(i) for i in range(len(example.completions))]
+    parts = [(example.prompt, [False] * len(example.prompt)), *zip(example.completions, masks, strict=True)]
+    line = {"source": example.source, "prompt": example.prompt, "completions": example.completions, "masks": masks}
+    line["text"] = [_marked(ids, mask, tokenizer, False, whole=True) for ids, mask in parts]
+    defaults = {"rank": None, "label": None, "margin": 0.0, "weight": 1.0}
+    return line | {name: getattr(example, name) for name in defaults if getattr(example, name) != defaults[name]}
 
 
 def _encoder(config: AnyDataConfig) -> RowEncoder:
@@ -83,12 +103,16 @@ def marked_text(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bo
     return "\n".join(f"{heading}:\n{text}" for heading, text in parts)
 
 
-def _marked(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def _marked(
+    ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase, colour: bool, whole: bool = False
+) -> str:
+    """The text of the ids, supervised spans marked; long spans shortened and control characters escaped, unless `whole`."""
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
     text = ""
     for supervised, span in groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
-        decoded = _escape_controls(tokenizer.decode([i for _, i in span], clean_up_tokenization_spaces=False))
-        if len(decoded) > HEAD + TAIL:
+        decoded = tokenizer.decode([i for _, i in span], clean_up_tokenization_spaces=False)
+        decoded = decoded if whole else _escape_controls(decoded)
+        if not whole and len(decoded) > HEAD + TAIL:
             decoded = f"{decoded[:HEAD]} […] {decoded[-TAIL:]}"
         text += f"{begin}{decoded}{end}" if supervised else decoded
     return text

@@ -218,6 +218,8 @@ class DataCheckConfig:
     """Branch, tag or commit of a Hub model."""
     rows: int = 3
     """Number of examples to show with their supervised tokens marked."""
+    examples: Path | None = None
+    """New JSONL file for all examples: source, ids of prompt and completions, masks, text with supervised parts in «…»."""
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE…")] = ()
     """Files to check, before the flags: JSON or JSONL, or Hub dataset ids (NAME or NAME:SPLIT)."""
     data: AnyDataConfig = field(default_factory=AnyDataConfig)

@@ -43,13 +43,29 @@ class DataConfig:
     """Number of rows to hold out, if `eval` names no files. They are chosen at random, by train.seed."""
     shape: ShapeName = "auto"
     """Row format. auto: recognised from the columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns to leave out of the rows. Rows with columns that change their meaning and are not used are refused."""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW …: columns to read under another name, for example functions=tools system_prompt=system."""
     max_length: int = 2048
-    """Maximum tokens of one example. A longer one keeps its completion; its prompt is cut from the left. ppo: maximum
-    tokens of a prompt; longer prompts are left out."""
+    """Maximum tokens of one example; see `long`. ppo: maximum tokens of a prompt; longer prompts are left out."""
+    long: Literal["turns", "left", "drop"] = "turns"
+    """Examples that are too long. turns: a conversation loses the turns at its end that do not fit; where not even the first
+    answer fits, as left. left: the prompt is cut from the left, the completion is kept. drop: the row is left out.
+    Preferences are cut from the left, or dropped."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """Bad rows: refuse to start, or skip them and list them in OUT/rejected.jsonl."""
     template: Path | None = None
     """Jinja file with a chat template, used instead of the tokenizer's own."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE …: variables of the chat template, for example enable_thinking=false. They become part of the template
+    that is saved with the adapter."""
+    thoughts: Literal["last", "all", "none"] = "last"
+    """Thoughts of the assistant (reasoning_content, <think> in the text). last: as the chat template writes them; where it
+    takes them out of earlier turns, each turn becomes one example. all: one example, with the thoughts of all turns. none:
+    left out."""
+    lossy: Literal["drop", "keep"] = "drop"
+    """Rows whose supervised text, call or thoughts the chat template leaves out: drop them, or learn the rest."""
     limit: int | None = None
     """Use only the first N rows of each file, for a trial."""
     cache: bool = True

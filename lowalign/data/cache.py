@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.data.pack import Example
 from lowalign.durable import write_file
 
-FORMAT = 3  # to be raised when the meaning of a stored file or the result of tokenizing changes
+FORMAT = 4  # to be raised when the meaning of a stored file or the result of tokenizing changes
 FIELDS = ("rank", "margin", "label", "weight", "source")  # fields of an Example that are stored besides its tokens
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from lowalign.data.report import FileStats, merge_reports
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError, is_file, read_rows
 from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
+from lowalign.data.rows.unused import read_renames, with_columns
 from lowalign.data.template import Unrenderable
-from lowalign.data.truncate import chunks, fit
+from lowalign.data.truncate import chunks, fit, turn_ends, up_to, whole_turns
 from lowalign.durable import file_hash, write_jsonl
 from lowalign.errors import UserError
 
@@ -141,7 +142,7 @@ def _read_file(name: str, chat: Chat, config: DataConfig, encoder: RowEncoder) -
 def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
     stats, examples, notes_before = FileStats(name), [], chat.notes.copy()
     stats.rows = len(rows)
-    groups, bad = _parse(rows, encoder, config.shape, stats)
+    groups, bad = _parse(rows, encoder, config, stats)
     for group in groups:
         try:
             encoded = encoder.encode([row.parsed for row in group], chat, config, stats)
@@ -164,10 +165,11 @@ def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfi
 
 
 def _parse(
-    rows: list[Row | BadRow], encoder: RowEncoder, name: str, stats: FileStats
+    rows: list[Row | BadRow], encoder: RowEncoder, config: DataConfig, stats: FileStats
 ) -> tuple[list[list[_ParsedRow]], dict[int, BadRow]]:
-    """-> the parsed rows in groups, in the order of their first rows, and the bad rows by number. name: option `shape`."""
-    formats = encoder.formats.named(name)
+    """-> the parsed rows in groups, in the order of their first rows, and the bad rows by number."""
+    formats, renames = encoder.formats.named(config.shape), read_renames(config.rename)
+    rows = [_with_columns(row, renames, config.ignore) for row in rows]
     common = formats.common(row.data for row in rows if isinstance(row, Row))
     groups: dict[Hashable, list[_ParsedRow]] = {}
     bad: dict[int, BadRow] = {}
@@ -185,6 +187,15 @@ def _parse(
         key = encoder.group_key(parsed)
         groups.setdefault(number if key is None else key, []).append(_ParsedRow(number, row, row_format, parsed))
     return list(groups.values()), bad
+
+
+def _with_columns(row: Row | BadRow, renames: dict[str, str], ignore: tuple[str, ...]) -> Row | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return replace(row, data=with_columns(row.data, renames, ignore))
+    except RowError as error:
+        return _bad(row, error)
 
 
 def _bad(row: Row, error: RowError) -> BadRow:
@@ -206,15 +217,32 @@ def _encode(
         examples = [chat.completion(row.prompt, row.completion)]
     else:
         examples = chat.example(row.messages, row.tools)
-    kept, cuts = [], set()
     for example in examples:
         stats.measure(example)
-        fitted, cut = fit(example, max_length, chat.bos_ids)
-        cuts.add(cut)
-        kept += [fitted] if fitted is not None else []
-    if kept and cuts != {None}:
-        stats.cut["completion" if "completion" in cuts else "prompt"] += 1
+    kept, cuts = _fitted(examples, chat, config, isinstance(row, Conversation))
+    if kept and cuts:
+        stats.cut[next(cut for cut in ("completion", "prompt", "turns") if cut in cuts)] += 1
     return kept
+
+
+def _fitted(
+    examples: list[Example], chat: Chat, config: DataConfig, conversation: bool
+) -> tuple[list[Example], set[str]]:
+    """-> the Examples of a row in at most config.max_length tokens, by config.long, and what was cut: "completion",
+    "prompt", "turns". Raises RowDropped."""
+    limit = config.max_length
+    too_long = [example for example in examples if example.length > limit]
+    if not too_long:
+        return examples, set()
+    if config.long == "drop":
+        raise RowDropped(f"longer than {limit:,} tokens")
+    if config.long == "turns" and conversation:
+        shortened = [example if example.length <= limit else whole_turns(example, limit) for example in examples]
+        if kept := [example for example in shortened if example is not None]:
+            return kept, {"turns"}
+        examples = [up_to(examples[0], turn_ends(examples[0])[0])]
+    fitted = [fit(example, limit, chat.bos_ids) for example in examples]
+    return [example for example, _ in fitted if example is not None], {cut for _, cut in fitted if cut}
 
 
 SFT_ENCODER = RowEncoder(SFT_ROWS, lambda row: None, _encode)

@@ -58,6 +58,10 @@ class Encoder:
         """The ids of a whole text, beginning with `bos_ids`, and with bos at most once."""
         if ids[: len(self.bos_ids)] != self.bos_ids:
             ids = self.bos_ids + ids
+        return self.one_bos(ids)
+
+    def one_bos(self, ids: list[int]) -> list[int]:
+        """The ids, with bos at most once at their beginning."""
         while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return ids

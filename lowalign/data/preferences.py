@@ -65,6 +65,9 @@ def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConf
     if config.ties == "drop" and example.rank and len(set(example.rank)) == 1:
         raise RowDropped("none of its answers is better than another")
     stats.measure(example)
+    longest = len(example.prompt) + max(map(len, example.completions))
+    if config.long == "drop" and longest > config.max_length:
+        raise RowDropped(f"longer than {config.max_length:,} tokens")
     fitted, cut = fit(example, config.max_length, chat.bos_ids)
     if fitted is None:
         return []

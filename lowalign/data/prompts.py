@@ -81,7 +81,7 @@ def _prompt(data: dict[str, Any]) -> Prompt:
         messages = [*preference.prompt, *preference.completions[0]]
     else:
         messages = read_turns(value, column)
-    if column == "conversations":
+    if column in ("conversations", "messages", "prompt"):
         messages = with_system(data, messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

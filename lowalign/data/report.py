@@ -125,6 +125,7 @@ def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
     of_rows = f"of {file['rows']:,} rows"
     longest = f"longest {file['lengths']['total'].get('max', 0):,} > {max_length:,} tokens"
     cuts = {"prompt": "cut in the prompt", "completion": "cut in the completion", "chunked": "split"}
+    cuts["turns"] = "without the turns at the end that do not fit"
     lines += [f"  {count:,} {of_rows} {cuts[kind]}, {longest}" for kind, count in file["cut"].items()]
     if file["bad"]:
         lines.append(f"  {file['bad']:,} {of_rows} bad")

@@ -1,9 +1,12 @@
-"""A chat template: rendering, the roles it supports, and how it ends an assistant turn."""
+"""A chat template: its text, rendering, and how it ends an assistant turn."""
 
 import json
-from functools import cached_property
+import re
+from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowalign.data.rows.turns import Message, Tools
 from lowalign.errors import UserError
@@ -15,20 +18,10 @@ CHATML = (
     "{%% endfor %%}{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
 )
 
-# Messages to try a template with. The call's id has nine letters and digits: Mistral's templates refuse any other.
+GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 USER = {"role": "user", "content": "probe_user"}
 SYSTEM = {"role": "system", "content": "probe_system"}
 ANSWER = {"role": "assistant", "content": "probe_answer"}
-FUNCTION = {"name": "probe_name", "description": "probe_description"}
-PARAMETERS = {"type": "object", "properties": {"place": {"type": "string", "description": "A place."}}}
-TOOL = {"type": "function", "function": FUNCTION | {"parameters": PARAMETERS}}
-CALL = {
-    "id": "call00001",
-    "type": "function",
-    "function": {"name": "probe_name", "arguments": {"place": "probe_place"}},
-}
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "probe_result", "name": "probe_name", "tool_call_id": "call00001"}
 
 
 class Unrenderable(UserError):
@@ -39,14 +32,16 @@ class Template:
     """The chat template in use.
 
     text: its Jinja text (of several templates, the one named "default"). with_tools: the template for rows with tools, if
-    it is another one. end_token: the token that ends an assistant turn, as a string; None if there is none.
-    special_tokens: the strings that only the template may write. forbidden: a string that begins a turn and is not a
-    token, so the same characters in a row would look like a turn (default template only).
+    it is another one. end_token: the token that ends an assistant turn, as a string; None if there is none. shared_end:
+    that token begins the next turn, because the template ends no turn by itself. special_tokens: the strings that only
+    the template may write. forbidden: a string that begins a turn and is not a token, so the same characters in a row
+    would look like a turn (default template only).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
-        """text: Jinja; None takes the tokenizer's own, or ChatML where it has none. Raises UserError when the template
-        cannot render a question and an answer."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, arguments: Sequence[str] = ()):
+        """text: Jinja; None takes the tokenizer's own, or ChatML where it has none. arguments: NAME=VALUE, variables of
+        the template; they become part of `text`, so that whoever renders it gets the same. Raises UserError when the
+        template cannot render a question and an answer."""
         self.tokenizer = tokenizer
         self.forbidden: str | None = None
         self.with_tools: str | None = None
@@ -58,6 +53,9 @@ class Template:
                 )
             own, self.with_tools = own["default"], own.get("tool_use")
         self.text: str = text or own or self._chatml()
+        variables = "".join(map(_assignment, arguments))
+        self.text, self.with_tools = variables + self.text, self.with_tools and variables + self.with_tools
+        self.has_generation_tags = bool(GENERATION.search(self.text)) and not self.with_tools
         self._find_end_token()
 
     def _chatml(self) -> str:
@@ -81,48 +79,73 @@ class Template:
         special = {*self.tokenizer.all_special_tokens, *(token.content for token in tokens if token.special)}
         # An added token that is blank or a plain word cannot end a turn.
         added = special | {token.content for token in tokens if not (token.content.strip() or "a").isalnum()}
-        after = rendered.rpartition("probe_answer")[2]
-        positions = {text: after.index(text) for text in added if text in after}
-        self.end_token = min(positions, key=lambda text: (positions[text], -len(text)), default=None)
+        self.end_token = _first(added, rendered.rpartition("probe_answer")[2])
+        between = self._between_turns()
+        self.shared_end = self.end_token is None and (marker := _first(added, between)) not in (
+            None,
+            self.tokenizer.bos_token,
+        )
+        if self.shared_end:
+            self.end_token = marker
         # Some tokenizers do not flag the tokens around a turn as special. Added tokens that the template writes around a
-        # user's turn count as special here; those that belong to answers (<think>) do not.
+        # user's turn count as special here. Those that belong to answers (<think>) do not, also where a default system
+        # text names them: they come in pairs.
         around = self.render([USER])
-        self.special_tokens = {text for text in added if text in special or text in around or text == self.end_token}
+        paired = {text for text in added if {f"<{text[2:]}", f"</{text[1:]}"} & added and text not in between}
+        self.special_tokens = {
+            text
+            for text in added
+            if text in special or text == self.end_token or (text in around and text not in paired)
+        }
+
+    def _between_turns(self) -> str:
+        """What the template writes between an answer and the next question."""
+        try:
+            rendered = self.render([USER, ANSWER, USER | {"content": "probe_next"}])
+        except Unrenderable:
+            return ""
+        return rendered.partition("probe_answer")[2].partition("probe_next")[0]
 
     def render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
         """The conversation as text. generation: end it with the header of an assistant turn.
 
         Raises Unrenderable, with the template's own message, when the template fails.
         """
+        return self._rendered(messages, tools, add_generation_prompt=generation)[0][0]
+
+    def render_tagged(self, messages: list[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and the begin and end of each {% generation %} block in it. Raises as `render`."""
+        (rendered,), (spans,) = self._rendered(messages, tools, return_assistant_tokens_mask=True)
+        return rendered, [(start, end) for start, end in spans if end > start]
+
+    def _rendered(self, messages: list[Message], tools: Tools, **options: bool) -> tuple[list[str], list[Any]]:
         messages = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
-        text = self.with_tools if tools and self.with_tools else self.text
+        text = self.with_tools if tools is not None and self.with_tools else self.text
+        variables: dict[str, Any] = {**self.tokenizer.special_tokens_map, "date_string": DATE, **options}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=text,
-                add_generation_prompt=generation,
-                tokenize=False,
-                date_string=DATE,
-            )
+            # As apply_chat_template, but a content of null stays null: some templates write calls only then.
+            return render_jinja_template([messages], tools, chat_template=text, **variables)
         except Exception as error:  # a template is a program: it can fail in any way
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise Unrenderable(f"the chat template cannot render it: {reason}") from error
 
-    @cached_property
-    def has_system(self) -> bool:
-        """Whether the template renders a system message."""
-        return self._renders([SYSTEM, USER], None, "probe_system")
 
-    @cached_property
-    def has_tools(self) -> bool:
-        """Whether the template renders tools, calls and results."""
-        turns = [USER, CALLING, RESULT, ANSWER]
-        return self._renders(turns, [TOOL], "probe_description", "probe_place", "probe_result")
+def _first(tokens: set[str], text: str) -> str | None:
+    """The token that comes first in the text, the longest of several; None if there is none."""
+    positions = {token: text.index(token) for token in tokens if token in text}
+    return min(positions, key=lambda token: (positions[token], -len(token)), default=None)
 
-    def _renders(self, messages: list[Message], tools: Tools, *words: str) -> bool:
-        try:
-            rendered = self.render(messages, tools)
-        except Unrenderable:
-            return False
-        return all(word in rendered for word in words)
+
+def _assignment(argument: str) -> str:
+    """The Jinja statement for NAME=VALUE. VALUE is JSON, or text."""
+    name, equals, value = argument.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"--data.template-args {argument}: write NAME=VALUE, for example enable_thinking=false")
+    try:
+        literal = json.loads(value)
+    except ValueError:
+        literal = value
+    if isinstance(literal, dict | list):
+        raise UserError(f"--data.template-args {argument}: the value must be text, a number, true, false or null")
+    written = "none" if literal is None else json.dumps(literal, ensure_ascii=False)
+    return f"{{%- set {name} = {written} %}}\n"  # templates are compiled with trim_blocks

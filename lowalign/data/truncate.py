@@ -31,6 +31,25 @@ def fit(example: Example, max_length: int, bos_ids: list[int]) -> tuple[Example 
     return (example if all(any(example.mask(i)) for i in range(len(example.completions))) else None), cut
 
 
+def whole_turns(example: Example, max_length: int) -> Example | None:
+    """The Example up to the last supervised turn of its completion that ends within `max_length` tokens; None when not even
+    the first one does."""
+    room = max_length - len(example.prompt)
+    end = max((end for end in turn_ends(example) if end <= room), default=0)
+    return up_to(example, end) if end else None
+
+
+def turn_ends(example: Example) -> list[int]:
+    """The lengths of the completion at which its supervised turns end."""
+    mask = [*example.masks[0], False]
+    return [i + 1 for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
+
+
+def up_to(example: Example, end: int) -> Example:
+    """The Example with the first `end` tokens of its completion."""
+    return replace(example, completions=[example.completions[0][:end]], masks=[example.masks[0][:end]])
+
+
 def chunks(document: Example, max_length: int) -> list[Example]:
     """Split a document into consecutive Examples of at most `max_length` tokens; each token is supervised in one of them.
 

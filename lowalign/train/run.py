@@ -65,7 +65,7 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
         # The rows first: errors in them are reported before a large model is loaded.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
-        chat = load_chat(tokenizer, config.data.template)
+        chat = load_chat(tokenizer, config.data)
         rows, heldout = job.read(tokenizer, chat)
         host = Host(base or Base.load(config.model, **vars(config.base)))
         policy, initial = start_policy(

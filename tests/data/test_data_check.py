@@ -62,6 +62,34 @@ def test_check_recognises_preferences(
     assert f"{file}: 1 rows (1 prompt-completion), 1 used" in shown([{"prompt": "q", "completion": "x"}])
 
 
+def test_all_examples_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Every example with its ids; the marked text is that of the ids."""
+    monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))
+    tokenizer = made.chatml()
+    tokenizer.save_pretrained(tmp_path / "model")
+    file, out = tmp_path / "rows.jsonl", tmp_path / "examples.jsonl"
+    talk = [{"role": "user", "content": "hi\x1b"}, {"role": "assistant", "content": "ho " * 500}]
+    rows = [{"messages": talk * 2}, {"prompt": "q", "completion": "x"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert check(AnyDataConfig(files=(str(file),), max_length=9000), str(tmp_path / "model"), out=out) == 0
+    assert f"2 examples written to {out}" in capsys.readouterr().out
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert first["source"] == f"{file}:1" and second["source"] == f"{file}:2"
+    stock = tokenizer.apply_chat_template(talk * 2, return_dict=False)
+    ids = first["prompt"] + first["completions"][0]
+    assert ids == stock[: len(ids)]
+    learned = [i for i, m in zip(first["completions"][0], first["masks"][0], strict=True) if m]
+    assert tokenizer.decode(learned) == ("ho " * 500 + "<|im_end|>") * 2
+    assert first["text"][0] == "<|im_start|>user\nhi\x1b<|im_end|>\n<|im_start|>assistant\n"
+    assert first["text"][1].count("«" + "ho " * 500 + "<|im_end|>»") == 2 and second["text"] == ["q", "«x<|im_end|>»"]
+    with pytest.raises(UserError, match=r"examples\.jsonl exists"):
+        check(AnyDataConfig(files=(str(file),)), str(tmp_path / "model"), out=out)
+    file.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}))
+    check(AnyDataConfig(files=(str(file),)), str(tmp_path / "model"), out=tmp_path / "pairs.jsonl")
+    (pair,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert pair["rank"] == [0, 1] and pair["margin"] == 2 and pair["text"] == ["q", "«a<|im_end|>»", "«b<|im_end|>»"]
+
+
 def test_colour_and_long_rows() -> None:
     tokenizer = made.chatml()
     (example,) = Chat(tokenizer).example(

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache, dataset
-from lowalign.data.chat import TOOLS_NOTE, Chat
+from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.report import report_lines, spread
+from lowalign.data.variants import TOOLS_NOTE
 from lowalign.errors import UserError
 from tests.data import made
 
@@ -95,10 +96,12 @@ def test_lengths_at_the_edge(folder: Path, extra: int) -> None:
 
 
 def test_when_nothing_is_left_it_says_why(folder: Path) -> None:
-    thinking = Chat(made.chatml(), made.CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"))
-    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(UserError, match=r"no row of .*a\.jsonl can be used: the chat template begins an answer"):
-        load([write(folder / "a.jsonl", [talk])], thinking)
+    silent = Chat(made.chatml(), made.CHATML.replace("m.content +", "(m.content if loop.first else m.content[:12]) +"))
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a long, long answer"}]}
+    with pytest.raises(
+        UserError, match=r"no row of .*a\.jsonl can be used: the chat template leaves out the text of an"
+    ):
+        load([write(folder / "a.jsonl", [talk])], silent)
     chat = Chat(made.chatml())
     with pytest.raises(UserError, match="the files are empty"):
         load([write(folder / "a.jsonl", [])], chat)
@@ -130,9 +133,9 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     talk = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}] * 2
     rows = [answer("a"), {"messages": talk}, {"text": "the cat " * 40}, answer("a"), {"text": "a"}]
     file = write(folder / "rows é.jsonl", rows)
-    fresh = load([file], chat, cache=False, max_length=30)
+    fresh = load([file], chat, cache=False, max_length=60)
     assert not (folder / "cache").exists()
-    stored = load([file], chat, max_length=30)
+    stored = load([file], chat, max_length=60)
     (path,) = (folder / "cache" / "data").iterdir()
     whole = path.read_bytes()
 
@@ -141,7 +144,7 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_tokenize", never)
-        recalled = load([file], chat, max_length=30)
+        recalled = load([file], chat, max_length=60)
     assert fresh.examples == stored.examples == recalled.examples
     assert fresh.report == stored.report == recalled.report
     assert any(False in e.masks[0] for e in recalled.examples)
@@ -150,7 +153,7 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     flipped["ids"][0] += 1
     for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), None):
         save_file(flipped, path) if damaged is None else path.write_bytes(damaged)
-        again = load([file], chat, max_length=30)
+        again = load([file], chat, max_length=60)
         assert (again.examples, again.report) == (fresh.examples, fresh.report)
         assert cache.read(path.stem) is not None
     assert len(list(path.parent.iterdir())) == 1

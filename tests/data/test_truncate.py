@@ -1,11 +1,19 @@
 """Rows that are too long: what is kept, to the token."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
+from lowalign.config.sections import DataConfig
+from lowalign.data.chat import Chat
+from lowalign.data.dataset import SFT_ENCODER, Dataset, read_examples
 from lowalign.data.pack import Example
+from lowalign.data.report import FileStats
+from lowalign.data.rows.sft_rows import Conversation
 from lowalign.data.truncate import chunks, fit
+from tests.data import made
 
 BOS = 99
 
@@ -79,3 +87,46 @@ def test_no_token_of_a_document_is_lost(tokens: int, bos_ids: list[int]) -> None
     assert all(piece.prompt == bos_ids for piece in pieces) if bos_ids else pieces[0].prompt == []
     if not bos_ids:  # later stretches are predicted from the token before them
         assert all(piece.prompt == [piece.completions[0][0] - 1] for piece in pieces[1:])
+
+
+def test_a_long_chat_keeps_its_system_turn_and_first_question(tmp_path: Path) -> None:
+    """It loses whole turns at its end; its first answer is learned after the first question."""
+    chat = Chat(made.chatml())
+    turns = [{"role": "system", "content": "Be brief."}]
+    for k in range(5):
+        turns += [{"role": "user", "content": f"question {k}"}, {"role": "assistant", "content": f"answer {k}"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": turns}))
+    (whole,), (three,) = chat.example(turns), chat.example(turns[:7])
+
+    def read(limit: int, **options: str) -> Dataset:
+        return read_examples([str(file)], chat, DataConfig(max_length=limit, cache=False, **options))
+
+    for limit in (three.length, three.length + 5):
+        (example,) = read(limit).examples
+        assert (example.prompt, example.completions, example.masks) == (three.prompt, three.completions, three.masks)
+    dataset = read(three.length)
+    assert dataset.report["files"][0]["cut"] == {"turns": 1}
+    assert dataset.report["files"][0]["end_of_turn"] == {"turns": 3, "ended": 3}
+    (cut,) = read(whole.length - 4, long="left").examples
+    assert cut.completions == whole.completions and cut.prompt == whole.prompt[4:]
+    dropped = read(whole.length - 1, long="drop")
+    assert not dropped.examples and dropped.report["dropped"] == 1
+    (first,) = chat.example(turns[:3])
+    (short,) = read(first.length - 2).examples
+    assert short.completions == first.completions and short.prompt == first.prompt[2:]
+
+
+def test_a_long_chat_of_one_example_a_turn_loses_the_last_ones() -> None:
+    chat, config = Chat(made.chatml(made.QWEN3)), DataConfig(max_length=100, cache=False)
+    turns = []
+    for k in range(5):
+        turns += [
+            {"role": "user", "content": f"q {k}"},
+            {"role": "assistant", "content": f"<think>\nso\n</think>\na {k}"},
+        ]
+    examples = chat.example(turns)
+    stats = FileStats("file")
+    kept = SFT_ENCODER.encode([Conversation(turns)], chat, config, stats)
+    assert 0 < len(kept) < 5 and stats.cut == {"turns": 1}
+    assert [e.prompt for e in kept] == [e.prompt for e in examples[: len(kept)]]

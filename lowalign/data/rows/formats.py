@@ -1,16 +1,18 @@
 """Row formats (option `shape`), recognised by their columns.
 
-Columns that a format does not use are ignored: published data is full of ids, sources and scores. A missing column is an
+Columns that a format does not use are ignored: published data is full of ids, sources and scores. Those that change what
+a row means (rows/unused.py) are an error. A missing column is an
 error; the message names the column that may be its misspelling.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import closest, expected
+from lowalign.data.rows.unused import Meaning, refuse_unused
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,18 @@ class RowFormats:
         formats: Sequence[RowFormat],
         other_command_columns: Callable[[dict[str, Any]], Sequence[str]],
         other_command: str,
+        meanings: Mapping[str, Meaning],
     ):
         """other_command_columns: those columns of a row that mark it as data for another command; often none.
-        other_command: the words for the message that names that command."""
+        other_command: the words for the message that names that command. meanings: columns that no row may have unused."""
         self._formats = list(formats)
         self._other_command_columns, self._other_command = other_command_columns, other_command
+        self._meanings = meanings
 
     def named(self, name: str) -> "RowFormats":
         """The formats of that name; all for "auto"."""
         formats = [row_format for row_format in self._formats if name in ("auto", row_format.name)]
-        return RowFormats(formats, self._other_command_columns, self._other_command)
+        return RowFormats(formats, self._other_command_columns, self._other_command, self._meanings)
 
     def of(self, data: dict[str, Any]) -> RowFormat | None:
         """The first format whose columns the row has, null columns counted only if no format fits without them."""
@@ -85,4 +89,5 @@ class RowFormats:
                 raise RowError(expected(name, candidates))
             if data[name] is None:
                 raise RowError(f'"{name}" is null')
+        refuse_unused(data, row_format.ignored(data), row_format.name, self._meanings)
         return row_format.parse(data)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import RowError
-from lowalign.data.rows.sft_rows import SFT_ROWS, string, with_system
+from lowalign.data.rows.sft_rows import SFT_ROWS, refuse_system, string, with_system
 from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import (
     Message,
@@ -27,6 +27,7 @@ from lowalign.data.rows.turns import (
     read_turns,
     require_answer,
 )
+from lowalign.data.rows.unused import PREFERENCE_MEANINGS
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
@@ -74,12 +75,12 @@ def _pairs(data: dict[str, Any]) -> Preference:
 
 def _sharegpt(data: dict[str, Any]) -> Preference:
     prompt = with_system(data, read_turns(data["conversations"], "conversations"))
-    return _pairs(data | {"prompt": prompt})
+    return _pairs(data | {"prompt": prompt, "system": None})
 
 
 def _whole(data: dict[str, Any], chosen: str = "chosen", rejected: str = "rejected") -> Preference:
     """Two whole conversations; the prompt is their common beginning, found later."""
-    conversations = [_conversation(data, name) for name in (chosen, rejected)]
+    conversations = [with_system(data, _conversation(data, name)) for name in (chosen, rejected)]
     return Preference([], conversations, read_tools(data.get("tools")), rank=[0, 1], margin=_margin(data))
 
 
@@ -147,6 +148,7 @@ def _prompt_and_completions(data: dict[str, Any], *names: str) -> dict[str, Any]
     """The fields of PromptAndCompletions: the column `prompt`, and completions in the columns `names`."""
     prompt, values = data["prompt"], [data[name] for name in names]
     if not isinstance(prompt, list | dict) and not any(isinstance(value, list | dict) for value in values):
+        refuse_system(data)
         return {"prompt": string(data, "prompt", empty=True), "completions": [string(data, name) for name in names]}
     prompt = read_turns(_turns(prompt, "user"), "prompt")
     completions = []
@@ -157,6 +159,7 @@ def _prompt_and_completions(data: dict[str, Any], *names: str) -> dict[str, Any]
         if turns and turns[0]["role"] != "assistant":
             raise RowError(f"{name} begins with a turn of the {turns[0]['role']}, not of the assistant")
         completions.append(require_answer(turns, name))
+    prompt = with_system(data, prompt)
     return {"prompt": prompt, "completions": completions, "tools": read_tools(data.get("tools"))}
 
 
@@ -188,14 +191,20 @@ _whole_messages = partial(_whole, chosen="chosen_messages", rejected="rejected_m
 PREFERENCE_ROWS = RowFormats(
     [
         RowFormat("pairs", ("conversations", "chosen", "rejected"), ("system", "tools", "margin"), _sharegpt),
-        RowFormat("pairs", ("prompt", "chosen", "rejected"), ("tools", "margin"), _pairs),
-        RowFormat("pairs", ("chosen_messages", "rejected_messages"), ("tools", "margin"), _whole_messages),
-        RowFormat("pairs", ("chosen", "rejected"), ("tools", "margin"), _whole),
-        RowFormat("verdicts", ("prompt", "completion_a", "completion_b", "annotator", "verdict"), ("tools",), _verdict),
-        RowFormat("ranking", ("prompt", "completions"), ("ranks", "tools"), _ranking),
-        RowFormat("scores", ("prompt", "completion", "score"), ("tools",), _score),
-        RowFormat("labels", ("prompt", "completion", "label"), ("tools",), _label),
+        RowFormat("pairs", ("prompt", "chosen", "rejected"), ("system", "tools", "margin"), _pairs),
+        RowFormat("pairs", ("chosen_messages", "rejected_messages"), ("system", "tools", "margin"), _whole_messages),
+        RowFormat("pairs", ("chosen", "rejected"), ("system", "tools", "margin"), _whole),
+        RowFormat(
+            "verdicts",
+            ("prompt", "completion_a", "completion_b", "annotator", "verdict"),
+            ("system", "tools"),
+            _verdict,
+        ),
+        RowFormat("ranking", ("prompt", "completions"), ("ranks", "system", "tools"), _ranking),
+        RowFormat("scores", ("prompt", "completion", "score"), ("system", "tools"), _score),
+        RowFormat("labels", ("prompt", "completion", "label"), ("system", "tools"), _label),
     ],
     _other_command_columns,
     "a row without a preference; use lowalign sft",
+    PREFERENCE_MEANINGS,
 )

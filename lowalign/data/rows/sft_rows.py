@@ -7,6 +7,7 @@ from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import Message, Tools, as_messages, read_tools, read_turns, require_answer, unsupervised
+from lowalign.data.rows.unused import SFT_MEANINGS
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def _conversation(messages: list[Message], tools: Any) -> Conversation:
 
 
 def _messages(data: dict[str, Any]) -> Conversation:
-    return _conversation(read_turns(data["messages"], "messages"), data.get("tools"))
+    messages = read_turns(data["messages"], "messages")
+    return _conversation(with_system(data, messages), data.get("tools"))
 
 
 def _sharegpt(data: dict[str, Any]) -> Conversation:
@@ -58,17 +60,28 @@ def _sharegpt(data: dict[str, Any]) -> Conversation:
 def with_system(data: dict[str, Any], messages: list[Message]) -> list[Message]:
     """The messages, with the text of the column `system` first."""
     system = string(data, "system", empty=True)
+    if system and messages[0] == {"role": "system", "content": system}:
+        return messages
     if system and messages[0]["role"] == "system":
         return [messages[0] | {"content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
+def refuse_system(data: dict[str, Any]) -> None:
+    """Raise RowError when a row of plain text has a system text."""
+    if string(data, "system", empty=True):
+        raise RowError(
+            '"system" has no place in plain text; write the prompt as a list of turns, or leave it out with --data.ignore system'
+        )
+
+
 def _prompt_completion(data: dict[str, Any]) -> Conversation | PromptCompletion:
     if not isinstance(data["prompt"], list) and not isinstance(data["completion"], list):
+        refuse_system(data)
         return PromptCompletion(string(data, "prompt", empty=True), string(data, "completion"))
     prompt = read_turns(as_messages(data["prompt"], "user"), "prompt")
     completion = read_turns(as_messages(data["completion"], "assistant"), "completion")
-    return _conversation(unsupervised(prompt) + completion, data.get("tools"))
+    return _conversation(unsupervised(with_system(data, prompt)) + completion, data.get("tools"))
 
 
 def _alpaca(data: dict[str, Any]) -> Conversation:
@@ -100,12 +113,13 @@ def _other_command_columns(data: dict[str, Any]) -> tuple[str, ...]:
 # `prompt` beside `messages`.
 SFT_ROWS = RowFormats(
     [
-        RowFormat("messages", ("messages",), ("tools",), _messages),
+        RowFormat("messages", ("messages",), ("system", "tools"), _messages),
         RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-        RowFormat("prompt-completion", ("prompt", "completion"), ("tools",), _prompt_completion),
+        RowFormat("prompt-completion", ("prompt", "completion"), ("system", "tools"), _prompt_completion),
         RowFormat("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
         RowFormat("text", ("text",), (), _text),
     ],
     _other_command_columns,
     "a row of preferences; use lowalign dpo or lowalign reward",
+    SFT_MEANINGS,
 )

@@ -38,7 +38,7 @@ def expected(name: str, names: Collection[str]) -> str:
 def closest(name: str, names: Collection[str]) -> str | None:
     """The one of `names` most like `name`, ignoring case; None if none is close."""
     by_lower = {other.lower(): other for other in names}
-    close = difflib.get_close_matches(name.lower(), by_lower, 1, cutoff=0.7)
+    close = difflib.get_close_matches(name.lower(), by_lower, 1, cutoff=0.75)
     return by_lower[close[0]] if close else None
 
 
@@ -91,6 +91,8 @@ def _message(turn: Any, at: str, role_key: str) -> Message:
     if role == "call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(turn.get(content_key), f"{at}.{content_key}")}
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if calls and role != "assistant":
+        raise RowError(f"{at}: only a turn of the assistant can have calls, found them in one of the {role}")
     if turn.get(content_key) is None and not calls:
         if content_key in turn:
             raise RowError(f'{at}: "{content_key}" is null')
@@ -143,10 +145,20 @@ def _calls(value: Any, at: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise RowError(f"{at}: the arguments must be an object, found {json_type(arguments)}")
         call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append(call_id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append(
+            call_id
+            | {"type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
+        )
     if not calls:
         raise RowError(f"{at}: no call in it")
     return calls
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys whose value is null: Parquet gives every call the arguments of all calls, most of them null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(value: Any, at: str) -> Any:
