@@ -309,3 +309,20 @@ class PullConfig:
     """Folder to write. It must not exist."""
     revision: str | None = None
     """Branch, tag or commit. Default: main."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Run the stages of a file on one load of the base. Finished stages are skipped, an interrupted one is resumed."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
+    """A YAML file with stages, or the name of a pipeline that comes with lowalign, such as pipelines/sft_dpo."""
+    out: OutDir
+    """Folder of all stages: stage NAME is in OUT/NAME."""
+    model: str | None = None
+    """Base model of every stage, a folder or a Hub id. Default: the one in the file."""
+    set: tuple[str, ...] = ()
+    """NAME=VALUE…: what {NAME} stands for in the file."""
+    dry_run: bool = False
+    """Print the stages, and start none."""
+    base: BaseConfig = field(default_factory=BaseConfig)

@@ -257,3 +257,15 @@ def test_the_comparison_takes_prompts_of_a_file(made, tmp_path, monkeypatch):
         "[user]The quick</s>[assistant]",
         "[user]a fox</s>[assistant]",
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_base_that_was_quantized_from_another_dtype(dtype, tmp_path):
+    """The base is stored in fp32. NF4 of its fp32 and of its bf16 weights differ; the run's recipe says which it was."""
+    tiny_folder(tmp_path / "base", "llama")
+    host = Host(Base.load(tmp_path / "base", dtype=dtype, device="cpu", quiet=True))
+    host.add("lora", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    recipe = f"verb: sft\nbase:\n  dtype: {dtype}\n"
+    host.save("lora", tmp_path / "lora", files={"chat_template.jinja": TEMPLATE}, recipe=recipe)
+    report = merge([str(tmp_path / "lora")], tmp_path / "out", model=str(tmp_path / "base"), dtype="float32")
+    assert report["kl"] < (1e-5 if dtype == "float32" else 1e-3)  # seen: 1e-9, 2e-6. From bf16 weights: 1e-2
