@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowalign.export.weight_files._write_shard", full)
+    monkeypatch.setattr("lowalign.export.weight_files.write_tensors", full)
     with pytest.raises(UserError, match=r"could not be written to .*No space left on device.*nothing of it is left"):
         merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), verify=False)
     assert not list(tmp_path.iterdir())
