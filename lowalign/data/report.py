@@ -1,11 +1,14 @@
 """The report on the rows that were read: counts and lengths, as JSON and as text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowalign.data.pack import Example
 from lowalign.data.rows.votes import agreement
+
+SPAN_END = re.compile(rb"\x01(?!\x01)")  # in a mask as bytes
 
 
 class FileStats:
@@ -80,7 +83,7 @@ def count_turns(examples: Iterable[Example], end_ids: set[int]) -> tuple[int, in
     turns = ended = 0
     for example in examples:
         for ids, mask in zip(example.completions, example.masks, strict=True):
-            ends = [i for i, m in enumerate(mask) if m and not (i + 1 < len(mask) and mask[i + 1])]
+            ends = [match.start() for match in SPAN_END.finditer(bytes(mask))]
             turns += len(ends)
             ended += sum(ids[i] in end_ids for i in ends)
     return turns, ended
