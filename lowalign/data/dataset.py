@@ -12,6 +12,7 @@ from lowalign.config.sections import DataConfig
 from lowalign.data import cache
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
+from lowalign.data.prompt_format import formats_of, formatted
 from lowalign.data.report import FileStats, merge_reports
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError, is_file, read_rows
@@ -158,6 +159,7 @@ def _tokenize(name: str, rows: list[Row | BadRow], chat: Chat, config: DataConfi
                 example.source = group[0].row.where
             for row in group:
                 stats.ignored.update(row.row_format.ignored(row.row.data))
+                stats.prompt_formats.update(formats_of([row.parsed]))
             stats.add(encoded, chat.end_ids, document=isinstance(group[0].parsed, PlainText), rows=len(group))
             examples += encoded
     stats.notes += chat.notes - notes_before
@@ -179,7 +181,7 @@ def _parse(
             continue
         row_format = formats.of(row.data) or common
         try:
-            parsed = formats.parse(row.data, row_format)
+            parsed = formatted(formats.parse(row.data, row_format), config.prompt_format)
         except RowError as error:
             bad[number] = _bad(row, error)
             continue
