@@ -34,7 +34,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
-from lowalign.rewards.reward_run import check_prompts
+from lowalign.rewards.reward_run import check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs, require_flags
@@ -72,7 +72,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
             check_prompt_format(f"--adapter {adapter}", adapter_files.trained_format(adapter), formats, PROMPT_FORMAT)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = files_and_runs(config.reward)
-    check_prompts(runs, formats, PROMPT_FORMAT)
+    check_prompt_formats(runs, formats, PROMPT_FORMAT)
     inputs = {"data": [row.prompt for row, _ in prompts]} | input_hashes(files, [*config.adapter, *runs])
     check_or_write_inputs(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))

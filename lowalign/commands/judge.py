@@ -24,7 +24,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.judge_prompt import JudgePrompt
 from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, report, report_lines
-from lowalign.rewards.reward_run import check_prompts
+from lowalign.rewards.reward_run import check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
@@ -44,7 +44,7 @@ def judge(config: JudgeConfig) -> int:
     with lock_folder(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = files_and_runs(config.reward)
-        check_prompts(runs, formats_of(rows), "--prompt-format")
+        check_prompt_formats(runs, formats_of(rows), "--prompt-format")
         inputs = input_hashes(files, [*runs, *_adapters(config)])
         inputs |= {"data": [vars(row) for row in rows], "template": prompt.text}
         check_or_write_inputs(config, bool(journal.lines), inputs)

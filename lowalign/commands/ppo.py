@@ -25,7 +25,7 @@ from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
-from lowalign.rewards.reward_run import RunReward, check_prompts
+from lowalign.rewards.reward_run import RunReward, check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
 from lowalign.train.run import PROMPT_FORMAT, Job, RunRows, check_and_log_start, reference_run, reference_stack, run
@@ -60,7 +60,7 @@ class PPOSetup:
         option = "--data.max-length"
         prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, option, data.prompt_format)
         formats = formats_of(row.prompt for row, _ in prompts)
-        check_prompts(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
+        check_prompt_formats(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
         return RunRows(prompts, [], formats)

@@ -20,7 +20,7 @@ from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.rewards.reward_run import check_prompts, load_reward_run, score_examples
+from lowalign.rewards.reward_run import check_prompt_formats, load_reward_run, score_examples
 
 AT_A_TIME = 256  # Examples whose lines are written together
 
@@ -31,7 +31,7 @@ def score(config: ScoreConfig) -> int:
     chat = Chat(tokenizer, adapter_template((config.adapter,)))
     files = [_load(file, chat, config) for file in config.data]
     formats = {name for data in files for name in data.report["prompt_formats"]}
-    check_prompts([config.adapter], formats, "--prompt-format")
+    check_prompt_formats([config.adapter], formats, "--prompt-format")
     examples = [scored(example) for data in files for example in data.examples]
     base = Base.load(config.model, **vars(config.base))
     host = Host(base)

@@ -102,7 +102,7 @@ def check_template(run: str, chat: Chat) -> None:
         )
 
 
-def check_prompts(runs: Sequence[str], formats: Collection[str], flag: str) -> None:
+def check_prompt_formats(runs: Sequence[str], formats: Collection[str], flag: str) -> None:
     """Raises UserError for a reward run that was trained on prompts of another format than those of the completions."""
     for run in runs:
         check_prompt_format(f"the reward run {run}", trained_format(run), formats, flag)
