@@ -50,8 +50,8 @@ def distinct_prompts(
     prompt_format: PromptFormat | None = None,
 ) -> Prompts:
     """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
-    tokens; logs the counts. option: the flag that sets max_tokens. prompt_format: as in read_prompts. Raises UserError when no prompt
-    is left."""
+    tokens; logs the counts. option: the flag that sets max_tokens. prompt_format: as in read_prompts. Raises UserError when
+    no prompt is left."""
     rows: dict[str, PromptRow] = {}
     for row in read_prompts(files, prompt_format):
         rows.setdefault(json.dumps(row.prompt), row)
