@@ -14,6 +14,7 @@ from lowalign.config.sections import DataConfig
 from lowalign.data import cache
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
+from lowalign.data.prompt_format import formats_of, formatted
 from lowalign.data.report import FileStats, merge_reports
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError, is_file, iter_rows
@@ -185,6 +186,7 @@ def _encode_group(
         example.source = group[0].row.where
     for row in group:
         stats.ignored.update(row.row_format.ignored(row.row.data))
+        stats.prompt_formats.update(formats_of([row.parsed]))
     stats.add(encoded, chat.end_ids, document=isinstance(group[0].parsed, PlainText), rows=len(group))
     return encoded
 
@@ -207,7 +209,7 @@ def _groups(
             unknown.append((number, row))
         else:
             recognised[row_format] += 1
-            if (parsed := _parsed(number, row, row_format, formats, bad)) is None:
+            if (parsed := _parsed(number, row, row_format, formats, config, bad)) is None:
                 continue
             stats.formats[row_format.name] += 1
             key = encoder.group_key(parsed.parsed)
@@ -217,16 +219,22 @@ def _groups(
                 gathered.setdefault(key, []).append(parsed)
     most = recognised.most_common(1)
     for number, row in unknown:
-        _parsed(number, row, most[0][0] if most else None, formats, bad)
+        _parsed(number, row, most[0][0] if most else None, formats, config, bad)
     yield from gathered.values()
 
 
 def _parsed(
-    number: int, row: Row, row_format: RowFormat | None, formats: RowFormats, bad: dict[int, BadRow]
+    number: int,
+    row: Row,
+    row_format: RowFormat | None,
+    formats: RowFormats,
+    config: DataConfig,
+    bad: dict[int, BadRow],
 ) -> _ParsedRow | None:
     """The parsed row; None, and an entry in `bad`, when it is wrong."""
     try:
-        return _ParsedRow(number, row, row_format, formats.parse(row.data, row_format))
+        parsed = formatted(formats.parse(row.data, row_format), config.prompt_format)
+        return _ParsedRow(number, row, row_format, parsed)
     except RowError as error:
         bad[number] = _bad(row, error)
         return None

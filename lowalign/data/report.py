@@ -19,6 +19,7 @@ class FileStats:
         self.rows = self.used = self.examples = self.tokens = self.supervised = 0
         self.turns = self.ended = self.duplicates = 0
         self.formats: Counter[str] = Counter()
+        self.prompt_formats: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
@@ -57,6 +58,7 @@ class FileStats:
             "file": self.file,
             "rows": self.rows,
             "shapes": dict(self.formats),
+            "prompt_formats": dict(self.prompt_formats),
             "used": self.used,
             "examples": self.examples,
             "bad": bad,
@@ -103,6 +105,7 @@ def merge_reports(files: Sequence[dict[str, Any]], max_length: int, heldout: boo
     sums = {k: sum(f[k] for f in files) for k in ("rows", "used", "examples", "bad", "tokens", "supervised_tokens")}
     sums["dropped"] = sum(reason["rows"] for f in files for reason in f["dropped"].values())
     sums["cut"] = sum(sum(f["cut"].values()) for f in files)
+    sums["prompt_formats"] = dict(sum((Counter(f["prompt_formats"]) for f in files), Counter()))
     sums["end_of_turn"] = {k: sum(f["end_of_turn"][k] for f in files) for k in ("turns", "ended")}
     return {"heldout": heldout, "max_length": max_length, **sums, "files": list(files)}
 
@@ -117,6 +120,10 @@ def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
     lines = [f"{file['file']}: {file['rows']:,} rows ({shapes}), {file['used']:,} used"]
     if file["examples"] != file["used"]:
         lines.append(f"  {file['examples']:,} examples from them")
+    if plain := file["prompt_formats"].get("text"):
+        lines.append(
+            f"  {plain:,} rows are plain text, without the chat template (--data.prompt-format chat: turns of a chat)"
+        )
     for name, lengths in file["lengths"].items():
         if lengths:
             numbers = ", ".join(f"{label} {count:,}" for label, count in lengths.items())

@@ -156,7 +156,7 @@ def check_prompts(chat: Chat, files: Sequence[str]) -> list[list[int]]:
     """The ids of the prompts to compare on: of the first rows of `files`, else of built-in questions."""
     rows = list(islice(read_prompts(files), PROMPTS)) if files else []
     rows = rows or [PromptRow([{"role": "user", "content": question}], "") for question in QUESTIONS]
-    return [ids for ids in (prompt_ids(chat, row, raw=False) for row in rows) if len(ids) <= MAX_PROMPT] or [
+    return [ids for ids in (prompt_ids(chat, row) for row in rows) if len(ids) <= MAX_PROMPT] or [
         chat.prompt_ids([{"role": "user", "content": QUESTIONS[0]}])
     ]
 

@@ -254,7 +254,7 @@ def test_the_comparison_takes_prompts_of_a_file(made, tmp_path, monkeypatch):
     merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), data=(str(tmp_path / "rows.jsonl"),))
     tokenizer = AutoTokenizer.from_pretrained(made / "base")
     assert [tokenizer.decode(ids) for ids in prompts] == [
-        "[user]The quick</s>[assistant]",
+        "The quick",  # a string is plain text
         "[user]a fox</s>[assistant]",
     ]
 
