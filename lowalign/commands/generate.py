@@ -6,7 +6,7 @@ from typing import Any
 from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
-from lowalign.model.adapters.files import adapter_template
+from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -28,6 +28,7 @@ def _run(config: GenerateConfig) -> None:
     else:
         rows = list(read_prompts([str(config.prompts)]))
     # Errors in prompts and adapters are found before a large model is loaded.
+    refuse_reward_runs(config.adapter)
     chat = Chat(load_tokenizer(config.model, config.base.revision), adapter_template(config.adapter))
     ids = [prompt_ids(chat, row, config.raw) for row in rows]
     inputs = {"prompts": [row.prompt for row in rows]} | input_hashes((), config.adapter)
