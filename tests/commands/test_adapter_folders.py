@@ -25,6 +25,7 @@ def world(tmp_path_factory):
 REWARD_RUN_AS = {
     "generate": ["generate", "--prompt", "Who?", "--adapter", "REWARD"],
     "generate, second": ["generate", "--prompt", "Who?", "--adapter", "POLICY", "--adapter", "REWARD"],
+    "chat": ["chat", "POLICY", "REWARD"],
     "best-of-n": ["best-of-n", "DATA", "--reward", "REWARD", "--adapter", "REWARD"],
     "judge": ["judge", "ANSWERS", "--adapter", "REWARD"],
     "sft": ["sft", "DATA", "--init", "REWARD"],
@@ -41,7 +42,7 @@ def test_a_reward_run_as_policy(world, tmp_path, capsys, case):
     places = {"REWARD": [f"{world}/reward"], "POLICY": [f"{world}/policy"]}
     places |= {"DATA": ["--data", f"{world}/rows.jsonl"], "ANSWERS": ["--data", str(answers)]}
     words = [word for place in REWARD_RUN_AS[case] for word in places.get(place, [place])]
-    out = [] if words[0] == "generate" else ["--out", str(tmp_path / "out")]
+    out = [] if words[0] in ("generate", "chat") else ["--out", str(tmp_path / "out")]
     assert main([*words, "--model", f"{world}/model", *FP32, *out]) == 1
     message = capsys.readouterr().err
     assert f"{world}/reward is a reward model" in message and "Traceback" not in message
