@@ -5,26 +5,45 @@ The fine-tune is made with plain torch. Measured: KL and held-out loss before an
 few minutes.
 """
 
+import argparse
 import math
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowalign import Base, Host
-from lowalign.config.sections import BaseConfig
+from lowalign.commands import bitdelta as commands
+from lowalign.commands.bitdelta import distil
+from lowalign.config.bitdelta import DistilConfig, DistilTrainConfig
+from lowalign.config.sections import BaseConfig, DataConfig
 from lowalign.data.chat import Chat
+from lowalign.data.dataset import load_examples
 from lowalign.demo import world
-from lowalign.demo.configs import BASE
+from lowalign.demo.configs import BASE, write
 from lowalign.demo.evaluation import EVAL_PROMPTS, SAMPLING
+from lowalign.export.bitdelta import compress, size_line
+from lowalign.methods.bitdelta import BitDeltaDistillation, Fidelity, fidelity
+from lowalign.model.forward.logprob import LMHead
 from lowalign.model.policy import load_stack
+from lowalign.train.teacher_states import teacher_states
 
-VARIANTS = {
-    "dequantized": {"onto": "dequantized"},
-    "dequantized, per row": {"onto": "dequantized", "per_row": True},
-    "original, on NF4": {"onto": "original"},
-}
+STEPS = 200  # of the distillation
 FP32 = BaseConfig(dtype="float32")
+ON_16_BIT = BaseConfig(quantization="none", dtype="float32")
+
+
+class PaperLoss(BitDeltaDistillation):
+    """The loss of eq. 5: the squared difference of logits, summed over the vocabulary."""
+
+    def loss(self, examples, normalizers):
+        with self.host.use(*self.stack):
+            states = torch.cat(self.host.states(examples))
+            target = torch.cat([self.teacher(e) for e in examples]).to(states)
+            head = LMHead.of(self.host.base.model)
+            loss = (head.logits(states) - head.logits(target)).square().sum() / normalizers["tokens"]
+        return loss, {"loss": loss.detach()}
 
 
 def best_answers(n: int, seed: int, split: str = "train") -> list[dict]:
@@ -68,27 +87,112 @@ def fine_tune(out: Path, seed: int, steps: int = 200, batch_size: int = 16, lear
     return out
 
 
-def task_score(model: str | Path, adapter: str | None, seed: int, quantization: str = "nf4") -> list[float]:
-    """The score of one answer to each of the held-out instructions."""
-    base = Base.load(model, quantization=quantization, dtype="float32", quiet=True)
+def task_score(base: Base, adapter: str | None) -> list[float]:
+    """For each held-out instruction the mean score of two answers."""
     host, chat = Host(base), Chat(base.tokenizer)
     base.end_at(chat.end_of_turn)
     stack = load_stack(host, "delta", adapter) if adapter else ()
     prompts = world.prompts(EVAL_PROMPTS, seed=0, split="held_out")
     with host.use(*stack):
-        answers = host.generate(
-            [chat.prompt_ids(m) for m in prompts], 2, SAMPLING, seeds=[seed * 1000 + i for i in range(len(prompts))]
-        )
+        answers = host.generate([chat.prompt_ids(m) for m in prompts], 2, SAMPLING)
+    for name in tuple(host.adapters):
+        host.delete(name)
+    text = lambda completion: base.tokenizer.decode(completion.ids, skip_special_tokens=True)  # noqa: E731
     return [
-        sum(world.score(p, base.tokenizer.decode(c.ids, skip_special_tokens=True), c.stopped).total for c in row) / 2
+        sum(world.score(p, text(c), c.stopped).total for c in row) / len(row)
         for p, row in zip(prompts, answers, strict=True)
     ]
 
 
-def interval(values: list[float], draws: int = 2000) -> str:
-    """Mean and its 95 % bootstrap interval over the instructions."""
-    x = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    means = x[torch.randint(len(x), (draws, len(x)), generator=generator)].mean(1)
+def fidelities(base: Base, adapter: str | None, fine: Path, files: tuple[str, ...]) -> list[Fidelity]:
+    """Of each row of the files. adapter None: of a base that has the fine-tune's LM head."""
+    host, chat = Host(base), Chat(base.tokenizer)
+    rows = load_examples(files, chat, DataConfig(cache=False)).examples
+    teacher = teacher_states(str(fine), rows, ON_16_BIT)
+    stack = load_stack(host, "delta", adapter) if adapter else ()
+    found = [fidelity(host, stack, [row], teacher, 4096) for row in rows]
+    for name in tuple(host.adapters):
+        host.delete(name)
+    return found
+
+
+@torch.no_grad()
+def of_the_base(base: Base, fine: Base, files: tuple[str, ...]) -> list[Fidelity]:
+    """Of the base without a delta, whose LM head is not the fine-tune's: from the logits of both models."""
+    found = []
+    for e in load_examples(files, Chat(base.tokenizer), DataConfig(cache=False)).examples:
+        ids, keep = torch.tensor([e.prompt + e.completions[0]]), torch.tensor(e.mask(0))
+        start = len(e.prompt) - 1
+        logp, logq = (m.model(ids).logits[0, start:-1].log_softmax(-1)[keep] for m in (fine, base))
+        kl = (logp.exp() * (logp - logq)).sum(-1).mean().item()
+        loss = [-x.gather(1, ids[0, start + 1 :, None][keep]).mean().item() for x in (logq, logp)]
+        found.append(Fidelity(len(logp), kl, loss[0], loss[1], loss[0]))
+    return found
+
+
+def interval(values: list[float], weights: list[float] | None = None, digits: int = 3) -> str:
+    """Weighted mean and its 95 % bootstrap interval over the rows or instructions."""
+    x, w = torch.tensor(values, dtype=torch.float64), torch.tensor(weights or [1.0] * len(values), dtype=torch.float64)
+    picks = torch.randint(len(x), (4000, len(x)), generator=torch.Generator().manual_seed(0))
+    means = (x * w)[picks].sum(1) / w[picks].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return f"{x.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return f"{(x * w).sum() / w.sum():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def print_row(name: str, found: list[Fidelity], scores: list[float] | None) -> None:
+    """KL and loss on held-out rows, and the task's score."""
+    tokens = [f.tokens for f in found]
+    kl, loss = interval([f.kl for f in found], tokens, 4), interval([f.delta for f in found], tokens)
+    print(f"| {name} | {kl} | {loss} | {interval(scores) if scores else ''} |", flush=True)
+
+
+def distilled(out: Path, delta: Path, fine: Path, rows: str, base: Base, config: BaseConfig) -> str:
+    """A distillation with the packaged settings -> its run."""
+    train = DistilTrainConfig(steps=STEPS, log_every=50, checkpointing="off")
+    data = DataConfig(files=(rows,), cache=False)
+    assert not distil(DistilConfig(str(BASE), out, str(delta), str(fine), data, train, config), base)
+    return str(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an existing fine-tune in it is used")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out, fine = arguments.out, arguments.out / "fine"
+    out.mkdir(parents=True, exist_ok=True)
+    if not fine.exists():
+        fine_tune(fine, arguments.seed)
+    calibration = write(out / "calibration.jsonl", best_answers(512, seed=7))
+    heldout = (write(out / "held_out.jsonl", best_answers(64, seed=0, split="held_out")),)
+
+    nf4, whole = Base.load(BASE, **vars(FP32), quiet=True), Base.load(BASE, **vars(ON_16_BIT), quiet=True)
+    tuned = {q: Base.load(fine, quantization=q, dtype="float32", quiet=True) for q in ("none", "nf4")}
+    print("| | KL(fine-tune ‖ ·) | held-out loss | task score |\n|---|---|---|---|")
+    print_row("base, NF4", of_the_base(nf4, tuned["none"], heldout), task_score(nf4, None))
+    print_row("fine-tune, 16 bit", fidelities(tuned["none"], None, fine, heldout), task_score(tuned["none"], None))
+    print_row("fine-tune, NF4", fidelities(tuned["nf4"], None, fine, heldout), task_score(tuned["nf4"], None))
+    for name, base, config, options in (
+        ("NF4, onto dequantized", nf4, FP32, {}),
+        ("NF4, onto dequantized, per row", nf4, FP32, {"per_row": True}),
+        ("NF4, onto original", nf4, FP32, {"onto": "original"}),
+        ("16 bit, onto original", whole, ON_16_BIT, {"onto": "original"}),
+    ):
+        delta, run = out / f"{name} delta", out / f"{name} run"
+        for folder in (delta, run):
+            shutil.rmtree(folder, ignore_errors=True)
+        report = compress(str(BASE), str(fine), delta, **options)
+        print_row(f"delta: {name}", fidelities(base, str(delta), fine, heldout), task_score(base, str(delta)))
+        distilled(run, delta, fine, calibration, base, config)
+        print_row("… distilled", fidelities(base, str(run), fine, heldout), task_score(base, str(run)))
+    run, delta = out / "paper run", out / "NF4, onto dequantized delta"
+    shutil.rmtree(run, ignore_errors=True)
+    commands.BitDeltaDistillation = PaperLoss
+    distilled(run, delta, fine, calibration, nf4, FP32)
+    print_row("NF4, onto dequantized, distilled with the loss of eq. 5", fidelities(nf4, str(run), fine, heldout), None)
+    print(size_line(report))
+
+
+if __name__ == "__main__":
+    main()
