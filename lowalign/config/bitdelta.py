@@ -21,7 +21,7 @@ class DistilTrainConfig(TrainConfig):
 
     batch_size: int = 8
     """Examples per optimizer step. Does not affect memory: see token_budget."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-2
     """Peak learning rate."""
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "adamw"
     """AdamW with 8-bit state in pageable memory, with 8-bit state, or with 32-bit state."""
