@@ -43,6 +43,8 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
     stored, meta = adapter_files.read(adapter_files.locate(config.delta))
     if stored.kind is not BitDelta:
         raise UserError(f"--delta {config.delta} is a {stored.kind.peft_type} adapter; `lowalign bitdelta compress` makes a delta")  # fmt: skip
+    if not stored.config.matrices:
+        raise UserError(f"--delta {config.delta} has no scales to train: no linear layer of the fine-tune changed")
     teacher: Teacher
     before: Fidelity
 

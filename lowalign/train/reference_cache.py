@@ -110,7 +110,7 @@ def _key(host: Host, reference: Stack, examples: Sequence[Example]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, asdict(host.base.identity), str(host.base.dtype)]).encode())
     for name in reference:
         digest.update(json.dumps(host.adapters[name].config.to_dict(), sort_keys=True, default=str).encode())
-        for key, tensor in sorted(host.weights(name).items()):
+        for key, tensor in sorted(host.adapters[name].file_tensors().items()):
             digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     for e in examples:
         digest.update(array("q", [len(e.prompt), *map(len, e.completions), *e.prompt]).tobytes())

@@ -15,6 +15,7 @@ from lowalign.cli import main
 from lowalign.commands.bitdelta import distil
 from lowalign.config import recipe
 from lowalign.config.bitdelta import DistilConfig
+from lowalign.train import reference_cache
 from tests.bitdelta_models import base_and_fine_tune
 from tests.commands import child
 
@@ -175,6 +176,19 @@ def test_a_lora_on_top_of_it(world, straight, tmp_path):
     assert main(["merge", str(tmp_path / "sft"), "--out", str(tmp_path / "merged")]) == 0
 
 
+def test_references_that_differ_in_signs_or_kept_tensors_are_cached_apart(world):
+    host = Host(Base.load(world / "base", device="cpu", quiet=True))
+    host.load("delta", world / "delta")
+    key = lambda: reference_cache._key(host, ("delta",), [Example([5], [[6]])])  # noqa: E731
+    first, adapter = key(), host.adapters["delta"]
+    assert key() == first
+    with torch.no_grad():
+        next(iter(adapter.matrices.values())).packed[0, 0] ^= 1
+        second = key()
+        next(iter(adapter.kept.values()))[0] += 1
+    assert len({first, second, key()}) == 3
+
+
 def test_wrong_use(world, straight, tmp_path, capsys):
     def refused(*arguments) -> str:
         capsys.readouterr()
@@ -191,6 +205,10 @@ def test_wrong_use(world, straight, tmp_path, capsys):
     assert "is a LORA adapter; `lowalign bitdelta compress` makes a delta" in refused(
         *flags(world, out, "--delta", lora)
     )
+    (tmp_path / "head").mkdir()
+    base, fine = base_and_fine_tune(tmp_path / "head", only="lm_head")
+    assert main(["bitdelta", "compress", "--base", str(base), "--finetuned", str(fine), "--out", f"{out}/head"]) == 0
+    assert "has no scales to train" in refused(*flags(world, out, "--delta", f"{out}/head"))
     assert "is not an adapter folder" in refused(*flags(world, out, "--delta", f"{world}/base"))
     assert "holds results of an earlier run" in refused(*flags(world, straight))
     changed = refused(*flags(world, straight, "--resume", "--train.learning-rate", "1"))

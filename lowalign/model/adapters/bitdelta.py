@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
+from lowalign.log import log
 from lowalign.model.adapters.adapter import SCALAR_HEAD, Adapter
 from lowalign.model.adapters.signs import SignProduct
 from lowalign.model.base.base import Base
@@ -103,6 +104,10 @@ class BitDelta(Adapter):
         unknown += [key for key, m in places.items() if getattr(m, key.rpartition(".")[2], None) is None]
         if unknown:
             raise UserError(f'adapter "{name}" does not fit this base, which has no {unknown[0]}')
+        if config.onto == "dequantized" and base.identity.quantization == "none":
+            log(
+                f"{name} was counted from the base in NF4, whose rounding it corrects; on this 16-bit base it is less exact"
+            )
         self.matrices = {n: _empty(modules[n], config.per_row, base.device) for n in config.matrices}
         self.kept = {key: _copied(m, key.rpartition(".")[2]) for key, m in places.items()}
         for n, matrix in self.matrices.items():

@@ -217,6 +217,14 @@ def test_another_host_on_the_same_base(root):
         assert torch.equal(logps(other), bare)
 
 
+def test_a_base_in_other_precision_is_said(root, tmp_path, capsys):
+    compress(str(root / "base"), str(root / "fine"), tmp_path / "delta")
+    make_host(root, "nf4").load("delta", tmp_path / "delta")
+    assert "less exact" not in capsys.readouterr().err
+    make_host(root).load("delta", tmp_path / "delta")
+    assert "delta was counted from the base in NF4" in capsys.readouterr().err
+
+
 def test_refused(root, tmp_path):
     host = make_host(root)
     with pytest.raises(UserError, match=r"does not fit this base, which has no model.layers.2"):
