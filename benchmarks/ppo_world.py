@@ -1,17 +1,20 @@
 """PPO in the tiny world: exact reward, KL and pretraining loss over seeds and variants.
 
-    python benchmarks/ppo_world.py --out ppo_world --seeds 3 [--variants gae no-kl ptx …]
+    python benchmarks/ppo_world.py --out ppo_world --seeds 3 [--variants gae no-kl ptx …] [--vary-runs]
 
-Makes the SFT and the reward run of `lowalign demo` once, then one PPO run a variant and seed, and writes OUT/runs.json
-and OUT/ppo_world.svg. A run takes one to two minutes; those that are in runs.json already are skipped.
+Makes the SFT and the reward run of `lowalign demo` once (with --vary-runs for each seed, which then is that of their data,
+weights and order too), then one PPO run a variant and seed, and writes OUT/runs.json and OUT/ppo_world.svg. A run takes one
+to two minutes; those that are in runs.json already are skipped.
 
-Variants: gae, the demo's PPO in ten rounds, and the same with one thing changed: no-kl, ptx, group, rloo; and base-lora,
-base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the exact score of the world as reward.
+Variants: gae, the demo's PPO in ten rounds, and the same with one thing changed: no-kl, ptx, group, rloo, group-k1 and rloo-k1
+(with the KL in the reward); and base-lora, base-prompt, base-prefix: a fresh adapter of that kind on the bare base, with the
+exact score of the world as reward.
 """
 
 import argparse
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +28,11 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.demo import configs as demo
 from lowalign.demo import world
-from lowalign.demo.evaluation import evaluate
+from lowalign.demo.evaluation import EVAL_PROMPTS, SAMPLING, evaluate
 from lowalign.model.policy import load_stack
 
 FROM_BASE = {"base-lora": 2e-3, "base-prompt": 0.1, "base-prefix": 0.1}  # their learning rates
-VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", *FROM_BASE)
+VARIANTS = ("gae", "no-kl", "ptx", "group", "rloo", "group-k1", "rloo-k1", *FROM_BASE)
 COLOURS = {"gae": "#1f77b4", "no-kl": "#d62728", "ptx": "#2ca02c"}
 
 
@@ -44,6 +47,8 @@ def variant(config: PPOConfig, name: str, seed: int, pages: Path) -> PPOConfig:
         return replace(config, ppo=replace(config.ppo, ptx_data=(str(pages),), ptx_coef=1.0))
     if name in ("group", "rloo"):
         return replace(config, ppo=replace(config.ppo, advantage=name))
+    if name in ("group-k1", "rloo-k1"):
+        return replace(config, ppo=replace(config.ppo, advantage=name.removesuffix("-k1"), kl_in="reward"))
     if rate := FROM_BASE.get(name):
         return replace(
             config,
@@ -75,6 +80,20 @@ def page_loss(base: Base, chat: Chat, adapter: Path) -> float:
     return -logps.sum().item() / sum(page.supervised for page in pages)
 
 
+@torch.no_grad()
+def end_shares(base: Base, chat: Chat, adapter: Path) -> dict[str, float]:
+    """Share of sampled answers to held-out instructions by the token they end with; "cut off" for the length limit."""
+    host = Host(base)
+    stack = load_stack(host, "policy", str(adapter))
+    ids = [chat.prompt_ids(messages) for messages in world.prompts(EVAL_PROMPTS, seed=0, split="held_out")]
+    with host.use(*stack):
+        samples = [c for group in host.generate(ids, 1, SAMPLING) for c in group]
+    for name in tuple(host.adapters):
+        host.delete(name)
+    ends = Counter(base.tokenizer.convert_ids_to_tokens(c.ids[-1]) if c.stopped else "cut off" for c in samples)
+    return {token: count / len(samples) for token, count in ends.items()}
+
+
 def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path) -> dict:
     """One PPO run: reward and KL of its rounds, and the exact score of its policy."""
     folder = out / f"{name}-{seed}"
@@ -98,6 +117,7 @@ def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path)
         "half_width": half_width,
         "final_kl": log[-1]["kl"] if end.kl is None else end.kl,
         "page_loss": page_loss(base, chat, folder),
+        "ends": end_shares(base, chat, folder),
     }
 
 
@@ -127,6 +147,25 @@ def plot(runs: list[dict], file: Path) -> None:
     file.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n')  # fmt: skip
 
 
+def ends(runs: list[dict]) -> list[str]:
+    """The tokens that answers of these runs end with."""
+    return sorted({token for r in runs for token in r["ends"]})
+
+
+def prepare(made: Path, base: Base, seed: int) -> Path:
+    """Make the SFT and the reward run of the demo with this seed, if they are not there, and the pages -> `made`."""
+    made.mkdir(parents=True, exist_ok=True)
+    for train, config, rows in (
+        (sft, demo.sft_config(made), world.sft_rows(1120, seed=seed)),
+        (reward, demo.reward_config(made), world.ranking_rows(768, seed=seed)),
+    ):
+        demo.write(Path(config.data.files[0]), rows)
+        if not (config.out / "adapter").exists():
+            train(replace(config, train=replace(config.train, seed=seed), resume=config.out.exists()), base)
+    demo.write(made / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
+    return made
+
+
 def table(runs: list[dict], start: float) -> str:
     """Means over the seeds, with 95 % intervals of the gain in score for several seeds."""
     lines = [f"page loss of the SFT policy: {start:.3f}"]
@@ -140,7 +179,8 @@ def table(runs: list[dict], start: float) -> str:
         lines.append(
             f"{name:11} seeds {len(mine)}  score {mean('start_score'):.3f} -> {mean('score'):.3f} "
             f"(gain {centre:.3f} ± {t * spread / math.sqrt(len(gain)):.3f})  wins {mean('wins'):.0%}  "
-            f"KL {mean('final_kl'):.1f}  place {mean('place'):.0%}  page loss {mean('page_loss'):.3f}"
+            f"KL {mean('final_kl'):.1f}  place {mean('place'):.0%}  page loss {mean('page_loss'):.3f}  ends "
+            + ", ".join(f"{token} {sum(r['ends'].get(token, 0) for r in mine) / len(mine):.0%}" for token in ends(mine))
         )
     return "\n".join(lines)
 
@@ -151,22 +191,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--vary-runs", action="store_true", help="make the SFT and the reward run anew for each seed")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    prepared = options.out / "made"
-    prepared.mkdir(parents=True, exist_ok=True)
     base = Base.load(demo.BASE, **vars(demo.BASE_CONFIG))
     chat = Chat(base.tokenizer)
-    for train, config in ((sft, demo.sft_config(prepared)), (reward, demo.reward_config(prepared))):
-        if not (config.out / "adapter").exists():
-            train(replace(config, resume=config.out.exists()), base)
-    demo.write(prepared / "pages.jsonl", ({"text": page} for page in world.pretraining_text(800, seed=7)))
+    prepared = prepare(options.out / "made", base, seed=0)
     file = options.out / "runs.json"
     runs = json.loads(file.read_text()) if file.exists() else []
     for seed in range(options.seeds):
+        made = prepare(options.out / f"made-{seed}", base, seed) if options.vary_runs and seed else prepared
         for name in options.variants:
             if not any((r["variant"], r["seed"]) == (name, seed) for r in runs):
-                runs.append(one(name, seed, base, chat, prepared, options.out))
+                runs.append(one(name, seed, base, chat, made, options.out))
                 file.write_text(json.dumps(runs, indent=1) + "\n")
     plot(runs, options.out / "ppo_world.svg")
     print(table(runs, page_loss(base, chat, prepared / "sft")))

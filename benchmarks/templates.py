@@ -1,6 +1,6 @@
 """What lowalign makes of published chat templates: 200 conversations for each, a sentinel in every text of every message.
 
-    python -m benchmarks.templates [FOLDER …] [--rows N] [--list]
+    python benchmarks/templates.py [FOLDER …] [--rows N] [--list]
 
 reads the *.jinja files of the folders; without any, those that trl publishes (`pip install lowalign[bench]`). The tokenizer
 is byte-level, with the tokens that the template names. Prints one line of a Markdown table for each template:

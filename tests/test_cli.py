@@ -60,9 +60,9 @@ def test_sft_takes_a_recipe_by_name_or_path(called, tmp_path):
 
 def test_generate_repeats_adapters_and_takes_one_kind_of_prompt(called, capsys):
     ask = ["generate", "--model", "m", "--adapter", "a", "--adapter", "b", "--prompt", "hi", "--n", "3"]
-    assert cli.main([*ask, "--temperature", "0.5", "--raw"]) == 0
+    assert cli.main([*ask, "--temperature", "0.5", "--prompt-format", "text"]) == 0
     config = called[0]
-    assert (config.adapter, config.prompt, config.n, config.raw) == (("a", "b"), "hi", 3, True)
+    assert (config.adapter, config.prompt, config.n, config.prompt_format) == (("a", "b"), "hi", 3, "text")
     assert config.sampling.temperature == 0.5
     for wrong in ([*ask, "--prompts", "file"], ["generate", "--model", "m"]):
         assert cli.main(wrong) == 1

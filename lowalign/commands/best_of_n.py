@@ -22,6 +22,7 @@ from lowalign.config.commands import BestOfNConfig
 from lowalign.config.sections import DataConfig
 from lowalign.config.training import SFTConfig
 from lowalign.data.chat import Chat
+from lowalign.data.prompt_format import check_prompt_format, formats_of
 from lowalign.data.prompts import Prompts, distinct_prompts
 from lowalign.durable import write_json
 from lowalign.errors import UserError
@@ -33,6 +34,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
+from lowalign.rewards.reward_run import check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs, require_flags
@@ -41,6 +43,7 @@ from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
 from lowalign.train.signals import Interrupted, StopSignals
 
+PROMPT_FORMAT = "--prompt-format"
 PROMPTS_PER_BLOCK = 64  # prompts that are sampled, scored and written together
 
 
@@ -62,9 +65,14 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template(config.adapter))
-    prompts = distinct_prompts(config.data, chat, config.limit, config.max_prompt, "--max-prompt", config.raw)
+    prompts = distinct_prompts(config.data, chat, config.limit, config.max_prompt, "--max-prompt", config.prompt_format)
+    formats = formats_of(row.prompt for row, _ in prompts)
+    if config.prompt_format is None:
+        for adapter in config.adapter:
+            check_prompt_format(f"--adapter {adapter}", adapter_files.trained_format(adapter), formats, PROMPT_FORMAT)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = files_and_runs(config.reward)
+    check_prompt_formats(runs, formats, PROMPT_FORMAT)
     inputs = {"data": [row.prompt for row, _ in prompts]} | input_hashes(files, [*config.adapter, *runs])
     check_or_write_inputs(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
@@ -93,14 +101,12 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
     if blocks:
         host = Host(base)
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
-        options = RewardOptions(
-            config.allow_base_mismatch, config.allow_training_spread, config.raw, config.token_budget
-        )
+        options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread, config.token_budget)
         rewards = load_rewards(config.reward, host, chat, options)
         journal.fill(blocks, partial(_candidates, config, host, stack, rewards, prompts), "prompt")
         for name in tuple(host.adapters):
             host.delete(name)
-    figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep", config.raw)
+    figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep")
     write_json(folder / "report.json", figures)
     log("\n".join([*report_lines(figures), f"all of it is in {folder}"]))
 
@@ -149,6 +155,7 @@ def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) 
         data=DataConfig(
             files=(str(best),),
             max_length=config.sft.max_length,
+            prompt_format=config.prompt_format,
             template=template if template and template.exists() else None,
             cache=False,
         ),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from lowalign.config.commands import JudgeConfig
 from lowalign.data.chat import Chat
-from lowalign.data.rows.answers import read_answers
-from lowalign.data.rows.turns import Message, Prompt, as_messages
+from lowalign.data.prompt_format import formats_of, formatted
+from lowalign.data.rows.answers import Answers, read_answers
+from lowalign.data.rows.turns import Prompt, as_messages
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -23,6 +24,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
 from lowalign.rewards.judge_prompt import JudgePrompt
 from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, report, report_lines
+from lowalign.rewards.reward_run import check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
@@ -34,7 +36,7 @@ PAIRS_PER_BLOCK = 32  # pairs of answers whose verdicts are computed and written
 def judge(config: JudgeConfig) -> int:
     """Run the command. Returns the exit code."""
     prompt = JudgePrompt(config.template or Path(__file__).with_name("judge.jinja"))
-    rows = read_answers(config.data)
+    rows = [formatted(row, config.prompt_format) for row in read_answers(config.data)]
     pairs = [Pair(row, i, j) for row in rows for i, j in combinations(range(len(row.completions)), 2)]
     if not pairs:
         raise UserError(f"no two answers to one prompt in {', '.join(config.data)}")
@@ -42,6 +44,7 @@ def judge(config: JudgeConfig) -> int:
     with lock_folder(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = files_and_runs(config.reward)
+        check_prompt_formats(runs, formats_of(rows), "--prompt-format")
         inputs = input_hashes(files, [*runs, *_adapters(config)])
         inputs |= {"data": [vars(row) for row in rows], "template": prompt.text}
         check_or_write_inputs(config, bool(journal.lines), inputs)
@@ -96,9 +99,9 @@ def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine
         a, b = row.completions[i], row.completions[j]
         match line["verdict"]:
             case "a":
-                preferences.append(_preference(row.prompt, a, b))
+                preferences.append(_preference(row, a, b))
             case "b":
-                preferences.append(_preference(row.prompt, b, a))
+                preferences.append(_preference(row, b, a))
             case "changed" | "tie":
                 disagreements.append(line | {"prompt": row.prompt, "completion_a": a, "completion_b": b})
     write_jsonl(out / "pairs.jsonl", preferences)
@@ -108,7 +111,9 @@ def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine
     log("\n".join([*report_lines(figures), f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}"]))
 
 
-def _preference(prompt: Prompt, chosen: Prompt, rejected: Prompt) -> dict[str, list[Message]]:
-    """A row of pairs.jsonl. All texts become messages: they were judged as turns of a chat."""
+def _preference(row: Answers, chosen: Prompt, rejected: Prompt) -> dict[str, Prompt]:
+    """A row of pairs.jsonl: plain text as it is, else everything as messages."""
+    if row.plain_text:
+        return {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
     answers = {"chosen": as_messages(chosen, "assistant"), "rejected": as_messages(rejected, "assistant")}
-    return {"prompt": as_messages(prompt), **answers}
+    return {"prompt": as_messages(row.prompt), **answers}

@@ -2,9 +2,10 @@
 
 from lowalign.config.commands import MergeConfig
 from lowalign.export.merge import write_merged
+from lowalign.model.base.base import Base
 
 
-def merge(config: MergeConfig) -> int:
-    """Run the command. Returns the exit code."""
-    write_merged(config)
+def merge(config: MergeConfig, base: Base | None = None) -> int:
+    """Run the command; `base` is one that is loaded already. Returns the exit code."""
+    write_merged(config, base)
     return 0

@@ -13,7 +13,8 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
-from lowalign.data.prompts import Prompts, distinct_prompts
+from lowalign.data.prompt_format import formats_of
+from lowalign.data.prompts import distinct_prompts
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.methods.ppo import PPO
@@ -24,10 +25,10 @@ from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
-from lowalign.rewards.reward_run import RunReward
+from lowalign.rewards.reward_run import RunReward, check_prompt_formats
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
-from lowalign.train.run import Job, check_and_log_start, reference_run, reference_stack, run
+from lowalign.train.run import PROMPT_FORMAT, Job, RunRows, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
 VALUE = "value"
@@ -50,16 +51,19 @@ class PPOSetup:
         self.config = config
         self.ptx: list[Example] = []
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[Prompts, list]:
+    def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> RunRows:
         """The prompts with their ids, and no held-out rows."""
         data, c = self.config.data, self.config
         self.chat = chat
         if data.eval or data.eval_rows:
             raise UserError("ppo holds no rows out, its rewards are measured on its samples: remove --data.eval and --data.eval-rows")  # fmt: skip
-        prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, "--data.max-length")
+        option = "--data.max-length"
+        prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, option, data.prompt_format)
+        formats = formats_of(row.prompt for row, _ in prompts)
+        check_prompt_formats(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
-        return prompts, []
+        return RunRows(prompts, [], formats)
 
     def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:
         """The method, with its roles on the host. rows: the prompts with their ids."""

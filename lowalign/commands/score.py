@@ -8,7 +8,7 @@ import torch
 from lowalign.config.commands import ScoreConfig
 from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import load_examples
+from lowalign.data.dataset import Dataset, load_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import load_preferences
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
@@ -20,7 +20,7 @@ from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.rewards.reward_run import load_reward_run, score_examples
+from lowalign.rewards.reward_run import check_prompt_formats, load_reward_run, score_examples
 
 AT_A_TIME = 256  # Examples whose lines are written together
 
@@ -29,7 +29,10 @@ def score(config: ScoreConfig) -> int:
     """Run the command. Returns the exit code."""
     tokenizer = load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template((config.adapter,)))
-    examples = [scored(example) for file in config.data for example in _load(file, chat, config)]
+    files = [_load(file, chat, config) for file in config.data]
+    formats = {name for data in files for name in data.report["prompt_formats"]}
+    check_prompt_formats([config.adapter], formats, "--prompt-format")
+    examples = [scored(example) for data in files for example in data.examples]
     base = Base.load(config.model, **vars(config.base))
     host = Host(base)
     stack = load_reward_run(host, "reward", config.adapter, config.allow_base_mismatch)
@@ -53,14 +56,15 @@ def score(config: ScoreConfig) -> int:
     return 0
 
 
-def _load(file: str, chat: Chat, config: ScoreConfig) -> list[Example]:
-    """The Examples of a file of preferences or of sft."""
+def _load(file: str, chat: Chat, config: ScoreConfig) -> Dataset:
+    """The rows of a file of preferences or of sft."""
     rows = (row.data for row in read_rows(file, config.limit) if isinstance(row, Row))
     options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
+    options["prompt_format"] = config.prompt_format
     if PREFERENCE_ROWS.common(rows) is not None:
         options |= {"ties": "keep"}
-        return load_preferences([file], chat, PreferenceConfig(**options)).examples
-    return load_examples([file], chat, DataConfig(**options)).examples
+        return load_preferences([file], chat, PreferenceConfig(**options))
+    return load_examples([file], chat, DataConfig(**options))
 
 
 def _annotation(example: Example, i: int) -> dict:

@@ -16,6 +16,7 @@ from lowalign.config.sections import (
     OutDir,
     PreferenceConfig,
     PreferenceShapeName,
+    PromptFormat,
     Sampling,
     ShapeName,
     TrainConfig,
@@ -57,8 +58,9 @@ class GenerateConfig:
     """One prompt, as text."""
     prompts: Path | None = None
     """A file of prompts: JSON or JSONL rows with prompt or messages."""
-    raw: bool = False
-    """Do not apply the chat template."""
+    prompt_format: PromptFormat | None = None
+    """Prompts that are strings. text: plain text, without the chat template. chat: a turn of the user. Default: what the
+    adapter was trained on; text where that is not known."""
     n: int = 1
     """Completions per prompt."""
     out: Path | None = None
@@ -91,6 +93,9 @@ class JudgeConfig:
     function of prompts and completions that returns numbers. Several: their weighted sum."""
     template: Path | None = None
     """The judge's prompt: a Jinja file with the variables prompt, a and b. The judge must answer with the letter A or B."""
+    prompt_format: PromptFormat | None = None
+    """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
+    assistant."""
     margin: float = 0.0
     """A mean log-odds (or difference of scores) below this is a tie."""
     max_length: int = 4096
@@ -147,8 +152,9 @@ class BestOfNConfig:
     """Maximum tokens of a prompt. Longer prompts are left out."""
     token_budget: int = 8192
     """Maximum tokens of a forward that scores: memory and speed. A single longer completion still fits."""
-    raw: bool = False
-    """Do not apply the chat template."""
+    prompt_format: PromptFormat | None = None
+    """Prompts that are strings. text (default): plain text, without the chat template. chat: a turn of the user. Where it is
+    not given, an --adapter that was trained on the other format is refused."""
     unfinished: Literal["skip", "keep"] = "skip"
     """Completions cut off at the length limit. skip: never prefer one to another completion, which would teach to stop
     there. keep: treat them like the others."""
@@ -185,6 +191,9 @@ class ScoreConfig:
     """Reward run, an adapter folder or a Hub id."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
     """Rows of sft or of preferences."""
+    prompt_format: PromptFormat | None = None
+    """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
+    assistant."""
     out: Path | None = None
     """Output file. Default: standard output."""
     max_length: int = 2048
@@ -309,3 +318,20 @@ class PullConfig:
     """Folder to write. It must not exist."""
     revision: str | None = None
     """Branch, tag or commit. Default: main."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Run the stages of a file on one load of the base. Finished stages are skipped, an interrupted one is resumed."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
+    """A YAML file with stages, or the name of a pipeline that comes with lowalign, such as pipelines/sft_dpo."""
+    out: OutDir
+    """Folder of all stages: stage NAME is in OUT/NAME."""
+    model: str | None = None
+    """Base model of every stage, a folder or a Hub id. Default: the one in the file."""
+    set: tuple[str, ...] = ()
+    """NAME=VALUE…: what {NAME} stands for in the file."""
+    dry_run: bool = False
+    """Print the stages, and start none."""
+    base: BaseConfig = field(default_factory=BaseConfig)

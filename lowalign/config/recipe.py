@@ -60,6 +60,13 @@ def parse(config: type[T], flags: Sequence[str], recipe: Path | None = None, pro
     return _parse(config, _with_new_names(flags, config), recipe, read(recipe, config) if recipe else [], prog)
 
 
+def parse_entries(config: type[T], entries: list[Flag], file: Path, recipe: Path | None = None) -> T:
+    """A `config` from the flags in a part of `file`, which hold over those of `recipe`. Raises UserError."""
+    own = {flag.key for flag in entries}
+    below = [flag for flag in read(recipe, config) if flag.key not in own] if recipe else []
+    return _parse(config, [], file, [*entries, *below], "lowalign")
+
+
 def diff(old: Any, new: Any) -> list[str]:
     """The keys in which two configurations differ, less those that may change when a run is resumed."""
     changed = []
@@ -73,6 +80,8 @@ def diff(old: Any, new: Any) -> list[str]:
 def complete(recipe: Path) -> str:
     """A recipe with every key under its explanation, below its own first comment."""
     named = verb_in(recipe)
+    if named and named[0] == "run":  # a pipeline: its stages have the keys of their recipes
+        return recipe.read_text()
     config = next((verb.config for verb in verbs() if named and verb.name == named[0]), None)
     if config is None:
         raise UserError(f"{recipe}: add the command that it is for, as a line `verb: sft`")

@@ -14,6 +14,7 @@ from lowalign.errors import UserError
 Model = Annotated[str, tyro.conf.arg(metavar="M")]
 OutDir = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 ShapeName = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+PromptFormat = Literal["text", "chat"]
 PreferenceShapeName = Literal["auto", "pairs", "ranking", "scores", "labels", "verdicts"]
 
 
@@ -47,6 +48,9 @@ class DataConfig:
     """Columns to leave out of the rows. Rows with columns that change their meaning and are not used are refused."""
     rename: tuple[str, ...] = ()
     """OLD=NEW …: columns to read under another name, for example functions=tools system_prompt=system."""
+    prompt_format: PromptFormat | None = None
+    """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
+    assistant. Where it is not given, an --init that was trained on the other format is refused."""
     max_length: int = 2048
     """Maximum tokens of one example; see `long`. ppo: maximum tokens of a prompt; longer prompts are left out."""
     long: Literal["turns", "left", "drop"] = "turns"

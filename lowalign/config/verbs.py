@@ -11,6 +11,7 @@ from lowalign.config.commands import (
     GenerateConfig,
     JudgeConfig,
     MergeConfig,
+    PipelineConfig,
     PullConfig,
     PushConfig,
     ScoreConfig,
@@ -48,6 +49,7 @@ SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
 COMPRESS = "--base B --finetuned F --out DIR"
 DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
+PIPELINE = "PIPELINE --out DIR [--model M] [--set NAME=VALUE…]"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 PUSH = "DIR REPO [--private] [--revision R]"
 PULL = "REPO DIR [--revision R]"
@@ -61,6 +63,9 @@ VERBS = {
         Verb("dpo", "commands.dpo:dpo", DPOConfig, TRAIN, "DPO, IPO, KTO, SimPO, ORPO …: a policy, from preferences"),
         Verb("ppo", "commands.ppo:ppo", PPOConfig, REWARDED, "PPO, GRPO, RLOO: sample, score, update"),
         Verb("best-of-n", "commands.best_of_n:best_of_n", BestOfNConfig, REWARDED, "sample, score, keep the best"),
+    ),
+    "pipelines": (
+        Verb("run", "commands.run:run", PipelineConfig, PIPELINE, "stages from a file, on one load of the base"),
     ),
     "inspect": (
         Verb("data check", "commands.data_check:data_check", DataCheckConfig, CHECK, "format, lengths, loss mask"),

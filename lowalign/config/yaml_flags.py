@@ -32,18 +32,23 @@ class Flag(NamedTuple):
 
 def read(recipe: Path, config: type) -> list[Flag]:
     """The flags that a recipe stands for. Raises UserError, with file and line, for what is no key of `config`."""
+    return flags_in(compose(recipe), recipe, config)
+
+
+def flags_in(node: yaml.Node | None, recipe: Path, config: type) -> list[Flag]:
+    """The flags that a part of a file stands for. Raises as `read` does."""
     keys = dict(options(config))
     flags: dict[str, Flag] = {}
-    for name, key, value in _entries(_compose(recipe), recipe):
+    for name, key, value in _entries(node, recipe):
         if name == VERB:
             continue
-        place = _at(recipe, key)
+        place = at(recipe, key)
         if RENAMED.get(name) in keys:
             warn(f"{place}: {name}", RENAMED[name])
             name = RENAMED[name]
         name = f"{name}.files" if f"{name}.files" in keys else name  # `data: rows.jsonl`
         section = any(option.startswith(f"{name}.") for option in keys)
-        if _is_null(value) and (section or name in keys):
+        if is_null(value) and (section or name in keys):
             continue  # a key without a value keeps its default, a section without keys all of them
         if section:
             raise UserError(f"{place}: {name} is a section: write its keys below it, one per line")
@@ -57,10 +62,10 @@ def read(recipe: Path, config: type) -> list[Flag]:
 
 def verb_in(recipe: Path) -> tuple[str, int] | None:
     """The verb that a recipe names, and the line; None for a recipe that names none (before 0.2 none did)."""
-    for name, key, value in _entries(_compose(recipe), recipe):
-        if name == VERB and not _is_null(value):
+    for name, key, value in _entries(compose(recipe), recipe):
+        if name == VERB and not is_null(value):
             if not isinstance(value, yaml.ScalarNode):
-                raise UserError(f"{_at(recipe, key)}: verb takes the name of one command, such as sft")
+                raise UserError(f"{at(recipe, key)}: verb takes the name of one command, such as sft")
             return value.value, key.start_mark.line + 1
     return None
 
@@ -96,7 +101,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _compose(recipe: Path) -> yaml.Node | None:
+def compose(recipe: Path) -> yaml.Node | None:
+    """The nodes of a YAML file. Raises UserError for a file that is none, or has aliases or tags."""
     try:
         with recipe.open("rb") as file:
             raw = file.read(SIZE_LIMIT + 1)
@@ -117,17 +123,17 @@ def _compose(recipe: Path) -> yaml.Node | None:
 
 def _entries(node: yaml.Node | None, recipe: Path, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
     """(dotted name, key, value) of every key that has no keys below it."""
-    if node is None or (_is_null(node) and not prefix):
+    if node is None or (is_null(node) and not prefix):
         return
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{_at(recipe, node)}: a recipe is made of lines `key: value`")
+        raise UserError(f"{at(recipe, node)}: a recipe is made of lines `key: value`")
     lines: dict[str, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{_at(recipe, key)}: a key is one word")
+            raise UserError(f"{at(recipe, key)}: a key is one word")
         name = prefix + key.value.replace("-", "_")
         if name in lines:
-            raise UserError(f"{_at(recipe, key)}: {name} is set twice (first in line {lines[name]})")
+            raise UserError(f"{at(recipe, key)}: {name} is set twice (first in line {lines[name]})")
         lines[name] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
             yield from _entries(value, recipe, f"{name}.")
@@ -140,14 +146,14 @@ def _flag(name: str, hint: Any, line: int, value: yaml.Node, recipe: Path) -> Fl
     if get_origin(hint) is tuple:
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         for item in items:
-            if not isinstance(item, yaml.ScalarNode) or _is_null(item):
-                raise UserError(f"{_at(recipe, item)}: {name} is a list of plain values")
+            if not isinstance(item, yaml.ScalarNode) or is_null(item):
+                raise UserError(f"{at(recipe, item)}: {name} is a list of plain values")
             if item.value.startswith("-"):  # the parser would take it for a flag
-                raise UserError(f"{_at(recipe, item)}: {name}: an item may not begin with '-': {item.value}")
+                raise UserError(f"{at(recipe, item)}: {name}: an item may not begin with '-': {item.value}")
         texts = [item.value for item in items]
         return Flag(name, line, [flag, *texts], _tuple_problem(hint, texts))
     if not isinstance(value, yaml.ScalarNode):
-        raise UserError(f"{_at(recipe, value)}: {name} takes one value, not a list")
+        raise UserError(f"{at(recipe, value)}: {name} takes one value, not a list")
     if hint is not bool:
         return Flag(name, line, [f"{flag}={value.value}"], _problem(hint, value.value))
     if not value.tag.endswith(":bool"):
@@ -181,9 +187,11 @@ def _problem(hint: Any, text: str) -> str | None:
     return None
 
 
-def _is_null(node: yaml.Node) -> bool:
+def is_null(node: yaml.Node) -> bool:
+    """Whether there is no value."""
     return node.tag.endswith(":null")
 
 
-def _at(recipe: Path, node: yaml.Node) -> str:
+def at(recipe: Path, node: yaml.Node) -> str:
+    """FILE:LINE."""
     return f"{recipe}:{node.start_mark.line + 1}"

@@ -5,22 +5,24 @@ import datetime
 import hashlib
 import json
 import os
+from array import array
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import tokenizers
-import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.pack import Example
 from lowalign.durable import write_file
 
-FORMAT = 4  # to be raised when the meaning of a stored file or the result of tokenizing changes
+FORMAT = 5  # to be raised when the meaning of a stored file or the result of tokenizing changes
+TYPES = {"ids": np.int32, "lengths": np.int32, "mask": np.bool_, "fields": np.uint8, "report": np.uint8}
 FIELDS = ("rank", "margin", "label", "weight", "source")  # fields of an Example that are stored besides its tokens
 
 
@@ -52,55 +54,53 @@ def key(content: str, templates: list[str | None], tokenizer: PreTrainedTokenize
 def write(name: str, examples: list[Example], report: dict[str, Any]) -> None:
     """Store the Examples of a file (without `reference`) and its report. A full or read-only disk is no error: the rows
     are tokenized again next time."""
-    lengths, ids, mask = [], [], []
+    lengths, ids, mask = array("i"), array("i"), bytearray()
     for example in examples:
-        lengths += [len(example.completions), len(example.prompt), *map(len, example.completions)]
-        ids += example.prompt + [i for completion in example.completions for i in completion]
-        mask += [m for completion_mask in example.masks for m in completion_mask]
-    tensors = {
-        "ids": torch.tensor(ids, dtype=torch.int32),
-        "lengths": torch.tensor(lengths, dtype=torch.int32),
-        "mask": torch.tensor(mask, dtype=torch.bool),
-        "fields": _as_tensor([[getattr(example, name) for name in FIELDS] for example in examples]),
-        "report": _as_tensor(report),
-    }
-    tensors["checksum"] = _checksum(tensors)
+        lengths.extend((len(example.completions), len(example.prompt), *map(len, example.completions)))
+        ids.fromlist(example.prompt)
+        for completion, completion_mask in zip(example.completions, example.masks, strict=True):
+            ids.fromlist(completion)
+            mask += bytes(completion_mask)
+    fields = _json_bytes([[getattr(example, name) for name in FIELDS] for example in examples])
+    arrays = {"ids": ids, "lengths": lengths, "mask": mask, "fields": fields, "report": _json_bytes(report)}
+    tensors = {name: np.frombuffer(values, TYPES[name]) for name, values in arrays.items()}
+    tensors["checksum"] = np.frombuffer(_checksum(tensors), np.uint8)
     with contextlib.suppress(OSError):
-        write_file(cache_folder() / f"{name}.safetensors", save(tensors))
+        write_file(cache_folder() / f"{name}.safetensors", lambda path: save_file(tensors, path))
 
 
 def read(name: str) -> tuple[list[Example], dict[str, Any]] | None:
     """The stored Examples and report; None when there are none, or the file is damaged."""
     try:
-        tensors = load((cache_folder() / f"{name}.safetensors").read_bytes())
-        if not torch.equal(tensors.pop("checksum"), _checksum(tensors)):
+        tensors = load_file(cache_folder() / f"{name}.safetensors")
+        if bytes(tensors.pop("checksum")) != _checksum(tensors):
             return None
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+        ids, mask, lengths = tensors["ids"], tensors["mask"], tensors["lengths"].tolist()
+        fields, report = (json.loads(bytes(tensors[name])) for name in ("fields", "report"))
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    lengths, ids = iter(tensors["lengths"].tolist()), iter(tensors["ids"].tolist())
-    mask = iter(tensors["mask"].tolist())
-    examples = []
-    for fields in _from_tensor(tensors["fields"]):
-        completions = next(lengths)
-        prompt = [next(ids) for _ in range(next(lengths))]
-        sizes = [next(lengths) for _ in range(completions)]
-        answers = [[next(ids) for _ in range(n)] for n in sizes]
-        masks = [[next(mask) for _ in range(n)] for n in sizes]
-        examples.append(Example(prompt, answers, masks, **dict(zip(FIELDS, fields, strict=True))))
-    return examples, _from_tensor(tensors["report"])
+    # One object for each id: lists of ids then take 8 bytes a token.
+    objects = np.arange(ids.max(initial=0) + 1).astype(object)
+    examples, at, masked, step = [], 0, 0, 0
+    for values in fields:
+        completions, sizes = lengths[step], lengths[step + 1 : step + 2 + lengths[step]]
+        step += 2 + completions
+        ends = list(accumulate(sizes, initial=at))
+        prompt, *answers = (objects[ids[start:end]].tolist() for start, end in pairwise(ends))
+        cuts = pairwise(accumulate(sizes[1:], initial=masked))
+        masks = [mask[start:end].tolist() for start, end in cuts]
+        at, masked = ends[-1], masked + sum(sizes[1:])
+        examples.append(Example(prompt, answers, masks, **dict(zip(FIELDS, values, strict=True))))
+    return examples, report
 
 
-def _as_tensor(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
-def _from_tensor(tensor: Tensor) -> Any:
-    return json.loads(bytes(tensor.tolist()))
-
-
-def _checksum(tensors: dict[str, Tensor]) -> Tensor:
+def _checksum(tensors: dict[str, np.ndarray]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(tensors[name].data)
+    return digest.digest()

@@ -8,42 +8,19 @@ model is trained after the same prompt ids as it gets in generation.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.sections import DataConfig
 from lowalign.data.encode import Encoder
-from lowalign.data.lost import Lossy, lost_parts
 from lowalign.data.pack import Example
-from lowalign.data.rows.read import RowError
-from lowalign.data.rows.rewrite import opening_unsupervised
-from lowalign.data.rows.thoughts import without_thoughts
-from lowalign.data.rows.turns import Message, Tools, is_supervised
-from lowalign.data.special_tokens import strings_of
-from lowalign.data.support import Support
+from lowalign.data.rendering import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
+from lowalign.data.rows.turns import Message, Tools
 from lowalign.data.template import Template, Unrenderable
-from lowalign.data.turns import Piece, Turns
-from lowalign.data.variants import Variant, variants
+from lowalign.data.turns import Piece
 from lowalign.errors import UserError
-
-T = TypeVar("T")
-
-TURNS_NOTE = "one example for each assistant turn: the chat template rewrites earlier turns (see --data.thoughts)"
-KEPT_NOTE = "one example with the thoughts of all turns, which the chat template takes out of earlier turns"
-HIDDEN_NOTE = "special tokens in the texts kept as plain text"
-LOST_NOTE = "the chat template leaves out "
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How conversations are rendered; the fields are options of the same names in DataConfig."""
-
-    template_args: tuple[str, ...] = ()
-    thoughts: Literal["last", "all", "none"] = "last"
-    lossy: Literal["drop", "keep"] = "drop"
 
 
 def load_chat(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "Chat":
@@ -58,8 +35,7 @@ def load_chat(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "Chat":
 class Chat:
     """A tokenizer and the template for its conversations.
 
-    template: its text. end_of_turn: the id that ends an assistant turn. notes: how often conversations so far had to be
-    changed for the template, by kind of change.
+    template: its text. end_of_turn: the id that ends an assistant turn.
     """
 
     def __init__(
@@ -67,15 +43,23 @@ class Chat:
     ):
         """template: as in Template. Raises UserError when it cannot render a question and an answer."""
         self.tokenizer = tokenizer
-        self.options = options or ChatOptions()
-        self._template = Template(tokenizer, template, self.options.template_args)
+        options = options or ChatOptions()
+        self._template = Template(tokenizer, template, options.template_args)
         self.template = self._template.text
-        self._support = Support(self._template)
         self._encoder = Encoder(tokenizer, self._template.special_tokens)
-        self._turns = Turns(self._template, self._encoder.special_tokens)
+        self._renderer = Renderer(self._template, self._encoder.special_tokens, options)
+        self._ready: dict[int, Rendered | UserError] = {}  # conversations rendered in advance
         end = self._template.end_token
         self.end_of_turn: int = self._encoder.eos if end is None else tokenizer.convert_tokens_to_ids(end)
-        self.notes: Counter[str] = Counter()
+
+    @property
+    def notes(self) -> Counter[str]:
+        """How often conversations so far had to be changed for the template, by kind of change."""
+        return self._renderer.notes
+
+    @notes.setter
+    def notes(self, notes: Counter[str]) -> None:
+        self._renderer.notes = notes
 
     @property
     def end_ids(self) -> set[int]:
@@ -103,15 +87,34 @@ class Chat:
         The prompt ends with the header of the first supervised turn. Each supervised turn includes its end-of-turn token.
         Raises RowError (the row is wrong) or Unrenderable (the template cannot render it).
         """
-        messages = opening_unsupervised(messages)
-        supervised = [i for i, m in enumerate(messages) if is_supervised(m)]
-        if not supervised:
-            raise RowError("no assistant turn to learn from")
-        return self._first_accepted(messages[: supervised[-1] + 1], tools, self._examples)
+        rendered = self._ready.pop(id(messages), None) or self._render(messages, tools)
+        if isinstance(rendered, UserError):
+            raise rendered
+        return [self._example(pieces, rendered.hidden) for pieces in rendered.examples]
+
+    @contextmanager
+    def prepared(self, conversations: Sequence[tuple[list[Message], Tools]], texts: Iterable[str]) -> Iterator[None]:
+        """Within it, `example` of these conversations, and `completion` and `document` of these texts, take ids that were
+        made for all of them at once. The lists of messages must be the same objects."""
+        self._ready = {id(messages): self._render(messages, tools) for messages, tools in conversations}
+        rendered = [r for r in self._ready.values() if isinstance(r, Rendered) and not r.hidden]
+        pieces = [(piece.text, k == 0) for r in rendered for pieces in r.examples for k, piece in enumerate(pieces)]
+        try:
+            with self._encoder.prepared([*pieces, *((text, True) for text in texts)]):
+                yield
+        finally:
+            self._ready = {}
+
+    def _render(self, messages: list[Message], tools: Tools) -> Rendered | UserError:
+        try:
+            return self._renderer.examples(messages, tools)
+        except UserError as error:
+            return error
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """The ids before the answer to `messages`, rendered with the generation prompt. Raises as `example` does."""
-        return self._first_accepted(messages, tools, self._prompt_ids)
+        rendered = self._renderer.prompt(messages, tools)
+        return self._ids(rendered.examples[0], rendered.hidden)[0]
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a plain-text prompt, without a template."""
@@ -131,67 +134,6 @@ class Chat:
         text, hidden = self._encoder.special_tokens.hide(text)
         self.notes.update([HIDDEN_NOTE] if hidden else [])
         return self._encoder.encode(text, hidden, start)
-
-    def _first_accepted(
-        self, messages: list[Message], tools: Tools, encode: Callable[[Variant, list[str]], tuple[T, list[str]]]
-    ) -> T:
-        """What `encode` (variant, hidden strings) returns, with notes, for the first variant of the conversation that the
-        template accepts."""
-        special_tokens, forbidden = self._encoder.special_tokens, self._template.forbidden
-        if forbidden and any(forbidden in text for text in strings_of((messages, tools))):
-            raise RowError(
-                f"its text holds {forbidden}, which begins a turn in the default chat template and is no token of this "
-                "tokenizer; remove it, or give a template (--data.template)"
-            )
-        if self.options.thoughts == "none":
-            messages = without_thoughts(messages)
-        (messages, tools), hidden = special_tokens.hide((messages, tools))
-        refusal = None
-        for variant in variants(messages, tools, self._support, bool(self._template.with_tools)):
-            try:
-                result, notes = encode(variant, hidden)
-            except Unrenderable as error:
-                refusal = refusal or error
-                continue
-            self.notes.update([*variant.notes, *notes, *([HIDDEN_NOTE] if hidden else [])])
-            return result
-        raise refusal
-
-    def _examples(self, variant: Variant, hidden: list[str]) -> tuple[list[Example], list[str]]:
-        messages, tools = variant.rendered, variant.tools
-        self._refuse_joins(messages, tools, False)
-        rendered, notes = self._turns.pieces(messages, tools), []
-        if rendered is None and self.options.thoughts == "all":
-            rendered = self._turns.joined(messages, tools)
-            notes = [KEPT_NOTE] if rendered is not None else []
-        examples = [rendered] if rendered is not None else list(self._turns.each(messages, tools))
-        notes += [TURNS_NOTE] if len(examples) > 1 else []
-        supervised, rest = lost_parts(variant.messages, examples)
-        if supervised and self.options.lossy == "drop":
-            without = (
-                " leave all thoughts out (--data.thoughts none)," if any("thoughts" in s for s in supervised) else ""
-            )
-            raise Lossy(
-                f"{LOST_NOTE}{', '.join(supervised)}, which is to be learned; use another template (--data.template),"
-                f"{without} or learn the rest of such rows (--data.lossy keep)"
-            )
-        notes += [LOST_NOTE + part for part in (*supervised, *rest)]
-        return [self._example(pieces, hidden) for pieces in examples], notes
-
-    def _prompt_ids(self, variant: Variant, hidden: list[str]) -> tuple[list[int], list[str]]:
-        messages, tools = variant.rendered, variant.tools
-        self._refuse_joins(messages, tools, True)
-        return self._ids(self._turns.prompt(messages, tools), hidden)[0], []
-
-    def _refuse_joins(self, messages: list[Message], tools: Tools, generation: bool) -> None:
-        """Raise RowError when a text of the row forms a special token with what the template writes next to it."""
-        special_tokens = self._encoder.special_tokens
-        fenced = special_tokens.fenced([messages, tools])
-        if fenced is None:
-            return
-        full, rendered = (self._template.render(*row, generation) for row in ((messages, tools), fenced))
-        if special_tokens.count(rendered) != special_tokens.count(full):
-            raise RowError("one of its texts forms a special token with what the chat template writes next to it")
 
     def _ids(self, pieces: list[Piece], hidden: list[str]) -> tuple[list[int], list[bool]]:
         """The ids of all pieces, and whether each is supervised."""

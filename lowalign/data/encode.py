@@ -1,5 +1,9 @@
 """Text to token ids, piece by piece, so that training and generation use the same ids."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.rows.read import RowError
@@ -21,12 +25,16 @@ class Encoder:
         # The id "unknown" stands for any character missing from the vocabulary: no special token, unless it is eos too.
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self.special_ids = {t: i for t, i in ids.items() if i != tokenizer.unk_token_id or i in ends}
+        self._special = set(self.special_ids.values())
+        self._known: dict[str, list[int]] = {}  # texts tokenized in advance
+        self._same: dict[int, int] = {}  # one object for each id: lists of ids then take 8 bytes a token
         bare, with_extras = self._ids("a"), list(tokenizer("a", verbose=False)["input_ids"])
         starts = [k for k in range(len(with_extras)) if with_extras[k : k + len(bare)] == bare]
         self.bos_ids: list[int] = with_extras[: starts[0]] if starts else []
         # SentencePiece tokenizers put a space before every text they are given. Within a row that space would be wrong.
         self._newline = self._ids("\n")
         self._puts_space = self._ids("\na") != self._newline + bare
+        self._backend = self._fast_backend(["a", "\na", " the cat, 12", *sorted(special_tokens)])
 
     @property
     def eos(self) -> int:
@@ -46,13 +54,39 @@ class Encoder:
         for piece, plain in self.special_tokens.split(text, hidden):
             ids += (self._as_text if plain else self._piece)(piece, start and not ids)
             expected += 0 if plain else sum(m in self.special_ids for m in self.special_tokens.pattern.findall(piece))
-        special_ids = set(self.special_ids.values())
-        count = sum(i in special_ids for i in ids)
+        count = sum(map(self._special.__contains__, ids))
         if count != expected:
             raise RowError(
                 f"its texts change the special tokens ({count} in the ids, {expected} written by the template)"
             )
         return ids
+
+    @contextmanager
+    def prepared(self, texts: Iterable[tuple[str, bool]]) -> Iterator[None]:
+        """Within it, `encode` of these texts (each with its `start`) takes ids that were made for all of them at once, on all
+        cores."""
+        if self._backend is not None:
+            whole = [text if start or not self._puts_space else f"\n{text}" for text, start in texts]
+            whole = list(dict.fromkeys(whole))
+            self._ids("a")  # a call before may have left the backend with split_special_tokens
+            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
+            self._known = {text: self._shared(encoding.ids) for text, encoding in zip(whole, encodings, strict=True)}
+        try:
+            yield
+        finally:
+            self._known = {}
+
+    def _fast_backend(self, samples: list[str]) -> Any:
+        """The tokenizer's backend, if that gives the same ids without the tokenizer; else None."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "encode_batch_fast"):
+            return None
+        expected = [self._ids(sample) for sample in samples]
+        encodings = backend.encode_batch_fast(samples, add_special_tokens=False)
+        return backend if [encoding.ids for encoding in encodings] == expected else None
+
+    def _shared(self, ids: list[int]) -> list[int]:
+        return list(map(self._same.setdefault, ids, ids))
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """The ids of a whole text, beginning with `bos_ids`, and with bos at most once."""
@@ -81,5 +115,7 @@ class Encoder:
     def _ids(self, text: str, split: bool = False) -> list[int]:
         if not text:
             return []
+        if not split and (known := self._known.get(text)) is not None:
+            return known
         options = {"add_special_tokens": False, "split_special_tokens": split, "verbose": False}
-        return list(self.tokenizer(text, **options)["input_ids"])
+        return self._shared(self.tokenizer(text, **options)["input_ids"])

@@ -34,6 +34,13 @@ def lost_parts(messages: list[Message], examples: list[list[Piece]]) -> tuple[li
     return list(dict.fromkeys(supervised)), list(dict.fromkeys(rest))
 
 
+def kept_all(messages: list[Message], pieces: list[Piece]) -> bool:
+    """Whether all texts of a conversation without calls and thoughts are there as they are. False: look closer."""
+    turns = {piece.message: piece.text for piece in pieces if piece.message is not None}
+    context = "".join(piece.text for piece in pieces if piece.message is None)
+    return all(message["content"].strip() in turns.get(i, context) for i, message in enumerate(messages))
+
+
 class _Searched:
     """A text in which parts are looked for."""
 

@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lowalign.config.sections import PromptFormat
 from lowalign.data.chat import Chat
+from lowalign.data.prompt_format import formatted
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
 from lowalign.data.rows.read import RowError, parse_rows
 from lowalign.data.rows.sft_rows import SFT_ROWS, with_system
@@ -14,6 +16,8 @@ from lowalign.errors import UserError
 from lowalign.log import log
 
 COLUMNS = ("prompt", "messages", "conversations", "instruction", "chosen_messages", "chosen")
+
+ANSWERS = ("completion", "chosen", "rejected", "completion_a", "completion_b")
 
 
 class PromptRow(NamedTuple):
@@ -26,26 +30,32 @@ class PromptRow(NamedTuple):
 Prompts = list[tuple[PromptRow, list[int]]]  # with their token ids
 
 
-def read_prompts(files: Sequence[str]) -> Iterator[PromptRow]:
-    """The prompt of each row: its `prompt` (text or messages), or its conversation before the last answer.
+def read_prompts(files: Sequence[str], prompt_format: PromptFormat | None = None) -> Iterator[PromptRow]:
+    """The prompt of each row: its `prompt` (text or messages), or its conversation before the last answer. prompt_format:
+    the option, for a text.
 
     Raises UserError, with file:line, for a row without a prompt.
     """
     for file in files:
-        for row, prompt in parse_rows(file, _prompt):
+        for row, prompt in parse_rows(file, lambda data: formatted(_prompt(data), prompt_format)):
             yield PromptRow(prompt, row.where)
 
 
 def distinct_prompts(
-    files: Sequence[str], chat: Chat, limit: int | None, max_tokens: int, option: str, raw: bool = False
+    files: Sequence[str],
+    chat: Chat,
+    limit: int | None,
+    max_tokens: int,
+    option: str,
+    prompt_format: PromptFormat | None = None,
 ) -> Prompts:
     """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
-    tokens; logs the counts. option: the flag that sets max_tokens. raw: as in prompt_ids. Raises UserError when no prompt
-    is left."""
+    tokens; logs the counts. option: the flag that sets max_tokens. prompt_format: as in read_prompts. Raises UserError when
+    no prompt is left."""
     rows: dict[str, PromptRow] = {}
-    for row in read_prompts(files):
+    for row in read_prompts(files, prompt_format):
         rows.setdefault(json.dumps(row.prompt), row)
-    prompts = [(row, prompt_ids(chat, row, raw)) for row in list(rows.values())[:limit]]
+    prompts = [(row, prompt_ids(chat, row)) for row in list(rows.values())[:limit]]
     fitting = [(row, ids) for row, ids in prompts if len(ids) <= max_tokens]
     counts = f"{len(prompts):,} prompts, {len(prompts) - len(fitting):,} of them longer than {max_tokens:,} tokens and left out"
     if not fitting:
@@ -54,13 +64,11 @@ def distinct_prompts(
     return fitting
 
 
-def prompt_ids(chat: Chat, row: PromptRow, raw: bool) -> list[int]:
-    """The ids that a completion continues. raw: plain text, without the chat template. Raises UserError."""
+def prompt_ids(chat: Chat, row: PromptRow) -> list[int]:
+    """The ids that a completion continues: of a text without the chat template, of messages with it. Raises UserError."""
     prompt, where = row
-    if raw and not isinstance(prompt, str):
-        raise UserError(f"{where}: --raw takes prompts that are text; messages need a chat template")
     try:
-        return chat.text_ids(prompt) if raw else chat.prompt_ids(as_messages(prompt))
+        return chat.text_ids(prompt) if isinstance(prompt, str) else chat.prompt_ids(prompt)
     except (RowError, Unrenderable) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -72,7 +80,7 @@ def _prompt(data: dict[str, Any]) -> Prompt:
         raise RowError(f'expected "prompt", "messages" or a row of answers or preferences, found {columns}')
     value = data[column]
     if column == "prompt" and isinstance(value, str):
-        return value
+        return as_messages(value) if any(map(_is_turns, _answers(data))) else value
     if column == "instruction":
         columns = {key: data[key] for key in ("instruction", "input", "system", "history") if key in data}
         messages = SFT_ROWS.parse(columns | {"output": "…"}).messages
@@ -88,3 +96,13 @@ def _prompt(data: dict[str, Any]) -> Prompt:
     if not messages:
         raise RowError(f'"{column}" has no turn before the answer')
     return messages
+
+
+def _answers(data: dict[str, Any]) -> list[Any]:
+    several = data.get("completions")
+    return [*map(data.get, ANSWERS), *(several if isinstance(several, list) else ())]
+
+
+def _is_turns(answer: Any) -> bool:
+    """Whether an answer is a turn or turns, not a text or a line of candidates.jsonl: a prompt beside it is a turn too."""
+    return isinstance(answer, list) or (isinstance(answer, dict) and "completion" not in answer)

@@ -1,11 +1,14 @@
 """The report on the rows that were read: counts and lengths, as JSON and as text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowalign.data.pack import Example
 from lowalign.data.rows.votes import agreement
+
+SPAN_END = re.compile(rb"\x01(?!\x01)")  # in a mask as bytes
 
 
 class FileStats:
@@ -16,6 +19,7 @@ class FileStats:
         self.rows = self.used = self.examples = self.tokens = self.supervised = 0
         self.turns = self.ended = self.duplicates = 0
         self.formats: Counter[str] = Counter()
+        self.prompt_formats: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
@@ -54,6 +58,7 @@ class FileStats:
             "file": self.file,
             "rows": self.rows,
             "shapes": dict(self.formats),
+            "prompt_formats": dict(self.prompt_formats),
             "used": self.used,
             "examples": self.examples,
             "bad": bad,
@@ -80,7 +85,7 @@ def count_turns(examples: Iterable[Example], end_ids: set[int]) -> tuple[int, in
     turns = ended = 0
     for example in examples:
         for ids, mask in zip(example.completions, example.masks, strict=True):
-            ends = [i for i, m in enumerate(mask) if m and not (i + 1 < len(mask) and mask[i + 1])]
+            ends = [match.start() for match in SPAN_END.finditer(bytes(mask))]
             turns += len(ends)
             ended += sum(ids[i] in end_ids for i in ends)
     return turns, ended
@@ -100,6 +105,7 @@ def merge_reports(files: Sequence[dict[str, Any]], max_length: int, heldout: boo
     sums = {k: sum(f[k] for f in files) for k in ("rows", "used", "examples", "bad", "tokens", "supervised_tokens")}
     sums["dropped"] = sum(reason["rows"] for f in files for reason in f["dropped"].values())
     sums["cut"] = sum(sum(f["cut"].values()) for f in files)
+    sums["prompt_formats"] = dict(sum((Counter(f["prompt_formats"]) for f in files), Counter()))
     sums["end_of_turn"] = {k: sum(f["end_of_turn"][k] for f in files) for k in ("turns", "ended")}
     return {"heldout": heldout, "max_length": max_length, **sums, "files": list(files)}
 
@@ -114,6 +120,10 @@ def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
     lines = [f"{file['file']}: {file['rows']:,} rows ({shapes}), {file['used']:,} used"]
     if file["examples"] != file["used"]:
         lines.append(f"  {file['examples']:,} examples from them")
+    if plain := file["prompt_formats"].get("text"):
+        lines.append(
+            f"  {plain:,} rows are plain text, without the chat template (--data.prompt-format chat: turns of a chat)"
+        )
     for name, lengths in file["lengths"].items():
         if lengths:
             numbers = ", ".join(f"{label} {count:,}" for label, count in lengths.items())

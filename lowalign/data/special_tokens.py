@@ -20,8 +20,12 @@ class SpecialTokens:
     def __init__(self, strings: Iterable[str]):
         """strings: the special tokens, and whatever else delimits turns."""
         self.strings = sorted({s for s in strings if s}, key=len, reverse=True)
-        # Longest first, as tokenizers match them.
-        self.pattern = re.compile("|".join(map(re.escape, self.strings)) or "(?!)")
+        # Longest first, as tokenizers match them; by first letter, so that most letters of a text are passed at once.
+        by_letter: dict[str, list[str]] = {}
+        for string in self.strings:
+            by_letter.setdefault(string[0], []).append(re.escape(string[1:]))
+        groups = [f"{re.escape(letter)}(?:{'|'.join(rests)})" for letter, rests in by_letter.items()]
+        self.pattern = re.compile("|".join(groups) or "(?!)")
         self._replaced = re.compile(f"{self.pattern.pattern}|[{chr(FIRST)}-{chr(LAST)}]")
         self._prefixes = {s[:k] for s in self.strings for k in range(1, len(s))}
         self._suffixes = {s[k:] for s in self.strings for k in range(1, len(s))}

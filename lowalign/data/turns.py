@@ -120,7 +120,7 @@ class Turns:
         """
         render, last, turn = self._template.render, messages[i - 1], messages[i]
         changed = [*messages[: i - 1], _changed(last)]
-        tail = prompt[len(prompt) - _common_suffix(prompt, render(changed, tools, True)) :]
+        tail = text_after_last(self._template, messages[:i], tools)
         start = len(whole) - _common_suffix(whole, render([*changed, turn], tools))
         stop = _agreement(whole, render([*messages[:i], _changed(turn)], tools))
         breaks = sorted({0, len(tail), *(m.start() for m in BREAK.finditer(tail))})
@@ -175,6 +175,13 @@ class Turns:
             pieces += [Piece(full[end:start]), Piece(turn, is_supervised(messages[i]), message=i)]
             end = start + len(turn)
         return pieces
+
+
+def text_after_last(template: Template, messages: list[Message], tools: Tools) -> str:
+    """What a prompt has behind the text of its last message: the end of its turn, and the header of the answer."""
+    prompt = template.render(messages, tools, True)
+    other = template.render([*messages[:-1], _changed(messages[-1])], tools, True)
+    return prompt[len(prompt) - _common_suffix(prompt, other) :]
 
 
 def _continued(opened: str, text: str, message: Message) -> str:

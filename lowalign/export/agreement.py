@@ -20,7 +20,7 @@ from lowalign.log import log
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base, quiet_transformers
 from lowalign.model.host import Host
-from lowalign.model.policy import load_policy
+from lowalign.model.policy import Stack, load_policy
 
 MAX_KL = 0.01  # nats a token. What was measured lies 10 to 200 times below; with an adapter left out it is above 0.1
 MAX_KL_NF4 = 0.1  # of a merged model that is quantized again: the loss of 4 bit, 1e-3 where it was measured
@@ -70,12 +70,34 @@ class TrainedModel:
     scores: torch.Tensor | None = None
 
 
-def run_trained(sources: Sources, adapters: Sequence[str], prompts: Sequence[list[int]], dtype: str) -> TrainedModel:
-    """Run base + adapters as they were trained, in the precision of the merged model, on their own answers to the prompts
-    (token ids). The base is freed before this returns."""
-    host = Host(Base.load(sources.base, quantization=sources.quantization, dtype=dtype, quiet=True))
+def run_trained(
+    sources: Sources,
+    adapters: Sequence[str],
+    prompts: Sequence[list[int]],
+    dtype: torch.dtype,
+    base: Base | None = None,
+) -> TrainedModel:
+    """Run base + adapters as they were trained on their own answers to the prompts (token ids).
+
+    dtype: of an adapter that does not say in which it was trained. base: one that is loaded already; used if it is the base
+    of the training. Another one is freed before this returns.
+    """
+    dtype = sources.trained_dtype or dtype
+    if base is None or (base.identity.quantization, base.dtype) != (sources.quantization, dtype):
+        base = Base.load(sources.base, quantization=sources.quantization, dtype=dtype, quiet=True)
+    host = Host(base)
     stack = load_policy(host, adapters, allow_base_mismatch=True)  # checked before
     host.base.end_at(sources.chat.end_of_turn)
+    try:
+        return _run_trained(sources, host, stack, prompts)
+    finally:
+        for name in stack:
+            host.delete(name)
+        del host, base
+        gc.collect()
+
+
+def _run_trained(sources: Sources, host: Host, stack: Stack, prompts: Sequence[list[int]]) -> TrainedModel:
     if sources.scalar_head is not None:  # it scores the answers of what it was trained on top of
         examples = sampled_examples(host, stack[:-1], prompts)
         with host.use(*stack), torch.no_grad():
@@ -84,8 +106,6 @@ def run_trained(sources: Sources, adapters: Sequence[str], prompts: Sequence[lis
     examples = sampled_examples(host, stack, prompts)
     logps = trained_logps(host, stack, examples)
     bare = trained_logps(host, (), examples) if sources.onto == "original" else []
-    del host
-    gc.collect()
     return TrainedModel(examples[: len(logps)], logps, bare)
 
 
@@ -136,7 +156,7 @@ def check_prompts(chat: Chat, files: Sequence[str]) -> list[list[int]]:
     """The ids of the prompts to compare on: of the first rows of `files`, else of built-in questions."""
     rows = list(islice(read_prompts(files), PROMPTS)) if files else []
     rows = rows or [PromptRow([{"role": "user", "content": question}], "") for question in QUESTIONS]
-    return [ids for ids in (prompt_ids(chat, row, raw=False) for row in rows) if len(ids) <= MAX_PROMPT] or [
+    return [ids for ids in (prompt_ids(chat, row) for row in rows) if len(ids) <= MAX_PROMPT] or [
         chat.prompt_ids([{"role": "user", "content": QUESTIONS[0]}])
     ]
 

@@ -26,6 +26,7 @@ METHODS = {
     "reward": "reward modelling on preferences",
     "dpo": "direct preference optimization (DPO)",
     "ppo": "proximal policy optimization (PPO)",
+    "bitdelta": "BitDelta (arXiv 2402.10193), at one bit a weight",
 }
 KINDS = {
     "LORA": "LoRA",
@@ -135,7 +136,7 @@ def _summary(artefact: Artefact) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if commit or is_hub_id(base) else base or "its base"
     what = KINDS.get(artefact.config.get("peft_type", ""), "adapter") if artefact.is_adapter else "model"
     method = METHODS.get(method_of(artefact) or "", method_of(artefact) or "")
-    made = f", trained with lowalign by {method}" if method else ", made with lowalign" if artefact.meta else ""
+    made = f", made with lowalign by {method}" if method else ", made with lowalign" if artefact.meta else ""
     relation = "for" if artefact.is_adapter else "from"
     reward = " It is a reward model: it gives a score to an answer." if artefact.reward else ""
     return f"A {what} {relation} {link}{made}.{reward}"

@@ -32,7 +32,7 @@ from lowalign.export.ollama import modelfile
 from lowalign.export.sources import Sources, heldout_files, read_sources
 from lowalign.export.weight_files import write_shards
 from lowalign.log import log
-from lowalign.model.base.base import set_pad_token
+from lowalign.model.base.base import Base, set_pad_token
 from lowalign.model.base.hub import load_tokenizer
 
 
@@ -46,8 +46,8 @@ def merge(adapters: Sequence[str], out: str | Path, **options: Any) -> dict[str,
     return write_merged(MergeConfig(tuple(map(str, adapters)), Path(out), **options))
 
 
-def write_merged(config: MergeConfig) -> dict[str, Any]:
-    """As `merge`."""
+def write_merged(config: MergeConfig, base: Base | None = None) -> dict[str, Any]:
+    """As `merge`. base: one that is loaded already, for the comparison."""
     out = config.out.expanduser()
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; name another folder with --out")
@@ -57,7 +57,9 @@ def write_merged(config: MergeConfig) -> dict[str, Any]:
     job = _plan(config, sources)
     _check_room(out, job.plan, config.verify)
     report = sources.report() | {"quantize": config.quantize, "kl": None, "top1": None, "verified": False}
-    trained = run_trained(sources, config.adapters, prompts, config.dtype) if config.verify else None
+    trained = (
+        run_trained(sources, config.adapters, prompts, getattr(torch, config.dtype), base) if config.verify else None
+    )
     try:
         with new_folder(out) as temp:
             write_model_files(sources.base, temp, job.changes, sources.chat.template, sources.eos_ids())
@@ -89,7 +91,15 @@ class _Job:
 def _plan(config: MergeConfig, sources: Sources) -> _Job:
     """What is to be written; nothing is computed yet. Raises UserError for what plain weights cannot hold."""
     dequantized, dtype = sources.onto == "dequantized", getattr(torch, config.dtype)
-    plan = plan_merge(sources.base, sources.config, sources.updates, dequantized, dtype, sources.scalar_head)
+    plan = plan_merge(
+        sources.base,
+        sources.config,
+        sources.updates,
+        dequantized,
+        dtype,
+        sources.scalar_head,
+        sources.trained_dtype or torch.bfloat16,
+    )
     changes: dict[str, Any] = {"dtype": config.dtype, "lowalign": {"merged_onto": sources.onto}}
     vectors, prompt = sources.soft_prompt, None
     if vectors is not None:

@@ -73,11 +73,12 @@ def plan_merge(
     dequantized: bool,
     dtype: torch.dtype,
     scalar_head: Tensor | None = None,
+    trained_dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """What the base becomes under the updates, in the order they stack; nothing is computed yet.
 
     dequantized: onto NF4 converted back to 16 bit (always so for a base that is stored in NF4). scalar_head: (1, hidden), of
-    a reward run. Raises UserError for a tensor of an adapter that no weight of the base takes.
+    a reward run. trained_dtype: that of the weights when they were quantized for training. Raises UserError for a tensor of an adapter that no weight of the base takes.
     """
     stored, skeleton = stored_tensors(base), Skeleton.of(config)
     if getattr(config, "quantization_config", None):
@@ -108,8 +109,8 @@ def plan_merge(
         transposed = isinstance(module, Conv1D)
         for update in changing:
             update.check_shape(name, tensor.shape[::-1] if transposed else tensor.shape)
-        quantized = dequantized and module is not None
-        make = _maker(tensor, changing, quantized, transposed, dtype)
+        quantized_from = trained_dtype if dequantized and module is not None else None
+        make = _maker(tensor, changing, quantized_from, transposed, dtype)
         planned.append(PlannedTensor(name, dtype, tensor.shape, make))
     for update in updates:
         unplaced = update.unplaced(tensors)
@@ -136,7 +137,7 @@ def quantize(plan: Plan) -> Plan:
 def _maker(
     tensor: PlannedTensor,
     updates: Sequence[LoraUpdate | BitDeltaUpdate],
-    quantized: bool,
+    quantized_from: torch.dtype | None,
     transposed: bool,
     dtype: torch.dtype,
 ) -> Callable[[], Tensor]:
@@ -144,8 +145,8 @@ def _maker(
 
     def make() -> Tensor:
         weight = tensor.make()
-        if quantized:
-            weight = round_trip(weight.to(torch.bfloat16), transposed)
+        if quantized_from:
+            weight = round_trip(weight.to(quantized_from), transposed)
         if not updates:
             return weight.to(dtype)
         weight = weight.float()

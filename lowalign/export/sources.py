@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -35,13 +36,15 @@ class StackedAdapter:
 
 @dataclass(frozen=True)
 class Sources:
-    """base: its folder. quantization: of the base in training, "nf4" or "none". onto: which weights are merged into."""
+    """base: its folder. quantization: of the base in training, "nf4" or "none". trained_dtype: its dtype there; None for an
+    adapter that does not say it. onto: which weights are merged into."""
 
     base: Path
     config: PretrainedConfig
     stack: list[StackedAdapter]
     chat: Chat
     quantization: str
+    trained_dtype: torch.dtype | None
     onto: str
 
     @property
@@ -109,7 +112,7 @@ def read_sources(config: MergeConfig) -> Sources:
     if getattr(model_config, "quantization_config", None) and onto == "original":
         raise UserError(f"{base} is stored in 4 bit and has no original weights; merge with --onto dequantized")
     chat = Chat(tokenizer, adapter_files.adapter_template([adapter.folder for adapter in stack]))
-    return Sources(base, model_config, stack, chat, quantization, onto)
+    return Sources(base, model_config, stack, chat, quantization, _trained_dtype(stack[-1].meta), onto)
 
 
 def heldout_files(config: MergeConfig) -> Sequence[str]:
@@ -123,6 +126,13 @@ def _read_stack(source: str) -> list[StackedAdapter]:
     top = StackedAdapter(folder, *adapter_files.read(folder))
     parents = [folder / "parents" / str(i) for i in range(top.meta.get("parents", 0))]
     return [*(StackedAdapter(parent, *adapter_files.read(parent)) for parent in parents), top]
+
+
+def _trained_dtype(meta: dict[str, Any]) -> torch.dtype | None:
+    """By the recipe in the adapter's lowalign.json."""
+    recipe = yaml.safe_load(meta.get("recipe") or "") or {}
+    name = str(recipe.get("base", {}).get("dtype"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
 
 
 def _recipe(source: str) -> dict[str, Any]:

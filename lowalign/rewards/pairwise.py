@@ -118,7 +118,7 @@ class RewardJudge:
     def _scores(self, rows: Sequence["_EncodedRow"]) -> dict[tuple[int, int], float]:
         """The reward of each answer with ids, by (id of the row, index of the answer)."""
         by_row = self.rewards(
-            [row.answers.prompt for row in rows],
+            [row.answers.prompt if row.answers.plain_text else as_messages(row.answers.prompt) for row in rows],
             [row.prompt for row in rows],
             [[as_text(row.answers.completions[k]) for k in row.ids] for row in rows],
             [list(row.ids.values()) for row in rows],
@@ -130,7 +130,7 @@ class RewardJudge:
         }
 
     def _encode(self, row: Answers) -> "_EncodedRow":
-        messages = unsupervised(as_messages(row.prompt))
+        messages = [] if row.plain_text else unsupervised(as_messages(row.prompt))
         prompt, ids, skipped = [], {}, {}
         for k, completion in enumerate(row.completions):
             text = as_text(completion)
@@ -140,7 +140,10 @@ class RewardJudge:
                 ids[k] = []
             else:
                 try:
-                    example = self.chat.example([*messages, {"role": "assistant", "content": text}])[-1]
+                    if row.plain_text:
+                        example = self.chat.completion(row.prompt, text)
+                    else:
+                        example = self.chat.example([*messages, {"role": "assistant", "content": text}])[-1]
                 except RowError as error:
                     skipped[k] = str(error)
                     continue

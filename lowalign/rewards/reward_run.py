@@ -9,8 +9,10 @@ import torch
 from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
+from lowalign.data.prompt_format import check_prompt_format
+from lowalign.data.rows.turns import Prompt
 from lowalign.errors import UserError
-from lowalign.model.adapters.files import adapter_template, locate, read_meta
+from lowalign.model.adapters.files import adapter_template, locate, read_meta, trained_format
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
 
@@ -23,26 +25,32 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class RunReward:
-    """A reward run on the base. stack: its adapters, the last of which has the head. end: the id that ended the answers
-    it was trained on. A score s is returned as (s - mean) / std."""
+    """A reward run on the base. stack: its adapters, the last of which has the head. chat: that of the completions. A score s
+    is returned as (s - mean) / std."""
 
     host: Host
     stack: Stack
-    end: int
+    chat: Chat
     mean: float
     std: float
     token_budget: int
 
     def __call__(
-        self, _: object, prompt_ids: Sequence[Ids], __: object, completion_ids: Sequence[Sequence[Ids]]
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Ids],
+        _: object,
+        completion_ids: Sequence[Sequence[Ids]],
     ) -> list[list[float]]:
         """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it.
 
         A sampled completion may end with any end token of the base. The score is read at the one that the reward model
-        knows, in its place.
+        knows, in its place: the end of turn, after plain text eos.
         """
-        groups = ([ended_with(self.end, c, self.host.base.eos_ids) for c in group] for group in completion_ids)
-        examples = [Example(list(p), group) for p, group in zip(prompt_ids, groups, strict=True)]
+        eos_ids, examples = self.host.base.eos_ids, []
+        for prompt, ids, group in zip(prompts, prompt_ids, completion_ids, strict=True):
+            end = self.chat.end_of_text if isinstance(prompt, str) else self.chat.end_of_turn
+            examples.append(Example(list(ids), [ended_with(end, c, eos_ids) for c in group]))
         scores = score_examples(self.host, self.stack, examples, self.token_budget)
         return [[(score - self.mean) / self.std for score in group] for group in scores]
 
@@ -92,6 +100,12 @@ def check_template(run: str, chat: Chat) -> None:
             f"{run} was trained with another chat template than that of the completions; train both with the same one "
             "(--data.template)"
         )
+
+
+def check_prompt_formats(runs: Sequence[str], formats: Collection[str], flag: str) -> None:
+    """Raises UserError for a reward run that was trained on prompts of another format than those of the completions."""
+    for run in runs:
+        check_prompt_format(f"the reward run {run}", trained_format(run), formats, flag)
 
 
 @torch.no_grad()

@@ -54,12 +54,10 @@ class Rewards:
 @dataclass(frozen=True)
 class RewardOptions:
     """How rewards are loaded. allow_training_spread: in a sum, accept a reward run whose mean and spread were measured on its
-    training rows. plain_text: the completions continue plain text, without a chat template. token_budget: most tokens of a
-    scoring forward."""
+    training rows. token_budget: most tokens of a scoring forward."""
 
     allow_base_mismatch: bool = False
     allow_training_spread: bool = False
-    plain_text: bool = False
     token_budget: int = TOKEN_BUDGET
 
 
@@ -82,7 +80,6 @@ def load_rewards(
         else:
             stack = load_reward_run(host, f"reward{i}", spec.name, options.allow_base_mismatch)
             check_template(spec.name, chat)
-            end = chat.end_of_text if options.plain_text else chat.end_of_turn
             mean, std = mean_and_std(spec.name, options.allow_training_spread) if len(specs) > 1 else (0.0, 1.0)
-            parts[spec.name] = spec.weight, RunReward(host, stack, end, mean, std, options.token_budget)
+            parts[spec.name] = spec.weight, RunReward(host, stack, chat, mean, std, options.token_budget)
     return Rewards(parts)

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowalign.data.rows.turns import Prompt, as_messages, unsupervised
+from lowalign.data.rows.turns import Prompt, unsupervised
 from lowalign.durable import write_jsonl
 
 
@@ -68,33 +68,34 @@ def sizes(n: int) -> list[int]:
 CandidateLine = dict[str, Any]
 
 
-def write_datasets(folder: Path, lines: Sequence[CandidateLine], unfinished: bool, raw: bool) -> dict[str, int]:
+def write_datasets(folder: Path, lines: Sequence[CandidateLine], unfinished: bool) -> dict[str, int]:
     """Write best.jsonl, pairs.jsonl and rankings.jsonl -> how many rows each has.
 
     unfinished: completions cut off at the length limit count like others. Else one is never better than another: it would
     be trained to end where it was cut. It may be the rejected one of a pair; a ranking has those that score below all
-    finished ones, together on the last rank. raw: prompts are plain text, not user messages. Blank completions are left
-    out of all files, repeated ones count once, and equal scores make no pair.
+    finished ones, together on the last rank. Where a prompt is text, the rows are plain text, else turns of a chat. Blank
+    completions are left out of all files, repeated ones count once, and equal scores make no pair.
     """
     rows: dict[str, list[dict]] = {"best": [], "pairs": [], "rankings": []}
     for line in lines:
         completions = line["completions"]
+        prompt, plain = line["prompt"], isinstance(line["prompt"], str)
         texts, scores = [c["completion"] for c in completions], [c["score"] for c in completions]
         usable = distinct(texts, [i for i, text in enumerate(texts) if text.strip()])
         finished = [i for i in usable if unfinished or completions[i]["stopped"]]
         top = best(scores, finished)
         if top is not None:
-            rows["best"].append(_sft_row(line["prompt"], texts[top], raw))
+            rows["best"].append(_sft_row(prompt, texts[top]))
             low = worst(scores, usable)
             if scores[low] < scores[top]:
-                pair = {"chosen": _completion(texts[top], raw), "rejected": _completion(texts[low], raw)}
-                rows["pairs"].append({"prompt": _prompt(line["prompt"], raw), **pair})
+                pair = {"chosen": _completion(texts[top], plain), "rejected": _completion(texts[low], plain)}
+                rows["pairs"].append({"prompt": prompt, **pair})
             floor = min(scores[i] for i in finished)
             ranked = [i for i in usable if i in finished or scores[i] < floor]
             ranked_scores = [scores[i] if i in finished else -math.inf for i in ranked]
             if len(set(ranked_scores)) > 1:
-                ranking = {"completions": [_completion(texts[i], raw) for i in ranked], "ranks": ranks(ranked_scores)}
-                rows["rankings"].append({"prompt": _prompt(line["prompt"], raw), **ranking})
+                ranking = {"completions": [_completion(texts[i], plain) for i in ranked], "ranks": ranks(ranked_scores)}
+                rows["rankings"].append({"prompt": prompt, **ranking})
     for name, part in rows.items():
         write_jsonl(folder / f"{name}.jsonl", part)
     return {name: len(part) for name, part in rows.items()}
@@ -135,16 +136,12 @@ def report_lines(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def _prompt(prompt: Prompt, raw: bool) -> Prompt:
-    return prompt if raw else as_messages(prompt)
+def _completion(text: str, plain: bool) -> Prompt:
+    return text if plain else [{"role": "assistant", "content": text}]
 
 
-def _completion(text: str, raw: bool) -> Prompt:
-    return text if raw else [{"role": "assistant", "content": text}]
-
-
-def _sft_row(prompt: Prompt, text: str, raw: bool) -> dict[str, Any]:
+def _sft_row(prompt: Prompt, text: str) -> dict[str, Any]:
     """A row of sft in which only the completion is supervised."""
-    if raw:
+    if isinstance(prompt, str):
         return {"prompt": prompt, "completion": text}
-    return {"messages": [*unsupervised(as_messages(prompt)), *_completion(text, raw)]}
+    return {"messages": [*unsupervised(prompt), *_completion(text, plain=False)]}

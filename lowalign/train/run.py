@@ -9,21 +9,24 @@ OUT/adapter/           the adapter in peft's format, its chat template, and lowa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lowalign.config.sections import PromptFormat
 from lowalign.config.training import RunConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.pack import Example
+from lowalign.data.prompt_format import check_prompt_format
 from lowalign.data.report import report_lines
 from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
+from lowalign.model.adapters import files as adapter_files
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -35,19 +38,30 @@ from lowalign.train.method import Method
 from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
 
+PROMPT_FORMAT = "--data.prompt-format"
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows to train on, the held-out rows, and the formats of their prompts (lowalign.data.prompt_format)."""
+
+    train: list
+    heldout: list
+    prompt_formats: Collection[PromptFormat]
+
 
 @dataclass(frozen=True)
 class Job:
     """What one command adds to the training run that all share.
 
-    read: (tokenizer, chat) -> the rows to train on and the held-out rows. start: (host, rows, heldout, policy, initial:
-    the stack that the policy started from) -> the method. data, adapters: what the command reads besides --data and
+    read: (tokenizer, chat) -> the rows. start: (host, rows, heldout, policy, initial: the stack that the policy started
+    from) -> the method. data, adapters: what the command reads besides --data and
     --init. steps: number of rows -> optimizer steps; default: epochs × rows / batch size. finish: (host, policy, rows,
     heldout, config) -> additional entries for the adapter's lowalign.json.
     """
 
     name: str
-    read: Callable[[PreTrainedTokenizerBase, Chat], tuple[list, list]]
+    read: Callable[[PreTrainedTokenizerBase, Chat], RunRows]
     start: Callable[[Host, list, list, Stack, Stack], Method]
     data: Sequence[str] = ()
     adapters: Sequence[str] = ()
@@ -66,7 +80,9 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
         # The rows first: errors in them are reported before a large model is loaded.
         tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
         chat = load_chat(tokenizer, config.data)
-        rows, heldout = job.read(tokenizer, chat)
+        data = job.read(tokenizer, chat)
+        rows, heldout = data.train, data.heldout
+        prompt_format = _prompt_format(config, data.prompt_formats)
         host = Host(base or Base.load(config.model, **vars(config.base)))
         policy, initial = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
@@ -85,11 +101,25 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        metadata = job.finish(host, policy, rows, heldout, config)
+        metadata = job.finish(host, policy, rows, heldout, config) | {"prompt_format": prompt_format}
         save_adapter(host, policy, chat, config, result, job.name, metadata)
         for adapter in tuple(host.adapters):
             host.delete(adapter)
     return 0
+
+
+def _prompt_format(config: RunConfig, formats: Collection[PromptFormat]) -> str | None:
+    """What the adapter's lowalign.json says its prompts were: one format, "mixed", or for documents alone that of --init.
+
+    Raises UserError when --init was trained on another format, unless --data.prompt-format is given.
+    """
+    trained = adapter_files.trained_format(config.init) if config.init else None
+    if config.data.prompt_format is None:
+        try:
+            check_prompt_format(f"--init {config.init}", trained, formats, PROMPT_FORMAT)
+        except UserError as error:
+            raise UserError(f"{error}. {PROMPT_FORMAT} text or chat accepts both formats") from error
+    return "mixed" if len(formats) > 1 else next(iter(formats), trained)
 
 
 def reference_run(reference: str) -> tuple[str, ...]:
@@ -112,8 +142,8 @@ def check_and_log_start(host: Host, policy: Stack, initial: Stack, rows: list[Ex
 
 def load_rows(
     config: RunConfig, load: Callable[..., Dataset], tokenizer: PreTrainedTokenizerBase, chat: Chat
-) -> tuple[list[Example], list[Example]]:
-    """-> the Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""
+) -> RunRows:
+    """The Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""
     options, out = config.data, config.out
     for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # of an earlier attempt
         (out / name).unlink(missing_ok=True)
@@ -129,4 +159,4 @@ def load_rows(
     for part in report.values():
         log("\n".join(report_lines(part)))
     write_json(out / "data_report.json", report)
-    return rows, heldout
+    return RunRows(rows, heldout, {name for part in report.values() for name in part["prompt_formats"]})

@@ -15,6 +15,7 @@ import lowalign.commands.bitdelta
 import lowalign.commands.dpo
 import lowalign.commands.ppo
 import lowalign.commands.reward
+import lowalign.commands.run
 import lowalign.commands.sft  # noqa: F401
 from lowalign.cli import main
 from tests.train import toy

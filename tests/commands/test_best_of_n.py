@@ -59,7 +59,7 @@ def flags(world: Path, out: Path, *more: str, reward: str = "vowels.py:vowels") 
     return [
         "best-of-n", "--model", f"{world}/model", "--adapter", f"{world}/policy", "--data", f"{world}/rows.jsonl",
         "--reward", f"{world}/{reward}", "--out", str(out), "--n", "4", "--sampling.max-new-tokens", "9",
-        "--unfinished", "keep", *FP32, *more,
+        "--unfinished", "keep", "--prompt-format", "chat", *FP32, *more,
     ]  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
     host.load("prefix", world / "policy")
     host.load("lora", world / "reward")
     candidates = lines(out / "candidates.jsonl")
-    prompts = [ASKED[0], *([{"role": "user", "content": q}] for q in ASKED[1:])]
+    prompts = [[{"role": "user", "content": q}] for q in ASKED]
     assert [line["prompt"] for line in candidates] == prompts  # each once, without the answers
     for i, line in enumerate(candidates):
         ids = chat.prompt_ids([{"role": "user", "content": ASKED[i]}])
@@ -165,11 +165,11 @@ def test_blank_repeated_and_unfinished_completions(tmp_path):
         {"prompt": "q", "completions": [sample("cut", 5, False), sample("", 1)]},
         {"prompt": "r", "completions": [sample("same", 1), sample("as", 1)]},
     ]
-    assert write_datasets(tmp_path, candidates, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    assert write_datasets(tmp_path, candidates, unfinished=False) == {"best": 2, "pairs": 1, "rankings": 1}
     assert lines(tmp_path / "best.jsonl") == [{"prompt": "p", "completion": "b"}, {"prompt": "r", "completion": "same"}]
     assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
     assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["a", "b"], "ranks": [2, 1]}]
-    assert write_datasets(tmp_path, candidates, unfinished=True, raw=True)["best"] == 3
+    assert write_datasets(tmp_path, candidates, unfinished=True)["best"] == 3
     assert lines(tmp_path / "rankings.jsonl") == [{"prompt": "p", "completions": ["cut", "a", "b"], "ranks": [1, 3, 2]}]
     assert [row["completion"] for row in lines(tmp_path / "best.jsonl")] == ["cut", "cut", "same"]
 
@@ -186,7 +186,7 @@ def test_a_ranking_never_prefers_an_answer_that_was_cut_off(tmp_path):
         {"prompt": "q", "completions": [sample("cut", 1, False), sample("also", 0, False)]},
         {"prompt": "r", "completions": [sample("cut", 1, False), sample("a", 0, True)]},
     ]
-    assert write_datasets(tmp_path, candidates, unfinished=False, raw=True) == {"best": 2, "pairs": 1, "rankings": 1}
+    assert write_datasets(tmp_path, candidates, unfinished=False) == {"best": 2, "pairs": 1, "rankings": 1}
     (ranking,) = lines(tmp_path / "rankings.jsonl")
     assert dict(zip(ranking["completions"], ranking["ranks"], strict=True)) == {"a": 1, "b": 2, "low": 3, "lower": 3}
     assert lines(tmp_path / "pairs.jsonl") == [{"prompt": "p", "chosen": "a", "rejected": "lower"}]
@@ -197,7 +197,7 @@ def test_earlier_answers_of_a_prompt_are_not_supervised(tmp_path):
 
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     candidates = [{"prompt": turns, "completions": [{"completion": "d", "score": 1, "stopped": True}]}]
-    write_datasets(tmp_path, candidates, unfinished=False, raw=False)
+    write_datasets(tmp_path, candidates, unfinished=False)
     assert [t.get("weight", 1) for t in lines(tmp_path / "best.jsonl")[0]["messages"]] == [1, 0, 1, 1]
 
 

@@ -164,13 +164,12 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
     write(Path(config.data[0]), rows)
     config = replace(config, margin=0.3, max_length=200)
     assert judge(config) == 0
-    question = [{"role": "user", "content": "p"}]  # plain text becomes messages: it was judged as turns of a chat
-    good, bad, vain = ([{"role": "assistant", "content": text}] for text in ("good", "bad", "vain"))
-    assert read(config.out / "pairs.jsonl") == [
-        {"prompt": question, "chosen": good, "rejected": bad},
-        {"prompt": question, "chosen": vain, "rejected": good},
-        {"prompt": question, "chosen": good, "rejected": bad},  # bad against the other good
-        {"prompt": question, "chosen": vain, "rejected": good},
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+    assert read(config.out / "pairs.jsonl") == [  # plain text stays plain text
+        {"prompt": "p", "chosen": "good", "rejected": "bad"},
+        {"prompt": "p", "chosen": "vain", "rejected": "good"},
+        {"prompt": "p", "chosen": "good", "rejected": "bad"},  # bad against the other good
+        {"prompt": "p", "chosen": "vain", "rejected": "good"},
         {"prompt": messages, "chosen": good, "rejected": bad},
     ]
     where = config.data[0]
@@ -310,11 +309,9 @@ def test_a_function_judges(config, tmp_path, capsys):
     assert (tmp_path / "worth.py.asked").read_text() == "aa\nb\ncc\n"
     lines = read(out / "verdicts.jsonl")
     assert [(x["verdict"], x.get("scores")) for x in lines[:2]] == [("b", [-4.0, -2.0]), ("tie", [-4.0, -4.0])]
-    turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    question = [{"role": "user", "content": "p"}]
     assert read(out / "pairs.jsonl") == [
-        {"prompt": question, "chosen": turn("b"), "rejected": turn("aa")},
-        {"prompt": question, "chosen": turn("b"), "rejected": turn("cc")},
+        {"prompt": "p", "chosen": "b", "rejected": "aa"},
+        {"prompt": "p", "chosen": "b", "rejected": "cc"},
     ]
     stderr = capsys.readouterr().err
     assert "3 of 6 pairs judged: 2 with a winner, 1 ties\n3 pairs skipped: an answer is empty" in stderr
@@ -324,8 +321,9 @@ def test_a_function_judges(config, tmp_path, capsys):
     assert "worth.py: the content has changed" in capsys.readouterr().err
 
 
-def test_a_reward_run_judges(model, tmp_path):
-    """Its scores are those of the stock sequence classifier on the stock rendering of prompt and answer."""
+@pytest.mark.parametrize("prompt_format", ["text", "chat"])
+def test_a_reward_run_judges(model, tmp_path, prompt_format):
+    """Its scores are those of the stock sequence classifier on the stock rendering of prompt and answer, or on plain text."""
     host = Host(Base.load(model, quantization="none", dtype="float32", device="cpu", quiet=True))
     torch.manual_seed(5)
     host.add("r", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
@@ -333,7 +331,8 @@ def test_a_reward_run_judges(model, tmp_path):
     host.save("r", tmp_path / "reward", method="reward", files={"chat_template.jinja": CHAT})
     where = write(tmp_path / "rows.jsonl", [ROWS[0]])
     out = tmp_path / "out"
-    assert judge(JudgeConfig((where,), out, str(model), reward=(str(tmp_path / "reward"),), base=FP32)) == 0
+    config = JudgeConfig((where,), out, str(model), reward=(str(tmp_path / "reward"),), base=FP32)
+    assert judge(replace(config, prompt_format=prompt_format)) == 0
 
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     stock = PeftModel.from_pretrained(stock, tmp_path / "reward").eval()
@@ -342,8 +341,12 @@ def test_a_reward_run_judges(model, tmp_path):
     for answer in ANSWERS:
         turns = [{"role": "user", "content": ROWS[0]["prompt"]}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+        ids = tokenizer(text)["input_ids"]
+        if prompt_format == "text":
+            ids = [i for part in (ROWS[0]["prompt"], answer) for i in tokenizer(part)["input_ids"]]
+            ids.append(tokenizer.eos_token_id)
         with torch.no_grad():
-            scores.append(stock(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits.item())
+            scores.append(stock(input_ids=torch.tensor([ids])).logits.item())
     lines = read(out / "verdicts.jsonl")
     for line, (a, b) in zip(lines, itertools.combinations(scores, 2), strict=True):
         assert line["scores"] == pytest.approx([a, b], abs=1e-5)

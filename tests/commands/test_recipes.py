@@ -24,6 +24,7 @@ METHODS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PP
 CONFIGS = METHODS | {"distil": DistilConfig}
 FLAGS = {config: ["--model", "m", "--out", "o"] for config in METHODS.values()}
 FLAGS[DistilConfig] = ["--model", "m", "--out", "o", "--delta", "d", "--finetuned", "f"]
+OF_ONE_VERB = [path for path in RECIPES if path.parent.name != "pipelines"]
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "adapters/README.md", *RECIPES]
 TEXTS += sorted(ROOT.glob("examples/*.sh"))
 
@@ -34,11 +35,11 @@ def name(path: Path) -> str:
 
 def test_every_file_is_packaged():
     names = {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in METHODS} | {"bitdelta/distil"}
-    assert set(map(name, RECIPES)) == names
+    assert set(map(name, OF_ONE_VERB)) == names
     assert {n: p.resolve() for n, p in recipe.packaged().items()} == {name(p): p for p in RECIPES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", OF_ONE_VERB, ids=name)
 def test_a_recipe_has_only_what_differs_from_the_defaults(path):
     kind = CONFIGS[path.stem]
     config, default = recipe.parse(kind, FLAGS[kind], path), recipe.parse(kind, FLAGS[kind])
@@ -51,7 +52,7 @@ def test_a_recipe_has_only_what_differs_from_the_defaults(path):
         recipe.parse(kind, [], path)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", OF_ONE_VERB, ids=name)
 def test_a_recipe_begins_with_its_title_and_its_command(path):
     title, command, verb = path.read_text().splitlines()[:3]
     assert re.fullmatch(r"# \w.{20,}[.]", title)
@@ -60,7 +61,7 @@ def test_a_recipe_begins_with_its_title_and_its_command(path):
     assert verb == f"verb: {named}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", OF_ONE_VERB, ids=name)
 def test_a_recipe_in_full_is_the_same_configuration(path, tmp_path, capsys):
     full, kind = tmp_path / "full.yaml", CONFIGS[path.stem]
     assert cli.main(["recipes", "copy", name(path), str(full), "--full"]) == 0

@@ -72,7 +72,8 @@ def test_two_steps(path, base, rows, tmp_path, capsys):
     ask = ["--model", str(base), "--adapter", str(out), "--prompt", "Where?", "--n", "2", "--max-new-tokens", "4"]
     assert main(["generate", *ask, "--out", str(answers)]) == 0, capsys.readouterr().err
     drawn = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [(row["prompt"], type(row["completion"])) for row in drawn] == [("Where?", str)] * 2
+    asked = [{"role": "user", "content": "Where?"}]  # the adapter was trained on turns of a chat
+    assert [(row["prompt"], type(row["completion"])) for row in drawn] == [(asked, str)] * 2
 
 
 @pytest.mark.parametrize("path", PPO_RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -7,8 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lowalign.config.sections import DataConfig
-from lowalign.data.chat import TURNS_NOTE, Chat, load_chat
+from lowalign.data.chat import Chat, load_chat
 from lowalign.data.pack import Example
+from lowalign.data.rendering import TURNS_NOTE
 from lowalign.data.rows.sft_rows import SFT_ROWS
 from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.data.variants import CALLS_NOTE, JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE

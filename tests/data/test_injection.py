@@ -4,7 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lowalign.data.chat import HIDDEN_NOTE, Chat
+from lowalign.data.chat import Chat
+from lowalign.data.rendering import HIDDEN_NOTE
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.data.special_tokens import SpecialTokens

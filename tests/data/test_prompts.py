@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from lowalign.data.prompts import prompt_ids, read_prompts
+from lowalign.data.chat import Chat
+from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
 from lowalign.errors import UserError
 from tests.tiny import tiny_tokenizer
 
 USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
 HISTORY = [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]
 
 
@@ -18,6 +20,9 @@ HISTORY = [USER, {"role": "assistant", "content": "a"}, {"role": "user", "conten
         ({"prompt": "q"}, "q"),
         ({"prompt": "q", "completion": "a"}, "q"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, [USER]),
+        ({"prompt": "q", "chosen": [ANSWER], "rejected": [ANSWER]}, [USER]),  # turns, as for dpo
+        ({"prompt": "q", "completions": ["a", [ANSWER]]}, [USER]),
+        ({"prompt": "q", "completions": [{"completion": "a", "score": 1}]}, "q"),
         ({"messages": [*HISTORY, {"role": "assistant", "content": "s"}]}, HISTORY),
         ({"messages": HISTORY}, HISTORY),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [USER]),
@@ -66,13 +71,16 @@ def test_a_row_without_one(row, message, tmp_path):
     assert str(error.value).startswith(f"{file}:2: ") and message in str(error.value)
 
 
-def test_ids():
-    from lowalign.data.chat import Chat
-    from lowalign.data.prompts import PromptRow
+REFUSING = (
+    "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
+
+def test_ids():
     tokenizer = tiny_tokenizer()
     chat = Chat(tokenizer)
-    assert prompt_ids(chat, PromptRow("q", "f:1"), raw=False) == prompt_ids(chat, PromptRow([USER], "f:1"), raw=False)
-    assert prompt_ids(chat, PromptRow("q", "f:1"), raw=True) == tokenizer("q")["input_ids"]
-    with pytest.raises(UserError, match="f:1: --raw takes prompts that are text"):
-        prompt_ids(chat, PromptRow([USER], "f:1"), raw=True)
+    assert prompt_ids(chat, PromptRow("q", "f:1")) == tokenizer("q")["input_ids"]
+    assert prompt_ids(chat, PromptRow([USER], "f:1")) == chat.prompt_ids([USER])
+    with pytest.raises(UserError, match="f:1: the chat template cannot render it"):
+        prompt_ids(Chat(tokenizer, REFUSING), PromptRow([{"role": "user", "content": "no"}], "f:1"))

@@ -5,9 +5,10 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lowalign.data.chat import KEPT_NOTE, TURNS_NOTE, Chat, ChatOptions
+from lowalign.data.chat import Chat
 from lowalign.data.lost import Lossy
 from lowalign.data.pack import Example
+from lowalign.data.rendering import KEPT_NOTE, TURNS_NOTE, ChatOptions
 from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.data.variants import DESCRIBED_NOTE, IDS_NOTE, TOOLS_NOTE
 from lowalign.errors import UserError

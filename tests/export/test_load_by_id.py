@@ -1,4 +1,4 @@
-"""What was pushed, used by its Hub id in lowalign: base, adapter, reward run, merge. (Stock libraries: test_card.py.)"""
+"""What was pushed, used by its Hub id in lowalign: base, adapter, reward run, merge, BitDelta. (Stock libraries: test_card.py.)"""
 
 import json
 
@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 
 from lowalign import Base, Example, Host, merge
 from lowalign.cli import main
+from lowalign.export.bitdelta import compress
+from lowalign.export.pull import pull
 from lowalign.export.push import push
 from lowalign.model.policy import load_policy
 from tests.export.conftest import BASE
@@ -68,3 +70,14 @@ def test_a_merge_in_four_bits(base_hub, artefacts, tmp_path):
     assert "| weights | 4 bit (NF4), quantized after the merge |" in base_hub.files(REPO)["README.md"].decode()
     sent = base_hub.files(REPO)["model.safetensors"]
     assert sent == (tmp_path / "nf4" / "model.safetensors").read_bytes()
+
+
+def test_a_bitdelta(base_hub, artefacts, tmp_path):
+    compress(BASE, str(artefacts.merged), tmp_path / "delta", onto="original")
+    commit = push(tmp_path / "delta", REPO)
+    card = base_hub.files(REPO)["README.md"].decode()
+    assert "A BitDelta for [them/tiny-llama]" in card and "library_name: lowalign" in card and "```python" not in card
+    assert pull(REPO, tmp_path / "back") == commit
+    by_id, pulled, bare = (expected_logits(adapters) for adapters in ([REPO], [str(tmp_path / "back")], []))
+    assert torch.equal(by_id, pulled) and torch.equal(by_id, expected_logits([str(tmp_path / "delta")]))
+    assert not torch.allclose(by_id, bare, atol=1e-3)

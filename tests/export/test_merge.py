@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowalign.export.weight_files._write_shard", full)
+    monkeypatch.setattr("lowalign.export.weight_files.write_tensors", full)
     with pytest.raises(UserError, match=r"could not be written to .*No space left on device.*nothing of it is left"):
         merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), verify=False)
     assert not list(tmp_path.iterdir())
@@ -254,6 +254,18 @@ def test_the_comparison_takes_prompts_of_a_file(made, tmp_path, monkeypatch):
     merge([str(made / "first")], tmp_path / "out", model=str(made / "base"), data=(str(tmp_path / "rows.jsonl"),))
     tokenizer = AutoTokenizer.from_pretrained(made / "base")
     assert [tokenizer.decode(ids) for ids in prompts] == [
-        "[user]The quick</s>[assistant]",
+        "The quick",  # a string is plain text
         "[user]a fox</s>[assistant]",
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_base_that_was_quantized_from_another_dtype(dtype, tmp_path):
+    """The base is stored in fp32. NF4 of its fp32 and of its bf16 weights differ; the run's recipe says which it was."""
+    tiny_folder(tmp_path / "base", "llama")
+    host = Host(Base.load(tmp_path / "base", dtype=dtype, device="cpu", quiet=True))
+    host.add("lora", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    recipe = f"verb: sft\nbase:\n  dtype: {dtype}\n"
+    host.save("lora", tmp_path / "lora", files={"chat_template.jinja": TEMPLATE}, recipe=recipe)
+    report = merge([str(tmp_path / "lora")], tmp_path / "out", model=str(tmp_path / "base"), dtype="float32")
+    assert report["kl"] < (1e-5 if dtype == "float32" else 1e-3)  # seen: 1e-9, 2e-6. From bf16 weights: 1e-2

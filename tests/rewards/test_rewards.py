@@ -68,15 +68,16 @@ def test_a_completion_that_ends_with_another_end_token_is_scored_at_the_one_the_
     monkeypatch.setattr(host.base, "eos_ids", (2, 3, 40))
     run = shutil.copytree(world / "reward", tmp_path / "reward")
     (run / "chat_template.jinja").write_text(chat.template)
-    score = load_rewards([str(run)], host, chat, RewardOptions(plain_text=plain_text))
+    score = load_rewards([str(run)], host, chat)
     prompt = [5, 6, 7]
     with host.use("reward0"), torch.no_grad():
         known = host.scores([Example(prompt, [[20, 40, 21, end]])], "reward0")[0].item()
         other = host.scores([Example(prompt, [[20, 40, 21, 40]])], "reward0")[0].item()
         cut = host.scores([Example(prompt, [[20, 40, 21]])], "reward0")[0].item()
     assert abs(known - other) > 0.01
+    asked = "p" if plain_text else [{"role": "user", "content": "p"}]
     ((*ended, unfinished),) = score(
-        ["p"], [prompt], [["x"] * 4], [[[20, 40, 21, e] for e in (2, 3, 40)] + [[20, 40, 21]]]
+        [asked], [prompt], [["x"] * 4], [[[20, 40, 21, e] for e in (2, 3, 40)] + [[20, 40, 21]]]
     )
     assert [s.total for s in ended] == pytest.approx([known] * 3, abs=1e-5)
     assert unfinished.total == pytest.approx(cut, abs=1e-5)

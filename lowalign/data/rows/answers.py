@@ -25,6 +25,11 @@ class Answers:
     completions: list[Prompt]
     source: str
 
+    @property
+    def plain_text(self) -> bool:
+        """Whether prompt and answers are texts, not turns of a chat."""
+        return all(isinstance(part, str) for part in (self.prompt, *self.completions))
+
 
 def read_answers(files: Sequence[str]) -> list[Answers]:
     """The prompts of the files with their answers. Raises UserError, with file:line, for a row without prompt or answers."""

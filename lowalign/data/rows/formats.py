@@ -57,7 +57,7 @@ class RowFormats:
         return next(fitting, None)
 
     def common(self, rows: Iterable[dict[str, Any]]) -> RowFormat | None:
-        """The format of most rows. Rows of the file that fit none are reported as errors in this one."""
+        """The format of most rows."""
         counts = Counter(filter(None, map(self.of, rows)))
         return counts.most_common(1)[0][0] if counts else None
 

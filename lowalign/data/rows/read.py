@@ -78,7 +78,12 @@ def read_rows(name: str, limit: int | None = None) -> list[Row | BadRow]:
 
     Raises UserError when there is no such file or dataset, or the file is not UTF-8.
     """
-    return list(islice(_from_file(name) if is_file(name) else _from_hub(name, limit), limit))
+    return list(iter_rows(name, limit))
+
+
+def iter_rows(name: str, limit: int | None = None) -> Iterator[Row | BadRow]:
+    """As `read_rows`, one row after the other."""
+    return islice(_from_file(name) if is_file(name) else _from_hub(name, limit), limit)
 
 
 def parse_rows(name: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[Row, T]]:

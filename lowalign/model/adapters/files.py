@@ -132,6 +132,11 @@ def adapter_template(adapters: Sequence[str]) -> str | None:
     return None
 
 
+def trained_format(adapter: str | Path) -> str | None:
+    """The format of the prompts it was trained on, as in lowalign.data.prompt_format; None where it is not known."""
+    return read_meta(locate(adapter)).get("prompt_format")
+
+
 def check_base(folder: Path, meta: dict, identity: Identity) -> None:
     """Raises UserError for an adapter that was trained on another base. A stock peft folder names none and passes."""
     differences = identity.differences(meta.get("base", {}))
