@@ -19,7 +19,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import BASE_FILES, resolve
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
-from lowalign.train.run import Job, check_and_log_start, load_rows, run
+from lowalign.train.run import Job, RunRows, check_and_log_start, load_rows, run
 from lowalign.train.teacher_states import teacher_states
 
 EVALUATED_ROWS = 256  # most rows that a delta is compared with the fine-tuned model on
@@ -48,13 +48,13 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
     teacher: Teacher
     before: Fidelity
 
-    def read(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[Example], list[Example]]:
+    def read(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> RunRows:
         nonlocal teacher
-        rows, heldout = load_rows(config, load_examples, tokenizer, chat)
+        data = load_rows(config, load_examples, tokenizer, chat)
         # Now, so that the fine-tuned model is not in memory together with the base.
         options = replace(config.base, quantization=config.teacher_quantization, revision=None)
-        teacher = teacher_states(config.finetuned, [*rows, *heldout], options)
-        return rows, heldout
+        teacher = teacher_states(config.finetuned, [*data.train, *data.heldout], options)
+        return data
 
     def measured(host: Host, policy: Stack, rows: list[Example]) -> Fidelity:
         return fidelity(host, policy, rows[:EVALUATED_ROWS], teacher, config.train.token_budget)
