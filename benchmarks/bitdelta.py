@@ -69,8 +69,8 @@ def fine_tune(out: Path, seed: int, steps: int = 200, batch_size: int = 16, lear
     """Every weight of the demo's base trained on the best answers, with transformers and torch alone, saved in bf16."""
     torch.manual_seed(seed)
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(BASE),
+        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(BASE, trust_remote_code=False),
     )
     rows = [row["messages"] for row in best_answers(1120, seed)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)

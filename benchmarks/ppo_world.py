@@ -205,7 +205,8 @@ def main() -> None:
             if not any((r["variant"], r["seed"]) == (name, seed) for r in runs):
                 runs.append(one(name, seed, base, chat, made, options.out))
                 file.write_text(json.dumps(runs, indent=1) + "\n")
-    plot(runs, options.out / "ppo_world.svg")
+    if any(r["variant"] in COLOURS for r in runs):
+        plot(runs, options.out / "ppo_world.svg")
     print(table(runs, page_loss(base, chat, prepared / "sft")))
 
 

@@ -40,7 +40,7 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
     """A Base of random weights. Each linear layer is made in 16 bit and quantized before the next one is made."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and module is not head:

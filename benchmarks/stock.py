@@ -32,7 +32,7 @@ def load(folder: Path, reward: bool, attention: str) -> nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", "score"],
     )  # fmt: skip
     options |= {"dtype": torch.bfloat16, "attn_implementation": attention}
-    model = kind.from_pretrained(folder, quantization_config=quantization, **options)
+    model = kind.from_pretrained(folder, quantization_config=quantization, trust_remote_code=False, **options)
     for module in model.modules():
         # On CPUs with AVX512-BF16 a forward in eval mode (trl's precomputed reference) would repack the weights in
         # place, and training after it would have no gradients.
@@ -68,7 +68,7 @@ def run_trl(case: str, folder: Path, rows: list[Example], steps: int, settings: 
             logging_strategy="no", disable_tqdm=True, **options,
         )  # fmt: skip
         model = load(folder, reward, settings.attention)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         data = Dataset.from_list(data)
         trainer = kind(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
         set_start(trainer.model.named_parameters())

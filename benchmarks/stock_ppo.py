@@ -52,8 +52,9 @@ def run_trl_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Se
                 metrics = state.log_history[-1]
                 meter.step(metrics["loss/policy_avg"] + config.vf_coef * metrics["loss/value_avg"])
 
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         trainer = PPOTrainer(
-            config, AutoTokenizer.from_pretrained(folder), policy, ref_model=None, reward_model=reward, value_model=value,
+            config, tokenizer, policy, ref_model=None, reward_model=reward, value_model=value,
             train_dataset=Dataset.from_list(rows), callbacks=[Pace()], peft_config=lora("CAUSAL_LM"),
         )  # fmt: skip
         set_start(trainer.policy_model.named_parameters())

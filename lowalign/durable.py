@@ -66,7 +66,10 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], object], poin
     temp = path.with_name(f".saving-{path.name}-{uuid4().hex[:8]}")  # two processes may write the same file
     try:
         if callable(content):
+            temp.touch()
+            mode = temp.stat().st_mode  # by the user's umask; safetensors makes its files 0600
             content(temp)
+            temp.chmod(mode)
         else:
             temp.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temp)
@@ -104,7 +107,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         temp.mkdir(parents=True)
         yield temp
+        mode = temp.stat().st_mode & 0o666  # by the user's umask; safetensors makes its files 0600
         for path in (*temp.rglob("*"), temp):
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         aside = _move_aside(folder)
         temp.rename(folder)

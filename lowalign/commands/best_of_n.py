@@ -28,7 +28,7 @@ from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
-from lowalign.model.adapters.files import adapter_template
+from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
@@ -61,6 +61,7 @@ def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
 
 def _run(config: BestOfNConfig, base: Base | None) -> int:
     # Errors in prompts, rewards and adapters are found before a 7B model is loaded.
+    refuse_reward_runs(config.adapter)
     if config.train and config.adapter:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)

@@ -19,7 +19,7 @@ from lowalign.durable import json_line
 from lowalign.errors import UserError
 from lowalign.export.sources import base_of
 from lowalign.log import log
-from lowalign.model.adapters.files import adapter_template, locate
+from lowalign.model.adapters.files import adapter_template, locate, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
@@ -37,6 +37,7 @@ HELP = """\
 
 def chat(config: ChatConfig) -> int:
     """Run the command. Returns the exit code."""
+    refuse_reward_runs(config.adapters)
     model = config.model or base_of(config.adapters[-1])
     session = Session(Host(Base.load(model, **vars(config.base))), config)
     log(

@@ -1,25 +1,31 @@
 """`lowalign generate`: sample completions of prompts; one line of JSON for each."""
 
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formatted
 from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
-from lowalign.durable import json_line
 from lowalign.log import log
-from lowalign.model.adapters.files import adapter_template, trained_format
+from lowalign.model.adapters.files import adapter_template, refuse_reward_runs, trained_format
 from lowalign.model.base.base import Base
+from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.policy import load_policy
+from lowalign.model.policy import Stack, load_policy
+from lowalign.train.output_file import output_of, stoppable
+from lowalign.train.run_folder import input_hashes
 
-AT_A_TIME = 256  # prompts whose completions are written together
+PROMPTS_PER_BLOCK = 64  # prompts whose completions are sampled and written together
 
 
 def generate(config: GenerateConfig) -> int:
     """Run the command. Returns the exit code."""
+    return stoppable(_run, config)
+
+
+def _run(config: GenerateConfig) -> None:
     prompt_format = config.prompt_format or _trained_format(config.adapter)
     if config.prompts is None:
         rows = [PromptRow(formatted(config.prompt, prompt_format), "--prompt")]
@@ -27,23 +33,40 @@ def generate(config: GenerateConfig) -> int:
         rows = list(read_prompts([str(config.prompts)], prompt_format))
     if config.prompt_format is None and any(isinstance(row.prompt, str) for row in rows):
         log("prompts that are strings are plain text, without the chat template; --prompt-format chat makes them turns")
-    base = Base.load(config.model, **vars(config.base))
-    host = Host(base)
-    stack = load_policy(host, config.adapter, config.allow_base_mismatch)
-    chat = Chat(base.tokenizer, adapter_template(config.adapter))
-    base.end_at(chat.end_of_turn)
+    # Errors in prompts and adapters are found before a large model is loaded.
+    refuse_reward_runs(config.adapter)
+    chat = Chat(load_tokenizer(config.model, config.base.revision), adapter_template(config.adapter))
     ids = [prompt_ids(chat, row) for row in rows]
-    with host.use(*stack), config.out.open("w") if config.out else nullcontext(sys.stdout) as out:
-        for start in range(0, len(rows), AT_A_TIME):
-            part = range(start, min(start + AT_A_TIME, len(rows)))
-            completions = host.generate([ids[i] for i in part], config.n, config.sampling, seeds=part)
-            for i, group in zip(part, completions, strict=True):
-                for c in group:
-                    text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
-                    line = {"prompt": rows[i].prompt, "completion": text, "stopped": c.stopped}
-                    out.write(json_line(line))
-            out.flush()
-    return 0
+    inputs = {"prompts": [row.prompt for row in rows]} | input_hashes((), config.adapter)
+    starts = range(0, len(rows), PROMPTS_PER_BLOCK)
+    # A block has the numbers of its lines: n for each prompt.
+    blocks = [range(start * config.n, min(start + PROMPTS_PER_BLOCK, len(rows)) * config.n) for start in starts]
+    with output_of(config, inputs) as out:
+        if blocks := out.resume(blocks):
+            base = Base.load(config.model, **vars(config.base))
+            base.end_at(chat.end_of_turn)
+            host = Host(base)
+            stack = load_policy(host, config.adapter, config.allow_base_mismatch)
+            out.fill(blocks, partial(_completions, config, host, stack, rows, ids), "completion")
+
+
+def _completions(
+    config: GenerateConfig, host: Host, stack: Stack, rows: list[PromptRow], ids: list[list[int]], block: range
+) -> list[dict[str, Any]]:
+    """The lines of a block. The numbers of its prompts are their sampling seeds too."""
+    prompts = range(block.start // config.n, block.stop // config.n)
+    with host.use(*stack):
+        completions = host.generate([ids[i] for i in prompts], config.n, config.sampling, seeds=prompts)
+    decode = host.base.tokenizer.decode
+    return [
+        {
+            "prompt": rows[i].prompt,
+            "completion": decode(c.ids, skip_special_tokens=True),
+            "stopped": c.stopped,
+        }
+        for i, group in zip(prompts, completions, strict=True)
+        for c in group
+    ]
 
 
 def _trained_format(adapters: Sequence[str]) -> str | None:

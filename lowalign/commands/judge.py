@@ -18,7 +18,7 @@ from lowalign.data.rows.turns import Prompt, as_messages
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.adapters.files import adapter_template
+from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
@@ -45,6 +45,7 @@ def judge(config: JudgeConfig) -> int:
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = files_and_runs(config.reward)
         check_prompt_formats(runs, formats_of(rows), "--prompt-format")
+        refuse_reward_runs(_adapters(config))
         inputs = input_hashes(files, [*runs, *_adapters(config)])
         inputs |= {"data": [vars(row) for row in rows], "template": prompt.text}
         check_or_write_inputs(config, bool(journal.lines), inputs)

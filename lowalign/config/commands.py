@@ -64,15 +64,21 @@ class GenerateConfig:
     n: int = 1
     """Completions per prompt."""
     out: Path | None = None
-    """Output file. Default: standard output."""
+    """Output file, which grows block by block. It must not exist, unless with --resume. Default: standard output."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    resume: bool = False
+    """Resume from the completions in the output file."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("generate takes either --prompt TEXT or --prompts FILE")
+        if self.n < 1:
+            raise UserError("--n must be at least 1")
+        if self.resume and self.out is None:
+            raise UserError("--resume goes on with a file: give it with --out FILE")
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ class ScoreConfig:
     """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
     assistant."""
     out: Path | None = None
-    """Output file. Default: standard output."""
+    """Output file, which grows block by block. It must not exist, unless with --resume. Default: standard output."""
     max_length: int = 2048
     """Maximum tokens of a prompt with its completion. Longer prompts are cut from the left."""
     limit: int | None = None
@@ -206,7 +212,13 @@ class ScoreConfig:
     """Maximum tokens of a forward: memory and speed."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
+    resume: bool = False
+    """Resume from the scores in the output file."""
     base: BaseConfig = field(default_factory=BaseConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise UserError("--resume goes on with a file: give it with --out FILE")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def run_stages(out: Path) -> int:
 def plain_answer(folder: Path, messages: world.Messages) -> str:
     """The likeliest answer of a model folder, with nothing of lowalign."""
     with quiet_transformers():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=SAMPLING.max_new_tokens, do_sample=False)[0]
     return format_answer(messages, tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -163,9 +163,8 @@ def compress(
                 write_tensors(temp / adapter_files.WEIGHTS, planned, bar.update)
             for name, text in _template(fine_folder):
                 (temp / name).write_text(text, encoding="utf-8")
-            adapter_files.write_description(
-                temp, adapter, identity, {"parents": 0, "method": "bitdelta", "bitdelta": report}
-            )
+            meta = {"parents": 0, "method": "bitdelta", "bitdelta": report}
+            adapter_files.write_description(temp, adapter, identity, base_folder, meta)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the delta could not be written to {out}: {error}; nothing of it is left") from error
     log(size_line(report))

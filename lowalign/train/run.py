@@ -27,6 +27,7 @@ from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
+from lowalign.model.adapters.files import refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -75,6 +76,8 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
         raise UserError("no data: give --data FILE…")
     with lock_folder(config.out):
         adapters = [source for source in (config.init, *job.adapters) if source]
+        if config.init and job.name != "reward":
+            refuse_reward_runs([config.init])
         inputs = input_hashes((*config.data.files, *config.data.eval, *job.data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
         # The rows first: errors in them are reported before a large model is loaded.
@@ -123,8 +126,10 @@ def _prompt_format(config: RunConfig, formats: Collection[PromptFormat]) -> str 
 
 
 def reference_run(reference: str) -> tuple[str, ...]:
-    """The run in --reference: empty for "start" and "base"."""
-    return () if reference in ("start", "base") else (reference,)
+    """The run in --reference: empty for "start" and "base". Raises UserError for a reward run."""
+    runs = () if reference in ("start", "base") else (reference,)
+    refuse_reward_runs(runs)
+    return runs
 
 
 def reference_stack(host: Host, reference: str, initial: Stack, allow_base_mismatch: bool) -> Stack:

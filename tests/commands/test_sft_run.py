@@ -52,6 +52,9 @@ def world(tmp_path_factory):
     return folder
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+
 def flags(world, out, *more, kind="lora", steps=6) -> list[str]:
     return [
         "sft", f"{kind}/sft", "--model", f"{world}/model", "--data", f"{world}/rows.jsonl", "--out", str(out),
@@ -94,9 +97,12 @@ def test_what_a_run_writes(world, straight, kind):
     assert "<|im_start|>" in (out / "adapter" / "chat_template.jinja").read_text()
     everything = "".join(p.read_text(errors="replace") for p in out.rglob("*.json*"))
     assert "hf_" not in everything
-    published = "".join(
-        p.read_text(errors="replace") for p in (out / "adapter").iterdir() if p.suffix != ".safetensors"
-    )
+    # The path of a local base is in adapter_config.json alone, where peft looks for it.
+    described = [p for p in (out / "adapter").iterdir() if p.name not in ("adapter_config.json", WEIGHTS)]
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config.pop("base_model_name_or_path") == str((world / "model").resolve())
+    assert config.pop("tokenizer_name_or_path", str(world / "model")) in (str((world / "model").resolve()), None)
+    published = "".join([*(p.read_text(errors="replace") for p in described), json.dumps(config)])
     assert str(world) not in published and str(out) not in published and "rows.jsonl" in meta["recipe"]
 
 

@@ -194,8 +194,10 @@ def test_stock_peft_does_not_load_it(tmp_path):
 def test_paths_of_this_machine_are_not_in_it(tmp_path):
     base, fine = base_and_fine_tune(tmp_path)
     compress(str(base), str(fine), tmp_path / "delta")
-    texts = "".join(p.read_text() for p in (tmp_path / "delta").glob("*.json"))
-    assert str(tmp_path) not in texts
+    files = {p.name: p.read_text() for p in (tmp_path / "delta").glob("*.json")}
+    config = json.loads(files.pop("adapter_config.json"))
+    assert config.pop("base_model_name_or_path") == str(base.resolve())  # where peft and merge look for it
+    assert str(tmp_path) not in "".join([*files.values(), json.dumps(config)])
     assert json.loads((tmp_path / "delta" / "lowalign.json").read_text())["base"]["quantization"] == "nf4"
 
 

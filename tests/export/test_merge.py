@@ -95,6 +95,13 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def moved_base(folder, made):
+    shutil.copytree(made / "first", folder / "first")
+    file = folder / "first" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(folder / "gone")}))
+    return {"adapters": [str(folder / "first")], "model": None}
+
+
 def other_base(folder, made):
     tiny_folder(folder / "other", "llama", seed=5)
     return {"model": str(folder / "other")}
@@ -153,7 +160,7 @@ def half_an_adapter(folder, made):
         (lambda f, m: {"adapters": [str(m / "prefix")]}, "is a prefix: .* cannot be merged. Ship the adapter folder"),
         (lambda f, m: {"adapters": [str(m / "first"), str(m / "prefix")]}, "is a prefix: .* cannot be merged"),
         (lambda f, m: {"adapters": [str(f / "none")]}, "none is not a folder"),
-        (lambda f, m: {"model": None}, "does not say where its base is .*give it with --model M"),
+        (moved_base, "does not say where its base is .*give it with --model M"),
         (lambda f, m: {"out": f}, "exists and is not overwritten; name another folder with --out"),
         (lambda f, m: {"max_shard_size": "many"}, "--max-shard-size many: write a size such as 5GB"),
         (other_base, "was trained on another base"),

@@ -120,7 +120,7 @@ class Adapters:
         scalar_head: False leaves it out. meta: more entries of its lowalign.json.
         """
         stored = [self._stored(name, scalar_head), *map(self._stored, parents)]
-        adapter_files.write(Path(folder), stored[0], self.base.identity, stored[1:], files or {}, meta)
+        adapter_files.write(Path(folder), stored[0], self.base, stored[1:], files or {}, meta)
 
     def delete(self, name: str) -> None:
         """Remove an adapter; the others and the base keep every bit."""

@@ -20,6 +20,7 @@ from lowalign.durable import file_hash, new_folder
 from lowalign.errors import UserError
 from lowalign.model.adapters.adapter import SCALAR_HEAD, Adapter
 from lowalign.model.adapters.kinds import BY_PEFT_TYPE
+from lowalign.model.base.base import Base
 from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
 
@@ -40,7 +41,7 @@ class StoredAdapter:
 def write(
     folder: Path,
     adapter: StoredAdapter,
-    identity: Identity,
+    base: Base,
     parents: Sequence[StoredAdapter],
     files: dict[str, str],
     meta: dict,
@@ -53,28 +54,28 @@ def write(
     """
     try:
         with new_folder(folder) as temp:
-            _write_one(temp, adapter, identity, meta | {"parents": len(parents)})
+            _write_one(temp, adapter, base, meta | {"parents": len(parents)})
             for i, parent in enumerate(parents):
-                _write_one(temp / "parents" / str(i), parent, identity, {"parents": 0})
+                _write_one(temp / "parents" / str(i), parent, base, {"parents": 0})
             for name, text in files.items():
                 (temp / name).write_text(text)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapter could not be written to {folder}: {error}") from error
 
 
-def _write_one(folder: Path, adapter: StoredAdapter, identity: Identity, meta: dict) -> None:
+def _write_one(folder: Path, adapter: StoredAdapter, base: Base, meta: dict) -> None:
     not_finite = [name for name, t in adapter.tensors.items() if not torch.isfinite(t).all()]
     if not_finite:
         raise UserError(f"the adapter is not saved: {not_finite[0]} has values that are not finite")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: adapter.tensors[name].detach().cpu().contiguous() for name in sorted(adapter.tensors)}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_description(folder, adapter, identity, meta)
+    write_description(folder, adapter, base.identity, base.folder, meta)
 
 
-def write_description(folder: Path, adapter: StoredAdapter, identity: Identity, meta: dict) -> None:
-    """Write adapter_config.json and lowalign.json beside weights that are there. Raises OSError."""
-    _write_json(folder / "adapter_config.json", _plain(adapter, identity))
+def write_description(folder: Path, adapter: StoredAdapter, identity: Identity, base: Path, meta: dict) -> None:
+    """Write adapter_config.json and lowalign.json beside weights that are there. base: its folder. Raises OSError."""
+    _write_json(folder / "adapter_config.json", _plain(adapter, identity, base))
     _write_json(folder / "lowalign.json", meta | {"base": asdict(identity), "weights": weights_hash(folder)})
 
 
@@ -115,6 +116,17 @@ def read(folder: Path) -> tuple[StoredAdapter, dict]:
             f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
         )
     return StoredAdapter(kind, config, tensors), meta
+
+
+def refuse_reward_runs(adapters: Sequence[str]) -> None:
+    """Raise UserError for an adapter with a scalar head: it scores answers, and writes none."""
+    for adapter in adapters:
+        stored, _ = read(locate(adapter))
+        if any(key.endswith(SCALAR_HEAD) for key in stored.tensors):
+            raise UserError(
+                f"{adapter} is a reward model: it scores answers and cannot write them. It belongs to --reward {adapter} of "
+                f"ppo, best-of-n and judge, and to `lowalign score --adapter {adapter}`"
+            )
 
 
 def read_meta(folder: Path) -> dict:
@@ -164,13 +176,16 @@ def weights_hash(folder: Path) -> str:
     return file_hash(folder / WEIGHTS)
 
 
-def _plain(adapter: StoredAdapter, identity: Identity) -> dict[str, object]:
+def _plain(adapter: StoredAdapter, identity: Identity, base: Path) -> dict[str, object]:
+    """The content of adapter_config.json. It names a local base by its path, for peft's Auto classes and `merge`; in
+    lowalign.json there is no path."""
+    name = identity.name if identity.revision else str(base.resolve())
     raw = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.config.to_dict().items()}
     head = any(key.endswith(SCALAR_HEAD) for key in adapter.tensors)
     raw |= {"task_type": "SEQ_CLS", "modules_to_save": HEAD_MODULES} if head else {"task_type": "CAUSAL_LM"}
-    raw |= {"inference_mode": True, "base_model_name_or_path": identity.name}
+    raw |= {"inference_mode": True, "base_model_name_or_path": name}
     if raw.get("tokenizer_name_or_path"):
-        raw["tokenizer_name_or_path"] = identity.name
+        raw["tokenizer_name_or_path"] = name
     if identity.revision:
         raw["revision"] = identity.revision
     return raw

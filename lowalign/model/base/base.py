@@ -1,14 +1,12 @@
 """The frozen base: loaded (in 4 bit), identified, and never changed."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import psutil
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -16,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
-from lowalign.model.base.hub import BASE_FILES, load_tokenizer, resolve
+from lowalign.model.base import weights
+from lowalign.model.base.hub import BASE_FILES, load_tokenizer, refuse_own_code, resolve
 from lowalign.model.base.identity import Identity, checksum, identify
 from lowalign.model.base.probe import probe
 
@@ -55,7 +54,8 @@ class Base:
 
         quantization: "nf4" (every linear layer but the LM head, with double quantization, arXiv 2305.14314), or "none".
         dtype: of computations, embeddings, norms and LM head. Raises UserError for a model that cannot be a base (no
-        safetensors, own code, encoder-decoder, quantized otherwise) and when free memory is too small.
+        safetensors, own code, encoder-decoder, quantized otherwise), for weights that are missing, too many or not
+        finite, and when free memory is too small.
         """
         if quantization not in ("nf4", "none"):
             raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
@@ -73,16 +73,20 @@ class Base:
                 bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[head],
             )
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+        with quiet_transformers(), weights.explained(folder):
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 **options,
             )
+        weights.refuse_incomplete(folder, config, loading)
+        weights.refuse_not_finite(folder, model)
         tokenizer = load_tokenizer(str(folder))
         freeze(model)
         packed, why_not = probe(config)
@@ -148,8 +152,7 @@ def _checked_config(folder: Path, quantization: str):
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json cannot be read ({error}): this is not a model folder") from error
-    if raw.get("auto_map"):
-        raise UserError(f"{folder} has code of its own (auto_map in config.json), which lowalign never runs; use a model that transformers supports")  # fmt: skip
+    refuse_own_code(folder)
     if raw.get("is_encoder_decoder"):
         raise UserError(f"{folder} is an encoder-decoder model; lowalign trains causal language models")
     scheme = raw.get("quantization_config") or {}
@@ -169,10 +172,10 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
     """-> the name of the LM head, which is not quantized. Raises UserError when the model does not fit in free memory."""
     with torch.device("meta"), quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"the model in {folder} is not a causal language model: {reason}") from error
+            raise UserError(f"transformers itself has no causal language model for {folder}: {reason}") from error
     output = model.get_output_embeddings()
     head = next(name for name, module in model.named_modules() if module is output)
     linear = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
@@ -180,18 +183,12 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
     rest = sum(p.numel() for p in model.parameters()) - four_bit
     need = int(four_bit * NF4_BYTES + rest * dtype.itemsize)
     # During loading, the largest tensor is in memory a second time, as stored.
-    need += max((_largest_tensor(f) for f in folder.glob("*.safetensors")), default=0)
+    need += weights.largest_tensor(folder)
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if need > free:
         advice = "" if quantization == "nf4" else ' or load it with quantization "nf4"'
         raise UserError(f"the base needs {need / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; free some memory{advice}")  # fmt: skip
     return head
-
-
-def _largest_tensor(file: Path) -> int:
-    """Bytes of the largest tensor in a file of 16-bit weights."""
-    with safe_open(file, "pt") as f:
-        return max((2 * math.prod(f.get_slice(k).get_shape()) for k in f.keys()), default=0)  # noqa: SIM118
 
 
 def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

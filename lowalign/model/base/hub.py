@@ -1,9 +1,11 @@
 """Folder or Hub id -> local folder, downloaded if needed."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lowalign.errors import UserError
 from lowalign.model.base.hub_errors import HUB_ERRORS, explain
@@ -56,6 +58,7 @@ def resolve(path_or_hub_id: str, revision: str | None, patterns: list[str]) -> t
 def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a Hub model; code in the repository is never run. Raises UserError."""
     folder, _ = resolve(path_or_hub_id, revision, TOKENIZER_FILES)
+    refuse_own_code(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # every tokenizer class raises its own
@@ -63,3 +66,32 @@ def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrain
         raise UserError(
             f"the tokenizer of {path_or_hub_id} cannot be loaded ({type(error).__name__}: {reason})"
         ) from error
+
+
+def refuse_own_code(folder: Path) -> None:
+    """Raise UserError for a model or tokenizer that works only with the code in its folder (auto_map).
+
+    A folder with code whose model and tokenizer transformers knows too passes; transformers' own classes are then used.
+    """
+    config, tokenizer = _read_json(folder / "config.json"), _read_json(folder / "tokenizer_config.json")
+    needs = []
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        needs += [f"config.json (model_type {config.get('model_type')})"]
+    names = tokenizer.get("auto_map") or {}
+    name = str(tokenizer.get("tokenizer_class"))
+    if (isinstance(names, list) or names.get("AutoTokenizer")) and not tokenizer_class_from_name(name):
+        needs += [f"tokenizer_config.json (tokenizer_class {name})"]
+    if needs:
+        raise UserError(
+            f"{folder} needs code of its own: auto_map in {' and '.join(needs)}. lowalign never runs a model's code; use a "
+            "model that transformers supports by itself"
+        )
+
+
+def _read_json(file: Path) -> dict:
+    """{} when the file is missing or damaged; whoever needs it reports that."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

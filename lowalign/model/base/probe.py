@@ -70,7 +70,8 @@ def _small(config: PretrainedConfig) -> nn.Module:
             setattr(small, key, value)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=False)
+        model = model.eval().requires_grad_(False)
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(0, 1.5 / p.shape[-1] ** 0.5)

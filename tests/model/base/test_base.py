@@ -160,7 +160,7 @@ def test_already_nf4_is_taken_as_it_is(folder, tmp_path):
 
 
 REFUSED = [
-    ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "has code of its own"),
+    ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "needs code of its own"),
     ({"is_encoder_decoder": True}, "encoder-decoder"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
     ({"model_type": "no_such_model"}, "transformers does not know the model"),
