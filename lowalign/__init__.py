@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowalign.commands.api import LoRA, PrefixTuning, PromptTuning, Run, best_of_n, dpo, ppo, reward, sft
+    from lowalign.commands.api import LoRA, PrefixTuning, PromptTuning, Run, best_of_n, dpo, ppo, reward, sft, train
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.export.merge import merge
@@ -36,6 +36,7 @@ __all__ = [
     "push",
     "reward",
     "sft",
+    "train",
 ]
 
 _HOMES = {
@@ -48,7 +49,8 @@ _HOMES = {
     "push": "lowalign.export.push",
 }
 _HOMES |= dict.fromkeys(
-    ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft"), "lowalign.commands.api"
+    ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft", "train"),
+    "lowalign.commands.api",
 )
 
 

@@ -8,15 +8,18 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lowalign.config import recipe
-from lowalign.config.sections import Sampling
+from lowalign.config.keywords import flags_of
+from lowalign.config.sections import Sampling, TrainConfig
 from lowalign.config.verbs import verbs
-from lowalign.config.yaml_flags import flag_of, options, suggest
 from lowalign.data.chat import Chat
+from lowalign.data.dataset import load_examples
+from lowalign.data.pack import Example
 from lowalign.data.prompts import PromptRow, prompt_ids
 from lowalign.data.rows.turns import Message
 from lowalign.durable import write_jsonl
@@ -24,13 +27,14 @@ from lowalign.errors import UserError
 from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
-from lowalign.model.policy import load_policy
+from lowalign.model.policy import Stack, load_policy
 from lowalign.rewards.spec import FUNCTIONS
 from lowalign.train import checkpoint
+from lowalign.train.method import Method
+from lowalign.train.run import Job, check_and_log_start, load_rows, run
 
 Data = str | Path | Iterable  # a file or Hub id, several, rows, or a datasets.Dataset
 Reward = str | Path | Callable[[list, list], Sequence[float]]
-NAMED_FIRST = "train."  # where several sections have an option of one name
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,32 @@ def best_of_n(
         return _train("best-of-n", base, out, {"data": data, "reward": specs, **options}, recipe).out
 
 
+def train(
+    method: Callable[[Host, list[Example], Stack, TrainConfig], Method],
+    base: Base | str | Path,
+    *,
+    data: Data,
+    out: str | Path,
+    recipe: str | None = None,
+    **options: Any,
+) -> Run:
+    """A method of your own on the rows and options of `lowalign sft`, with its loop, checkpoints and adapter folder.
+
+    method: makes a Method (lowalign.train.method) from the host, the Examples, the stack of adapters (the last is trained) and
+    the options of the loop; such as a subclass of lowalign.methods.sft.SFT with another `loss`.
+    """
+    out = Path(out).expanduser()
+    base = base if isinstance(base, Base) else Base.load(base)
+    config = _parsed("sft", base, _with_files({"data": data, **options}, out), recipe)
+
+    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Method:
+        check_and_log_start(host, policy, initial, rows, config)
+        return method(host, rows, policy, config.train)
+
+    name = getattr(method, "__name__", "own").lower()
+    return _finished(run(config, Job(name, partial(load_rows, config, load_examples), start), base), base, out)
+
+
 def LoRA(**options: Any) -> dict[str, Any]:
     """For adapter=…: options such as r=16, alpha=32, targets=["q_proj"]."""
     return {"kind": "lora", **options}
@@ -141,14 +171,18 @@ def PrefixTuning(**options: Any) -> dict[str, Any]:
 def _train(verb: str, base: Base | str | Path, out: str | Path, given: dict[str, Any], recipe_name: str | None) -> Run:
     out = Path(out).expanduser()
     base = base if isinstance(base, Base) else Base.load(base)
-    given = (
-        given
-        | {"out": out}
-        | {key: _files(given[key], out / f"{key}.jsonl") for key in ("data", "eval") if key in given}
-    )
-    config = _parsed(verb, base, given, recipe_name)
+    config = _parsed(verb, base, _with_files(given, out), recipe_name)
     module, _, function = next(v.function for v in verbs() if v.name == verb).partition(":")
-    code = getattr(import_module(f"lowalign.{module}"), function)(config, base)
+    return _finished(getattr(import_module(f"lowalign.{module}"), function)(config, base), base, out)
+
+
+def _with_files(given: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The options, with rows in files."""
+    files = {key: _files(given[key], out / f"{key}.jsonl") for key in ("data", "eval") if key in given}
+    return {**given, **files, "out": out}
+
+
+def _finished(code: int, base: Base, out: Path) -> Run:
     if code:
         raise KeyboardInterrupt(f"stopped; {out} goes on with resume=True")
     return Run(base, out)
@@ -157,8 +191,7 @@ def _train(verb: str, base: Base | str | Path, out: str | Path, given: dict[str,
 def _parsed(verb: str, base: Base, given: Mapping[str, Any], recipe_name: str | None) -> Any:
     """The configuration of the verb, by the parser of the command line."""
     config = next(v.config for v in verbs() if v.name == verb)
-    keys = [name for name, _ in options(config)]
-    flags = [flag for name, value in given.items() for flag in _flags(verb, name, value, keys)]
+    flags = flags_of(verb, config, given)
     identity = base.identity
     flags.append(f"--model={identity.name if identity.revision else base.folder}")
     if identity.revision:
@@ -167,46 +200,6 @@ def _parsed(verb: str, base: Base, given: Mapping[str, Any], recipe_name: str | 
     flags += [f"--base.quantization={identity.quantization}", f"--base.dtype={dtype}"]
     path = recipe.find(recipe_name) if recipe_name else None
     return recipe.parse(config, flags, path, f"lowalign.{verb.replace('-', '_')}")
-
-
-def _flags(verb: str, name: str, value: Any, keys: Sequence[str]) -> Iterator[str]:
-    """The words of the command line for one option. Raises UserError for one that the verb does not have."""
-    if isinstance(value, Mapping):
-        if not any(key.startswith(f"{name}.") for key in keys):
-            raise UserError(f"{verb} has no section {name}{suggest(name, keys)}")
-        for inner, inner_value in value.items():
-            yield from _flags(verb, f"{name}.{inner}", inner_value, keys)
-        return
-    key = _key(verb, name, keys)
-    if value is None:
-        return
-    flag = flag_of(key)
-    if isinstance(value, bool):
-        section, dot, last = flag.removeprefix("--").rpartition(".")
-        yield flag if value else f"--{section}{dot}no-{last}"
-    elif isinstance(value, list | tuple):
-        yield from (flag, *map(str, value))
-    else:
-        yield f"{flag}={value}"
-
-
-def _key(verb: str, name: str, keys: Sequence[str]) -> str:
-    for whole in (name, f"{name}.files"):
-        if whole in keys:
-            return whole
-    matches = [key for key in keys if key.rpartition(".")[2] == name]
-    preferred = [key for key in matches if key == NAMED_FIRST + name] or matches
-    if len(preferred) > 1:
-        raise UserError(f"{name} could be {' or '.join(preferred)}: give it in its section, {_section(preferred[0])}")
-    if not preferred:
-        last = [key.rpartition(".")[2] for key in keys]
-        raise UserError(f"{verb} has no option {name}{suggest(name, last)}")
-    return preferred[0]
-
-
-def _section(key: str) -> str:
-    section, _, last = key.rpartition(".")
-    return f'{section}={{"{last}": …}}'
 
 
 def _files(data: Data, file: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """`import lowalign as la`: the same runs as the command line, from Python; its errors are exceptions with the same messages."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -127,3 +128,19 @@ def test_a_stopped_run_raises(base, tmp_path, monkeypatch):
     monkeypatch.setattr("lowalign.commands.sft.sft", lambda config, base: 130)
     with pytest.raises(KeyboardInterrupt, match="goes on with resume=True"):
         la.sft(base, data=ROWS, out=tmp_path / "run")
+
+
+def test_a_method_of_ones_own(base, tmp_path):
+    """The loss of docs/python.md: at smoothing 0 it is sft's, bit for bit; otherwise another one."""
+    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    code = text.partition("```python\nimport torch")[2].partition("```")[0]
+    assert len(code.splitlines()) < 30
+    space = {"base": base, "rows": ROWS, "OUT": tmp_path / "own"}
+    exec("import torch" + code.replace("out=OUT)", "out=OUT, **STEPS)"), space | {"STEPS": STEPS}, space)
+    sft = la.sft(base, data=ROWS, out=tmp_path / "sft", **STEPS)
+    assert weights(tmp_path / "own") != weights(sft.out)
+    smoothed = space["Smoothed"]
+    smoothed.smoothing = 0.0
+    la.train(smoothed, base, data=ROWS, out=tmp_path / "plain", **STEPS)
+    assert weights(tmp_path / "plain") == weights(sft.out)
+    assert json.loads((tmp_path / "plain" / "adapter" / "lowalign.json").read_text())["method"] == "smoothed"
