@@ -18,7 +18,7 @@ from lowalign.data.rows.sft_rows import Conversation, PlainText, PromptCompletio
 from lowalign.data.rows.unused import read_renames, with_columns
 from lowalign.data.template import Unrenderable
 
-BLOCK = 1000  # rows that are tokenized together
+BLOCK = 250  # rows that are tokenized together
 
 
 @dataclass(frozen=True)

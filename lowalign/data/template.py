@@ -43,6 +43,7 @@ class Template:
         the template; they become part of `text`, so that whoever renders it gets the same. Raises UserError when the
         template cannot render a question and an answer."""
         self.tokenizer = tokenizer
+        self._variables = {**tokenizer.special_tokens_map, "date_string": DATE}
         self.forbidden: str | None = None
         self.with_tools: str | None = None
         own = tokenizer.chat_template
@@ -121,7 +122,7 @@ class Template:
     def _rendered(self, messages: list[Message], tools: Tools, **options: bool) -> tuple[list[str], list[Any]]:
         messages = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         text = self.with_tools if tools is not None and self.with_tools else self.text
-        variables: dict[str, Any] = {**self.tokenizer.special_tokens_map, "date_string": DATE, **options}
+        variables: dict[str, Any] = {**self._variables, **options}
         try:
             # As apply_chat_template, but a content of null stays null: some templates write calls only then.
             return render_jinja_template([messages], tools, chat_template=text, **variables)
