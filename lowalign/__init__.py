@@ -9,7 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowalign.commands.api import LoRA, PrefixTuning, PromptTuning, Run, best_of_n, dpo, ppo, reward, sft, train
+    from lowalign.commands.api import (
+        LoRA,
+        PrefixTuning,
+        PromptTuning,
+        Run,
+        best_of_n,
+        dpo,
+        ppo,
+        reward,
+        sft,
+        train_with,
+    )
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.export.merge import merge
@@ -36,7 +47,7 @@ __all__ = [
     "push",
     "reward",
     "sft",
-    "train",
+    "train_with",
 ]
 
 _HOMES = {
@@ -49,7 +60,7 @@ _HOMES = {
     "push": "lowalign.export.push",
 }
 _HOMES |= dict.fromkeys(
-    ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft", "train"),
+    ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft", "train_with"),
     "lowalign.commands.api",
 )
 

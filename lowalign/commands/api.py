@@ -127,7 +127,7 @@ def best_of_n(
         return _train("best-of-n", base, out, {"data": data, "reward": specs, **options}, recipe).out
 
 
-def train(
+def train_with(
     method: Callable[[Host, list[Example], Stack, TrainConfig], Method],
     base: Base | str | Path,
     *,

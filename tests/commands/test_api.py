@@ -141,6 +141,6 @@ def test_a_method_of_ones_own(base, tmp_path):
     assert weights(tmp_path / "own") != weights(sft.out)
     smoothed = space["Smoothed"]
     smoothed.smoothing = 0.0
-    la.train(smoothed, base, data=ROWS, out=tmp_path / "plain", **STEPS)
+    la.train_with(smoothed, base, data=ROWS, out=tmp_path / "plain", **STEPS)
     assert weights(tmp_path / "plain") == weights(sft.out)
     assert json.loads((tmp_path / "plain" / "adapter" / "lowalign.json").read_text())["method"] == "smoothed"
