@@ -135,8 +135,8 @@ def test_a_method_of_ones_own(base, tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
     code = text.partition("```python\nimport torch")[2].partition("```")[0]
     assert len(code.splitlines()) < 30
-    space = {"base": base, "rows": ROWS, "OUT": tmp_path / "own"}
-    exec("import torch" + code.replace("out=OUT)", "out=OUT, **STEPS)"), space | {"STEPS": STEPS}, space)
+    space = {"base": base, "rows": ROWS, "OUT": tmp_path / "own", "STEPS": STEPS}
+    exec("import torch" + code.replace("out=OUT)", "out=OUT, **STEPS)"), space)
     sft = la.sft(base, data=ROWS, out=tmp_path / "sft", **STEPS)
     assert weights(tmp_path / "own") != weights(sft.out)
     smoothed = space["Smoothed"]
