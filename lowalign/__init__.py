@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowalign.commands.api import LoRA, PrefixTuning, PromptTuning, Run, best_of_n, dpo, ppo, reward, sft
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.export.merge import merge
@@ -18,7 +19,24 @@ if TYPE_CHECKING:
     from lowalign.model.host import Host
 
 __version__ = "0.1.0"
-__all__ = ["Base", "Example", "Host", "Sampling", "merge", "pull", "push"]
+__all__ = [
+    "Base",
+    "Example",
+    "Host",
+    "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
+    "Run",
+    "Sampling",
+    "best_of_n",
+    "dpo",
+    "merge",
+    "ppo",
+    "pull",
+    "push",
+    "reward",
+    "sft",
+]
 
 _HOMES = {
     "Base": "lowalign.model.base.base",
@@ -29,6 +47,9 @@ _HOMES = {
     "pull": "lowalign.export.pull",
     "push": "lowalign.export.push",
 }
+_HOMES |= dict.fromkeys(
+    ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft"), "lowalign.commands.api"
+)
 
 
 def __getattr__(name: str) -> Any:

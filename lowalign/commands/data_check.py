@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.commands import AnyDataConfig, DataCheckConfig
 from lowalign.config.sections import PreferenceShapeName
+from lowalign.data.blocks import RowEncoder
 from lowalign.data.chat import load_chat
-from lowalign.data.dataset import SFT_ENCODER, RowEncoder, list_bad, read_examples
+from lowalign.data.dataset import SFT_ENCODER, list_bad, read_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_ENCODER
 from lowalign.data.report import content_of, report_lines

@@ -112,7 +112,7 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
         return policy
     kind = BY_OPTION[config.value.adapter.kind]
     spec, *others = map(parse_spec, config.reward)
-    if not others and spec.function() is None:
+    if not others and spec.is_run:
         adapter, meta = adapter_files.read(adapter_files.locate(spec.name))
         if adapter.kind is kind:
             stack = load_stack(host, VALUE, spec.name, config.allow_base_mismatch)

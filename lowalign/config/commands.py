@@ -289,9 +289,10 @@ class MergeConfig:
     quantize: Literal["nf4"] | None = None
     """nf4: write a bitsandbytes 4-bit checkpoint, a quarter of the size. Quantizing again costs some accuracy; the KL says
     how much."""
-    prompt_in: Literal["template", "tokenizer"] = "template"
+    prompt_in: Literal["template", "tokenizer"] | None = None
     """Of a soft prompt, which becomes tokens before every text: what writes them. template: the chat template. tokenizer:
-    the tokenizer, for an adapter that is used on plain text; the merged model then has no chat template."""
+    the tokenizer; the merged model then has no chat template. Default: tokenizer for an adapter that was trained on plain
+    text, else template."""
     data: tuple[str, ...] = ()
     """Files with prompts to compare on. Default: the held-out files of the run's recipe, else built-in questions."""
     verify: bool = True

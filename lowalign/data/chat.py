@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.sections import DataConfig
 from lowalign.data.encode import Encoder
-from lowalign.data.pack import Example
+from lowalign.data.pack import Example, all_supervised
 from lowalign.data.rendering import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
 from lowalign.data.rows.turns import Message, Tools
 from lowalign.data.template import Template, Unrenderable
@@ -123,7 +123,7 @@ class Chat:
     def completion(self, prompt: str, completion: str) -> Example:
         """The Example of plain text and its continuation, which ends with eos; without a template."""
         answer = [*self._plain(completion, start=not prompt), self._encoder.eos]
-        return Example(self.text_ids(prompt), [answer], [[True] * len(answer)])
+        return Example(self.text_ids(prompt), [answer], [all_supervised(len(answer))])
 
     def document(self, text: str) -> Example:
         """The Example of a text that is all supervised, between bos (if the tokenizer adds it) and eos."""
@@ -151,4 +151,5 @@ class Chat:
         if True not in supervised:
             raise Unrenderable("no answer to learn from: its only assistant turn is the first turn")
         start = supervised.index(True)
-        return Example(ids[:start], [ids[start:]], [supervised[start:]])
+        mask = supervised[start:]
+        return Example(ids[:start], [ids[start:]], [all_supervised(len(mask)) if all(mask) else mask])

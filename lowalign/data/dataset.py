@@ -3,29 +3,23 @@
 import hashlib
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache
+from lowalign.data.blocks import RowEncoder, encode_rows
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
-from lowalign.data.prompt_format import formats_of, formatted
 from lowalign.data.report import FileStats, merge_reports
-from lowalign.data.rows.formats import RowFormat, RowFormats
-from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError, is_file, iter_rows
+from lowalign.data.rows.read import BadRow, Row, RowDropped, is_file, iter_rows
 from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
-from lowalign.data.rows.unused import read_renames, with_columns
-from lowalign.data.template import Unrenderable
 from lowalign.data.truncate import chunks, fit, turn_ends, up_to, whole_turns
 from lowalign.durable import file_hash, write_jsonl
 from lowalign.errors import UserError
 
-BLOCK = 1000  # rows that are tokenized together
 LISTED = 20  # bad rows shown before training is refused
 UNUSED = ("files", "eval", "eval_rows", "on_error", "template", "cache")  # options that do not change tokenized rows
 
@@ -37,30 +31,6 @@ class Dataset:
     examples: list[Example]
     report: dict[str, Any]
     bad: list[BadRow] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class RowEncoder:
-    """How rows become Examples.
-
-    formats: the row formats. group_key: rows of a file with the same key (not None) are encoded as one group. encode:
-    (parsed rows of a group, chat, options, stats) -> Examples of at most config.max_length tokens; none when no
-    supervised token is left. It raises RowError, RowDropped or Unrenderable.
-    """
-
-    formats: RowFormats
-    group_key: Callable[[Any], Hashable]
-    encode: Callable[[list[Any], Chat, DataConfig, FileStats], list[Example]]
-
-
-@dataclass(frozen=True)
-class _ParsedRow:
-    """A row, its number in the file, its format and what the format's parser returned."""
-
-    number: int
-    row: Row
-    row_format: RowFormat
-    parsed: Any
 
 
 def load_examples(
@@ -144,123 +114,10 @@ def _read_file(name: str, chat: Chat, config: DataConfig, encoder: RowEncoder) -
 
 
 def _tokenize(name: str, rows: Iterable[Row | BadRow], chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
-    """The rows are read and encoded in blocks, so that only their Examples stay in memory."""
     stats, notes_before = FileStats(name), chat.notes.copy()
-    bad: dict[int, BadRow] = {}
-    encoded: list[tuple[int, Example]] = []  # with the number of the group's first row
-    groups = _groups(rows, encoder, config, stats, bad)
-    while block := list(islice(groups, BLOCK)):
-        parsed = [row.parsed for group in block for row in group]
-        conversations = [(row.messages, row.tools) for row in parsed if isinstance(row, Conversation)]
-        texts = [text for row in parsed for text in _plain_texts(row)]
-        with chat.prepared(conversations, texts):
-            for group in block:
-                examples = _encode_group(group, chat, config, encoder, stats, bad)
-                encoded += [(group[0].number, example) for example in examples]
-    encoded.sort(key=lambda pair: pair[0])
+    examples, bad = encode_rows(rows, chat, config, encoder, stats)
     stats.notes += chat.notes - notes_before
-    examples = [example for _, example in encoded]
-    return Dataset(examples, stats.as_dict(len(bad)), [bad[number] for number in sorted(bad)])
-
-
-def _encode_group(
-    group: list[_ParsedRow],
-    chat: Chat,
-    config: DataConfig,
-    encoder: RowEncoder,
-    stats: FileStats,
-    bad: dict[int, BadRow],
-) -> list[Example]:
-    try:
-        encoded = encoder.encode([row.parsed for row in group], chat, config, stats)
-        if not encoded:
-            raise RowDropped(f"no supervised token is left in {config.max_length:,} tokens")
-    except (Unrenderable, RowDropped) as error:
-        for row in group:
-            stats.drop(row.row.where, str(error))
-        return []
-    except RowError as error:
-        bad |= {row.number: _bad(row.row, error) for row in group}
-        return []
-    for example in encoded:
-        example.source = group[0].row.where
-    for row in group:
-        stats.ignored.update(row.row_format.ignored(row.row.data))
-        stats.prompt_formats.update(formats_of([row.parsed]))
-    stats.add(encoded, chat.end_ids, document=isinstance(group[0].parsed, PlainText), rows=len(group))
-    return encoded
-
-
-def _groups(
-    rows: Iterable[Row | BadRow], encoder: RowEncoder, config: DataConfig, stats: FileStats, bad: dict[int, BadRow]
-) -> Iterator[list[_ParsedRow]]:
-    """The parsed rows: those without a key one by one as they are read, then the groups. Bad rows go to `bad`, by number."""
-    formats, renames = encoder.formats.named(config.shape), read_renames(config.rename)
-    gathered: dict[Hashable, list[_ParsedRow]] = {}
-    recognised: Counter[RowFormat] = Counter()
-    unknown: list[tuple[int, Row]] = []  # to be reported as errors in the format of most rows
-    for number, row in enumerate(rows):
-        stats.rows += 1
-        row = _with_columns(row, renames, config.ignore)
-        row_format = formats.of(row.data) if isinstance(row, Row) else None
-        if isinstance(row, BadRow):
-            bad[number] = row
-        elif row_format is None:
-            unknown.append((number, row))
-        else:
-            recognised[row_format] += 1
-            if (parsed := _parsed(number, row, row_format, formats, config, bad)) is None:
-                continue
-            stats.formats[row_format.name] += 1
-            key = encoder.group_key(parsed.parsed)
-            if key is None:
-                yield [parsed]
-            else:
-                gathered.setdefault(key, []).append(parsed)
-    most = recognised.most_common(1)
-    for number, row in unknown:
-        _parsed(number, row, most[0][0] if most else None, formats, config, bad)
-    yield from gathered.values()
-
-
-def _parsed(
-    number: int,
-    row: Row,
-    row_format: RowFormat | None,
-    formats: RowFormats,
-    config: DataConfig,
-    bad: dict[int, BadRow],
-) -> _ParsedRow | None:
-    """The parsed row; None, and an entry in `bad`, when it is wrong."""
-    try:
-        parsed = formatted(formats.parse(row.data, row_format), config.prompt_format)
-        return _ParsedRow(number, row, row_format, parsed)
-    except RowError as error:
-        bad[number] = _bad(row, error)
-        return None
-
-
-def _plain_texts(row: Any) -> tuple[str, ...]:
-    match row:
-        case PromptCompletion():
-            return row.prompt, row.completion
-        case PlainText():
-            return (row.text,)
-        case _:
-            return ()
-
-
-def _with_columns(row: Row | BadRow, renames: dict[str, str], ignore: tuple[str, ...]) -> Row | BadRow:
-    if isinstance(row, BadRow):
-        return row
-    try:
-        return replace(row, data=with_columns(row.data, renames, ignore))
-    except RowError as error:
-        return _bad(row, error)
-
-
-def _bad(row: Row, error: RowError) -> BadRow:
-    return BadRow(row.where, str(error), json.dumps(row.data, ensure_ascii=False, default=str))
+    return Dataset(examples, stats.as_dict(len(bad)), bad)
 
 
 def _encode(

@@ -56,6 +56,12 @@ class Example:
         return sum(sum(self.mask(i)) for i in range(len(self.completions)))
 
 
+@lru_cache(maxsize=10_000)
+def all_supervised(length: int) -> list[bool]:
+    """The mask of a completion that is all supervised: the same list for equal lengths, not to be changed."""
+    return [True] * length
+
+
 @dataclass(frozen=True)
 class Segment:
     """A range of tokens that attends causally to itself and, if it has a parent, to all of the parent segment."""

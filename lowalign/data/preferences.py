@@ -16,8 +16,9 @@ from functools import partial
 from typing import TypeVar
 
 from lowalign.config.sections import PreferenceConfig
+from lowalign.data.blocks import RowEncoder
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import RowEncoder, load_examples
+from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lowalign.errors import UserError
@@ -42,9 +43,10 @@ class BitDeltaUpdate:
     def apply(self, name: str, weight: Tensor, base: Tensor, transposed: bool = False) -> Tensor:
         """The weight after this update: fp32, changed in place where it can be. transposed: a Conv1D's, (in, out)."""
         if name in self.tensors:
-            return self.tensors[name].float().clone()
+            return self.tensors[name].to(weight.device, torch.float32).clone()
         module, matrix = name.removesuffix(".weight"), weight.T if transposed else weight
-        signs, scale = self.tensors[module + SIGNS], self.tensors[module + LOG_SCALE].exp()[:, None]
+        signs, log_scale = (self.tensors[module + part].to(weight.device) for part in (SIGNS, LOG_SCALE))
+        scale = log_scale.exp()[:, None]
         for rows in stretches(*matrix.shape):
             delta = unpack_signs(signs[rows], matrix.shape[1], weight.dtype)
             matrix[rows] += delta.mul_(scale[rows] if len(scale) > 1 else scale)

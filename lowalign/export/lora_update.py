@@ -72,15 +72,16 @@ class LoraUpdate:
         a DoRA from it and its own update alone. transposed: a Conv1D's weight, (in, out).
         """
         module = name.removesuffix(".weight")
+        part_of = lambda key: self.tensors[key].to(weight.device, torch.float32)  # noqa: E731
         if name in self.tensors:  # modules_to_save: the trained weight itself
-            return self._fp32(name).clone()
+            return part_of(name).clone()
         if f"{module}.lora_embedding_A" in self.tensors:
-            a, b = self._fp32(f"{module}.lora_embedding_A"), self._fp32(f"{module}.lora_embedding_B")
+            a, b = part_of(f"{module}.lora_embedding_A"), part_of(f"{module}.lora_embedding_B")
             product = lambda part: (b @ a[:, part]).T  # noqa: E731
         else:
-            a, b = self._fp32(f"{module}.lora_A.weight"), self._fp32(f"{module}.lora_B.weight")
+            a, b = part_of(f"{module}.lora_A.weight"), part_of(f"{module}.lora_B.weight")
             product = lambda part: b[part] @ a  # noqa: E731
-        magnitude = self._fp32(f"{module}.lora_magnitude_vector") if self.is_dora(name) else None
+        magnitude = part_of(f"{module}.lora_magnitude_vector") if self.is_dora(name) else None
         rows, start = (weight.T, base.T) if transposed else (weight, base)
         scale = self._scale(module)
         for part in stretches(*rows.shape):
@@ -95,9 +96,6 @@ class LoraUpdate:
     def unplaced(self, weights: Collection[str]) -> list[str]:
         """The tensors of the adapter that change none of these weights."""
         return [name for name in self.tensors if name not in weights and _module(name) + ".weight" not in weights]
-
-    def _fp32(self, name: str) -> Tensor:
-        return self.tensors[name].float()
 
     def _scale(self, module: str) -> float:
         config = self.config

@@ -103,7 +103,12 @@ def _plan(config: MergeConfig, sources: Sources) -> _Job:
     changes: dict[str, Any] = {"dtype": config.dtype, "lowalign": {"merged_onto": sources.onto}}
     vectors, prompt = sources.soft_prompt, None
     if vectors is not None:
-        prompt = baked_prompt(vectors, sources.chat, config.prompt_in == "template")
+        on_text = sources.stack[-1].meta.get("prompt_format") == "text"
+        prompt_in = config.prompt_in or ("tokenizer" if on_text else "template")
+        log(
+            f"the soft prompt's {len(vectors)} tokens are put first by the {prompt_in.replace('template', 'chat template')}"
+        )
+        prompt = baked_prompt(vectors, sources.chat, prompt_in == "template")
         changes |= config_changes(sources.config, prompt)
         plan = bake(plan, prompt)
     if plan.reward:

@@ -141,19 +141,20 @@ def _maker(
     transposed: bool,
     dtype: torch.dtype,
 ) -> Callable[[], Tensor]:
-    """What computes the merged weight."""
+    """What computes the merged weight, on the GPU where there is one: faster, and the quantization of the training."""
 
     def make() -> Tensor:
-        weight = tensor.make()
+        device = torch.device("cuda" if torch.cuda.is_available() and (updates or quantized_from) else "cpu")
+        weight = tensor.make().to(device)
         if quantized_from:
             weight = round_trip(weight.to(quantized_from), transposed)
         if not updates:
-            return weight.to(dtype)
+            return weight.to(dtype).cpu()
         weight = weight.float()
         # A DoRA that stands on others needs the weight before them too.
         base = weight.clone() if any(update.is_dora(tensor.name) for update in updates[1:]) else weight
         for update in updates:
             weight = update.apply(tensor.name, weight, base, transposed)
-        return weight.to(dtype)
+        return weight.to(dtype).cpu()
 
     return make

@@ -4,8 +4,10 @@ In a sum, the scores of a reward run are standardised with the mean and spread o
 that weights compare. The numbers of a function are used as they are.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowalign.data.chat import Chat
 from lowalign.data.rows.turns import Prompt
@@ -13,7 +15,7 @@ from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.rewards.function import FunctionReward, load_function
 from lowalign.rewards.reward_run import TOKEN_BUDGET, Ids, RunReward, check_template, load_reward_run, mean_and_std
-from lowalign.rewards.spec import parse_spec
+from lowalign.rewards.spec import FUNCTIONS, parse_spec
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ def load_rewards(
         raise UserError(f"--reward names {next(n for n in names if names.count(n) > 1)} more than once")
     parts = {}
     for i, spec in enumerate(parsed):
-        if (function := spec.function()) is not None:
+        if spec.name in FUNCTIONS:
+            function = FUNCTIONS[spec.name]
+            file = Path(inspect.getsourcefile(function) or spec.name)
+            parts[spec.name] = spec.weight, FunctionReward(file, spec.name, function)
+        elif (function := spec.function()) is not None:
             parts[spec.name] = spec.weight, load_function(*function)
         else:
             stack = load_reward_run(host, f"reward{i}", spec.name, options.allow_base_mismatch)

@@ -2,11 +2,14 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lowalign.errors import UserError
+
+FUNCTIONS: dict[str, Callable] = {}
+"""Functions that were given from Python, by their names in a spec."""
 
 
 class RewardSpec(NamedTuple):
@@ -14,6 +17,11 @@ class RewardSpec(NamedTuple):
 
     weight: float
     name: str
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it names a reward run. Raises as `function` does."""
+        return self.name not in FUNCTIONS and self.function() is None
 
     def function(self) -> tuple[Path, str] | None:
         """(FILE, NAME) of a function; None for a run. Raises UserError when there is no such file."""
@@ -44,8 +52,9 @@ def parse_spec(text: str) -> RewardSpec:
 
 def files_and_runs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The Python files, and the reward runs, that the specs name. Raises UserError like RewardSpec.function."""
-    functions = {spec.name: spec.function() for spec in map(parse_spec, specs)}
-    return [str(f[0]) for f in functions.values() if f], [name for name, f in functions.items() if not f]
+    parsed = [parse_spec(spec) for spec in specs]
+    files = [str(function[0]) for spec in parsed if (function := spec.function())]
+    return files, [spec.name for spec in parsed if spec.is_run]
 
 
 def require_flags(prompts: Sequence[str], reward: Sequence[str]) -> None:

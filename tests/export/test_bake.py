@@ -213,3 +213,15 @@ def test_the_files_of_llama_cpps_converter(tmp_path):
     assert added[str(first)]["content"] == "<|virtual_0|>" and added[str(first)]["special"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|virtual_2|>") == first + 2
     assert AutoModel.from_pretrained(tmp_path / "out").config.vocab_size == VOCABULARY
+
+
+def test_the_form_of_the_training_decides_who_puts_them_first(tmp_path):
+    base = base_folder(tmp_path / "base")
+    host = Host(Base.load(base, quantization="none", dtype="float32", device="cpu", quiet=True))
+    host.add("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    for form in ("text", "chat"):
+        host.save("prompt", tmp_path / form, files={"chat_template.jinja": TEMPLATE}, prompt_format=form)
+        merge([str(tmp_path / form)], tmp_path / f"{form}-out", model=str(base), verify=False)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{form}-out")
+        assert (tokenizer.chat_template is None) == (form == "text")
+        assert (tokenizer("The fox.").input_ids[0] == len(tiny_tokenizer())) == (form == "text")

@@ -1,0 +1,236 @@
+"""The verbs as functions: `import lowalign as la; run = la.sft(base, data="rows.jsonl", out="runs/first", steps=200)`.
+
+Options are those of the command, checked by the same parser: `train={"steps": 200}` for --train.steps, or `steps=200` where one
+option has that name (of several the one of --train). What the command would print as an error is raised as UserError.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lowalign.config import recipe
+from lowalign.config.sections import Sampling
+from lowalign.config.verbs import verbs
+from lowalign.config.yaml_flags import flag_of, options, suggest
+from lowalign.data.chat import Chat
+from lowalign.data.prompts import PromptRow, prompt_ids
+from lowalign.data.rows.turns import Message
+from lowalign.durable import write_jsonl
+from lowalign.errors import UserError
+from lowalign.model.adapters.files import adapter_template
+from lowalign.model.base.base import Base
+from lowalign.model.host import Host
+from lowalign.model.policy import load_policy
+from lowalign.rewards.spec import FUNCTIONS
+from lowalign.train import checkpoint
+
+Data = str | Path | Iterable  # a file or Hub id, several, rows, or a datasets.Dataset
+Reward = str | Path | Callable[[list, list], Sequence[float]]
+NAMED_FIRST = "train."  # where several sections have an option of one name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run in the folder `out`."""
+
+    base: Base
+    out: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder."""
+        return self.out / "adapter"
+
+    @property
+    def metrics(self) -> Any:
+        """The lines of metrics.jsonl: a DataFrame where pandas is installed, else dictionaries."""
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            return lines
+        return DataFrame(lines)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss; None without held-out rows."""
+        best = checkpoint.read_best(self.out)
+        return best[0] if best else None
+
+    def generate(self, prompts: str | Sequence[str | list[Message]], **sampling: Any) -> list[str]:
+        """The answer to each prompt (text is a user's turn). sampling: fields of lowalign.Sampling, such as temperature=0.7."""
+        host = Host(self.base)
+        chat = Chat(self.base.tokenizer, adapter_template([str(self.out)]))
+        self.base.end_at(chat.end_of_turn)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        ids = [prompt_ids(chat, PromptRow(messages, f"prompt {i}")) for i, messages in enumerate(turns)]
+        stack = load_policy(host, [str(self.out)])
+        try:
+            with host.use(*stack):
+                answers = host.generate(ids, 1, Sampling(**sampling))
+        finally:
+            for name in stack:
+                host.delete(name)
+        return [self.base.tokenizer.decode(row[0].ids, skip_special_tokens=True) for row in answers]
+
+
+def sft(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
+    """`lowalign sft`. base: loaded, or a folder or Hub id. data: files, a Hub data set, rows, or a datasets.Dataset. recipe: a
+    packaged one or a file. Raises UserError, and KeyboardInterrupt when Ctrl-C stopped it (resume=True goes on)."""
+    return _train("sft", base, out, {"data": data, **options}, recipe)
+
+
+def reward(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
+    """`lowalign reward`; as sft."""
+    return _train("reward", base, out, {"data": data, **options}, recipe)
+
+
+def dpo(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
+    """`lowalign dpo`; as sft."""
+    return _train("dpo", base, out, {"data": data, **options}, recipe)
+
+
+def ppo(
+    base: Base | str | Path,
+    *,
+    data: Data,
+    reward: Reward | Sequence[Reward],
+    out: str | Path,
+    recipe: str | None = None,
+    **options: Any,
+) -> Run:
+    """`lowalign ppo`; as sft. reward: a run, FILE.py:NAME, or a function of prompts and completions that returns numbers."""
+    with _specs(reward) as specs:
+        return _train("ppo", base, out, {"data": data, "reward": specs, **options}, recipe)
+
+
+def best_of_n(
+    base: Base | str | Path,
+    *,
+    data: Data,
+    reward: Reward | Sequence[Reward],
+    out: str | Path,
+    recipe: str | None = None,
+    **options: Any,
+) -> Path:
+    """`lowalign best-of-n`; as ppo. Returns the folder with best.jsonl, pairs.jsonl and rankings.jsonl."""
+    with _specs(reward) as specs:
+        return _train("best-of-n", base, out, {"data": data, "reward": specs, **options}, recipe).out
+
+
+def LoRA(**options: Any) -> dict[str, Any]:
+    """For adapter=…: options such as r=16, alpha=32, targets=["q_proj"]."""
+    return {"kind": "lora", **options}
+
+
+def PromptTuning(**options: Any) -> dict[str, Any]:
+    """For adapter=…: options such as virtual_tokens=20, init_text="…"."""
+    return {"kind": "prompt", **options}
+
+
+def PrefixTuning(**options: Any) -> dict[str, Any]:
+    """For adapter=…: options such as virtual_tokens=20."""
+    return {"kind": "prefix", **options}
+
+
+def _train(verb: str, base: Base | str | Path, out: str | Path, given: dict[str, Any], recipe_name: str | None) -> Run:
+    out = Path(out).expanduser()
+    base = base if isinstance(base, Base) else Base.load(base)
+    given = (
+        given
+        | {"out": out}
+        | {key: _files(given[key], out / f"{key}.jsonl") for key in ("data", "eval") if key in given}
+    )
+    config = _parsed(verb, base, given, recipe_name)
+    module, _, function = next(v.function for v in verbs() if v.name == verb).partition(":")
+    code = getattr(import_module(f"lowalign.{module}"), function)(config, base)
+    if code:
+        raise KeyboardInterrupt(f"stopped; {out} goes on with resume=True")
+    return Run(base, out)
+
+
+def _parsed(verb: str, base: Base, given: Mapping[str, Any], recipe_name: str | None) -> Any:
+    """The configuration of the verb, by the parser of the command line."""
+    config = next(v.config for v in verbs() if v.name == verb)
+    keys = [name for name, _ in options(config)]
+    flags = [flag for name, value in given.items() for flag in _flags(verb, name, value, keys)]
+    identity = base.identity
+    flags.append(f"--model={identity.name if identity.revision else base.folder}")
+    if identity.revision:
+        flags.append(f"--base.revision={identity.revision}")
+    dtype = str(base.dtype).removeprefix("torch.")
+    flags += [f"--base.quantization={identity.quantization}", f"--base.dtype={dtype}"]
+    path = recipe.find(recipe_name) if recipe_name else None
+    return recipe.parse(config, flags, path, f"lowalign.{verb.replace('-', '_')}")
+
+
+def _flags(verb: str, name: str, value: Any, keys: Sequence[str]) -> Iterator[str]:
+    """The words of the command line for one option. Raises UserError for one that the verb does not have."""
+    if isinstance(value, Mapping):
+        if not any(key.startswith(f"{name}.") for key in keys):
+            raise UserError(f"{verb} has no section {name}{suggest(name, keys)}")
+        for inner, inner_value in value.items():
+            yield from _flags(verb, f"{name}.{inner}", inner_value, keys)
+        return
+    key = _key(verb, name, keys)
+    if value is None:
+        return
+    flag = flag_of(key)
+    if isinstance(value, bool):
+        section, dot, last = flag.removeprefix("--").rpartition(".")
+        yield flag if value else f"--{section}{dot}no-{last}"
+    elif isinstance(value, list | tuple):
+        yield from (flag, *map(str, value))
+    else:
+        yield f"{flag}={value}"
+
+
+def _key(verb: str, name: str, keys: Sequence[str]) -> str:
+    for whole in (name, f"{name}.files"):
+        if whole in keys:
+            return whole
+    matches = [key for key in keys if key.rpartition(".")[2] == name]
+    preferred = [key for key in matches if key == NAMED_FIRST + name] or matches
+    if len(preferred) > 1:
+        raise UserError(f"{name} could be {' or '.join(preferred)}: give it in its section, {_section(preferred[0])}")
+    if not preferred:
+        last = [key.rpartition(".")[2] for key in keys]
+        raise UserError(f"{verb} has no option {name}{suggest(name, last)}")
+    return preferred[0]
+
+
+def _section(key: str) -> str:
+    section, _, last = key.rpartition(".")
+    return f'{section}={{"{last}": …}}'
+
+
+def _files(data: Data, file: Path) -> list[str]:
+    """The files that hold the data; rows are written to `file`."""
+    if isinstance(data, str | Path):
+        return [str(data)]
+    items = list(data)
+    if all(isinstance(item, str | Path) for item in items):
+        return [str(item) for item in items]
+    if not all(isinstance(item, Mapping) for item in items):
+        raise UserError("data is a file, several files, or rows: dictionaries such as {'prompt': …, 'completion': …}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(file, map(dict, items))
+    return [str(file)]
+
+
+@contextmanager
+def _specs(rewards: Reward | Sequence[Reward]) -> Iterator[list[str]]:
+    """--reward for each; functions are known by their names within it."""
+    rewards = [rewards] if isinstance(rewards, str | Path) or callable(rewards) else rewards
+    functions = {getattr(r, "__name__", "reward"): r for r in rewards if callable(r)}
+    FUNCTIONS.update(functions)
+    try:
+        yield [getattr(r, "__name__", "reward") if callable(r) else str(r) for r in rewards]
+    finally:
+        for name in functions:
+            del FUNCTIONS[name]
