@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from lowalign import Base, Example, Host
+from lowalign import Base, Host
 from lowalign.demo.configs import BASE
 from lowalign.export.bitdelta import compress
 from lowalign.export.weight_files import PlannedTensor, write_shards
@@ -90,15 +90,6 @@ def main() -> None:
     for i in range(3):
         host.load(f"delta{i}", out / "dequantized")
         print(f"with {i + 1} on it: {tensor_bytes(host):,.0f} MB, {memory('RssAnon'):,.0f} MB", flush=True)
-    example = Example(list(range(5, 200)), [list(range(5, 200))])
-    for stack in ((), ("delta0",)):
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
-        with host.use(*stack), torch.no_grad():
-            host.logprobs([example])
-        print(
-            f"a forward of 390 tokens under {stack or 'no delta'}: {memory('VmHWM') - before:,.0f} MB more at its peak"
-        )
 
 
 if __name__ == "__main__":
