@@ -204,7 +204,7 @@ def main() -> None:
     print_row(
         "NF4, onto dequantized, per row, distilled with the loss of eq. 5",
         fidelities(nf4, str(run), fine, heldout),
-        None,
+        task_score(nf4, str(run)),
     )
     print(size_line(report))
 

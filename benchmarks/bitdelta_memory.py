@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from lowalign import Base, Example, Host
+from lowalign import Base, Host
 from lowalign.demo.configs import BASE
 from lowalign.export.bitdelta import compress
 from lowalign.export.weight_files import PlannedTensor, write_shards
@@ -47,8 +47,17 @@ def write_model(folder: Path, config: LlamaConfig, noise: float) -> None:
     write_shards(folder, planned, 10**9, lambda _: None)
 
 
+def tensor_bytes(host: Host) -> float:
+    """MB of the base's weights, with the scales of those in 4 bit, and of all adapters."""
+    tensors = [*host.base.model.parameters(), *host.base.model.buffers()]
+    states = [state for p in tensors if (state := getattr(p, "quant_state", None)) is not None]
+    tensors += [t for s in states for t in (s.absmax, s.code, s.state2.absmax)]
+    tensors += [t for adapter in host.adapters.values() for t in adapter.file_parameters().values()]
+    return sum(t.nbytes for t in tensors) / 1e6
+
+
 def memory(key: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process in MB."""
+    """VmRSS, its peak VmHWM, or RssAnon (without mapped files) of this process in MB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) / 1e3
 
@@ -74,25 +83,13 @@ def main() -> None:
         )
     print(f"the delta: {report['bytes'] / 1e6:,.1f} MB; LoRA r 16: {report['bytes_lora_r16'] / 1e6:,.1f} MB")
 
-    start = memory("VmRSS")
     host = Host(Base.load(out / "base", device="cpu", quiet=True))
-    host.logprobs([Example([5, 6], [[7, 8]])])
-    print(f"base in NF4: {memory('VmRSS') - start:,.0f} MB")
+    print(
+        f"base in NF4: {tensor_bytes(host):,.0f} MB of tensors, {memory('RssAnon'):,.0f} MB of the process", flush=True
+    )
     for i in range(3):
         host.load(f"delta{i}", out / "dequantized")
-        with host.use(f"delta{i}"), torch.no_grad():
-            host.logprobs([Example([5, 6], [[7, 8]])])
-        print(f"with {i + 1} on it: {memory('VmRSS') - start:,.0f} MB", flush=True)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    with host.use("delta0"), torch.no_grad():
-        host.logprobs([Example(list(range(5, 200)), [list(range(5, 200))])])
-    print(f"a forward of 390 tokens under a delta: {memory('VmHWM') - before:,.0f} MB more at its peak")
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    with host.use(), torch.no_grad():
-        host.logprobs([Example(list(range(5, 200)), [list(range(5, 200))])])
-    print(f"without: {memory('VmHWM') - before:,.0f} MB")
+        print(f"with {i + 1} on it: {tensor_bytes(host):,.0f} MB, {memory('RssAnon'):,.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
