@@ -1,15 +1,17 @@
 """The programs in examples/."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lowalign.rewards.function import load_function
+from lowalign.rewards.function import Samples, load_function, same_columns
 
-FILE = Path(__file__).parents[1] / "examples" / "ppo_verifiable.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FILE, GSM8K = EXAMPLES / "ppo_verifiable.py", EXAMPLES / "ppo_gsm8k.py"
 ASKED = "What is 1204 + 39? End with the result alone on the last line."
 
 
@@ -59,3 +61,22 @@ def test_the_questions_are_sums_that_it_recognises(tmp_path):
     assert all(len(terms) == 4 and min(terms) >= 10 and max(terms) < 100_000 for terms in sums)
     right_and_wrong = [[str(sum(terms)), str(sum(terms) + 1)] for terms in sums]
     assert load_function(FILE, "correct")(prompts, None, right_and_wrong, None) == [[1.0, 0.0]] * 2000
+
+
+def test_word_problems_with_their_answer_in_the_row(tmp_path):
+    """The arithmetic of each solution holds, no problem is in both files, and the reward compares with the row's answer."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    subprocess.run([sys.executable, GSM8K, train, test], check=True)
+    parts = [[json.loads(line) for line in file.read_text().splitlines()] for file in (train, test)]
+    assert [len(part) for part in parts] == [2000, 200]
+    rows = [row for part in parts for row in part]
+    assert len({row["prompt"] for row in rows}) == 2200
+    for row in rows:
+        boxes, each, bought, given = map(int, re.findall(r"\d+", row["prompt"]))
+        assert row["answer"].endswith(f"#### {boxes * each + bought - given}")
+    right = [row["answer"].rpartition("#### ")[2] for row in rows]
+    texts = [[f"It is {number}", f"It is {int(number) + 1}", "I cannot count."] for number in right]
+    samples = Samples(same_columns(rows), [[True, False, True]] * len(rows))
+    prompts = [row["prompt"] for row in rows]
+    assert load_function(GSM8K, "correct")(prompts, None, texts, [], samples) == [[1.0, 0.0, 0.0]] * len(rows)
+    assert load_function(GSM8K, "ends")(prompts, None, texts, [], samples) == [[1.0, 0.0, 1.0]] * len(rows)

@@ -34,7 +34,7 @@ from lowalign.train.method import Method
 from lowalign.train.run import Job, check_and_log_start, load_rows, run
 
 Data = str | Path | Iterable  # a file or Hub id, several, rows, or a datasets.Dataset
-Reward = str | Path | Callable[[list, list], Sequence[float]]
+Reward = str | Path | Callable[..., Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def ppo(
     recipe: str | None = None,
     **options: Any,
 ) -> Run:
-    """`lowalign ppo`; as sft. reward: a run, FILE.py:NAME, or a function of prompts and completions that returns numbers."""
+    """`lowalign ppo`; as sft. reward: a run, FILE.py:NAME, or a function of prompts, completions and columns of
+    the rows that returns numbers."""
     with _specs(reward) as specs:
         return _train("ppo", base, out, {"data": data, "reward": specs, **options}, recipe)
 

@@ -12,7 +12,7 @@ continues training its weights; the first continues from --adapter. Llama 2 (arX
 newest policy too.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
+from lowalign.rewards.function import FunctionReward, Samples, same_columns
 from lowalign.rewards.reward_run import check_prompt_formats
-from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
+from lowalign.rewards.rewards import RewardOptions, Rewards, load_functions, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs, require_flags
 from lowalign.train import checkpoint
@@ -74,7 +75,12 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = files_and_runs(config.reward)
     check_prompt_formats(runs, formats, PROMPT_FORMAT)
-    inputs = {"data": [row.prompt for row, _ in prompts]} | input_hashes(files, [*config.adapter, *runs])
+    columns = same_columns([row.columns for row, _ in prompts])
+    functions = load_functions(config.reward, columns[0])
+    inputs = {"data": [row.prompt for row, _ in prompts]}
+    if any(function.parameters.uses_columns for function in functions.values()):
+        inputs["columns"] = columns
+    inputs |= input_hashes(files, [*config.adapter, *runs])
     check_or_write_inputs(config, bool(Journal(folders[0] / "candidates.jsonl").lines), inputs)
     base = base or Base.load(config.model, **vars(config.base))
     base.end_at(chat.end_of_turn)
@@ -86,25 +92,41 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
                 log(f"round {k + 1} of {config.rounds}")
             # Another seed each round: with the same one a prompt would get the same random numbers again.
             sampling = replace(config.sampling, seed=config.sampling.seed + k)
-            _sample_round(replace(config, adapter=adapters, sampling=sampling), base, chat, prompts, folder)
+            _sample_round(
+                replace(config, adapter=adapters, sampling=sampling),
+                base,
+                Reading(chat, prompts, columns, functions),
+                folder,
+            )
             if config.train and (code := sft(_sft_config(config, folder, adapters), base)):
                 return code
         adapters = (str(trained),)
     return 0
 
 
-def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompts, folder: Path) -> None:
+@dataclass(frozen=True)
+class Reading:
+    """What is read before the base. columns: of each prompt's row. functions: the rewards that are functions, by their names
+    in --reward."""
+
+    chat: Chat
+    prompts: Prompts
+    columns: list[dict[str, Any]]
+    functions: dict[str, FunctionReward]
+
+
+def _sample_round(config: BestOfNConfig, base: Base, read: Reading, folder: Path) -> None:
     """Sample and score one round, and write all files of its folder but the sft run."""
     folder.mkdir(exist_ok=True)
-    journal, total = Journal(folder / "candidates.jsonl"), len(prompts)
+    journal, total = Journal(folder / "candidates.jsonl"), len(read.prompts)
     starts = range(0, total, PROMPTS_PER_BLOCK)
     blocks = journal.resume([range(start, min(start + PROMPTS_PER_BLOCK, total)) for start in starts])
     if blocks:
         host = Host(base)
         stack = load_policy(host, config.adapter, config.allow_base_mismatch)
         options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread, config.token_budget)
-        rewards = load_rewards(config.reward, host, chat, options)
-        journal.fill(blocks, partial(_candidates, config, host, stack, rewards, prompts), "prompt")
+        rewards = load_rewards(config.reward, host, read.chat, options, read.functions)
+        journal.fill(blocks, partial(_candidates, config, host, stack, rewards, read), "prompt")
         for name in tuple(host.adapters):
             host.delete(name)
     figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep")
@@ -113,15 +135,16 @@ def _sample_round(config: BestOfNConfig, base: Base, chat: Chat, prompts: Prompt
 
 
 def _candidates(
-    config: BestOfNConfig, host: Host, stack: Stack, rewards: Rewards, prompts: Prompts, block: range
+    config: BestOfNConfig, host: Host, stack: Stack, rewards: Rewards, read: Reading, block: range
 ) -> list[dict[str, Any]]:
     """The lines of candidates.jsonl for the prompts with the numbers in `block`, which are their sampling seeds too."""
-    texts, ids = [prompts[i][0].prompt for i in block], [prompts[i][1] for i in block]
+    texts, ids = [read.prompts[i][0].prompt for i in block], [read.prompts[i][1] for i in block]
     with host.use(*stack):
         completions = host.generate(ids, config.n, config.sampling, seeds=block)
     decode = host.base.tokenizer.decode
     decoded = [[decode(c.ids, skip_special_tokens=True) for c in group] for group in completions]
-    scores = rewards(texts, ids, decoded, [[c.ids for c in group] for group in completions])
+    samples = Samples([read.columns[i] for i in block], [[c.stopped for c in group] for group in completions])
+    scores = rewards(texts, ids, decoded, [[c.ids for c in group] for group in completions], samples)
     return [
         {
             "prompt": prompt,

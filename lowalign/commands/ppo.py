@@ -25,8 +25,9 @@ from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
+from lowalign.rewards.function import Samples, same_columns
 from lowalign.rewards.reward_run import RunReward, check_prompt_formats
-from lowalign.rewards.rewards import RewardOptions, Rewards, load_rewards
+from lowalign.rewards.rewards import RewardOptions, Rewards, load_functions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
 from lowalign.train.run import PROMPT_FORMAT, Job, RunRows, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
@@ -45,7 +46,8 @@ def ppo(config: PPOConfig, base: Base | None = None) -> int:
 
 
 class PPOSetup:
-    """The steps of one run; `read` keeps the chat and the ptx Examples for `start`."""
+    """The steps of one run; `read` keeps for `start` the chat, the columns of the prompts' rows, the rewards that are
+    functions, and the ptx Examples."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
@@ -61,6 +63,8 @@ class PPOSetup:
         prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, option, data.prompt_format)
         formats = formats_of(row.prompt for row, _ in prompts)
         check_prompt_formats(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
+        self.columns = same_columns([row.columns for row, _ in prompts])
+        self.functions = load_functions(c.reward, self.columns[0])
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
         return RunRows(prompts, [], formats)
@@ -71,14 +75,18 @@ class PPOSetup:
         base.end_at(self.chat.end_of_turn)
         check_and_log_start(host, policy, initial, [Example(ids, [ids[-8:]]) for _, ids in rows[:4]], c)
         reference = reference_stack(host, c.reference, initial, c.allow_base_mismatch)
-        rewards = load_rewards(c.reward, host, self.chat, RewardOptions(c.allow_base_mismatch, c.allow_training_spread))
+        options = RewardOptions(c.allow_base_mismatch, c.allow_training_spread)
+        rewards = load_rewards(c.reward, host, self.chat, options, self.functions)
         value = add_value(host, c, policy, initial) if c.ppo.advantage == "gae" else None
         prompts, prompt_ids = [row.prompt for row, _ in rows], [ids for _, ids in rows]
         decode = partial(base.tokenizer.decode, skip_special_tokens=True)
 
         def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
             texts = [[decode(c) for c in group] for group in completions]
-            scores = rewards([prompts[i] for i in numbers], [prompt_ids[i] for i in numbers], texts, completions)
+            stopped = [[c[-1] in base.eos_ids for c in group] for group in completions]
+            samples = Samples([self.columns[i] for i in numbers], stopped)
+            asked = [prompts[i] for i in numbers], [prompt_ids[i] for i in numbers]
+            scores = rewards(*asked, texts, completions, samples)
             return [[s.total for s in group] for group in scores]
 
         def on_round(number: int, numbers: list[int], rollouts: list[Rollout]) -> None:

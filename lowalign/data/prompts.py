@@ -1,7 +1,8 @@
 """The prompts of rows of any format, without their answers or preferences."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowalign.config.sections import PromptFormat
@@ -21,10 +22,11 @@ ANSWERS = ("completion", "chosen", "rejected", "completion_a", "completion_b")
 
 
 class PromptRow(NamedTuple):
-    """A prompt, and file:line."""
+    """A prompt, file:line, and the columns of its row as they are in the file."""
 
     prompt: Prompt
     where: str
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 Prompts = list[tuple[PromptRow, list[int]]]  # with their token ids
@@ -38,7 +40,7 @@ def read_prompts(files: Sequence[str], prompt_format: PromptFormat | None = None
     """
     for file in files:
         for row, prompt in parse_rows(file, lambda data: formatted(_prompt(data), prompt_format)):
-            yield PromptRow(prompt, row.where)
+            yield PromptRow(prompt, row.where, row.data)
 
 
 def distinct_prompts(
@@ -66,7 +68,7 @@ def distinct_prompts(
 
 def prompt_ids(chat: Chat, row: PromptRow) -> list[int]:
     """The ids that a completion continues: of a text without the chat template, of messages with it. Raises UserError."""
-    prompt, where = row
+    prompt, where, _ = row
     try:
         return chat.text_ids(prompt) if isinstance(prompt, str) else chat.prompt_ids(prompt)
     except (RowError, Unrenderable) as error:

@@ -41,6 +41,7 @@ class RunReward:
         prompt_ids: Sequence[Ids],
         _: object,
         completion_ids: Sequence[Sequence[Ids]],
+        __: object = None,
     ) -> list[list[float]]:
         """The scores by prompt and completion; each prompt is computed once for the completions that fit beside it.
 

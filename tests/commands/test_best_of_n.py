@@ -108,6 +108,31 @@ def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys)
         assert [(c["stopped"], c["tokens"]) for c in completions] == [(c.stopped, len(c.ids)) for c in drawn]
 
 
+def test_a_function_with_the_columns_of_the_rows(world, tmp_path, capsys):
+    """Blocks whose rows lack a column get None for it; a changed column is refused on --resume."""
+    rows = [{"prompt": f"What is {i}?"} | ({"answer": i} if i < 2 else {}) for i in range(6)]
+    data, file = tmp_path / "rows.jsonl", tmp_path / "f.py"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text(
+        "def f(prompts, completions, answer, stopped, completion_ids):\n"
+        "    for prompt, number in zip(prompts, answer):\n"
+        "        assert prompt[0]['content'] == f'What is {number}?' if number in (0, 1) else number is None\n"
+        "    return [10 * stop + len(ids) for stop, ids in zip(stopped, completion_ids)]\n"
+    )
+    command = [*flags(world, tmp_path / "out"), "--data", str(data), "--reward", f"{file}:f", "--max-prompt", "200"]
+    assert main(command) == 0, capsys.readouterr().err
+    completions = [c for line in lines(tmp_path / "out/candidates.jsonl") for c in line["completions"]]
+    assert len(completions) == 24
+    assert [c["score"] for c in completions] == [10 * c["stopped"] + c["tokens"] for c in completions]
+    data.write_text("".join(json.dumps(row | {"answer": 7}) + "\n" for row in rows))
+    assert main([*command, "--resume"]) == 1
+    assert "columns: the content has changed" in capsys.readouterr().err
+    file.write_text("def f(prompts, completions, solution):\n    return 0\n")
+    assert main([*command, "--out", str(tmp_path / "other")]) == 1
+    assert "f.py:1: f requires solution, which is no column of the prompts' rows" in capsys.readouterr().err
+    assert not (tmp_path / "other/candidates.jsonl").exists()
+
+
 def test_best_pairs_and_rankings(straight):
     rows, report = lines(straight / "candidates.jsonl"), json.loads((straight / "report.json").read_text())
     best, pairs, rankings = (lines(straight / f"{name}.jsonl") for name in ("best", "pairs", "rankings"))

@@ -172,6 +172,35 @@ def test_stock_peft_gives_the_same_log_probs(world, straight, mode):
     assert (want - got).abs().max() <= 1e-4  # 1e-6 seen
 
 
+COLUMNS = """
+import json, pathlib
+
+def f(prompts, completions, *, name, stopped, completion_ids, **others):
+    assert all(p == f"What is the capital of {n}?" for p, n in zip(prompts, name)) and others["prompt"] == prompts
+    ends = [ids[-1] < 60 for ids in completion_ids]
+    assert ends == stopped and len(set(ends)) == 2
+    return map(len, completion_ids)
+"""
+
+
+def test_a_reward_function_with_the_columns_of_the_rows(world, tmp_path, capfd):
+    """It gets them for its prompts in any order of the rounds; one that requires another is refused before the base is loaded."""
+    names = ("France", "Spain", "Peru", "Chad", "Togo", "Oman")
+    rows = [{"prompt": f"What is the capital of {name}?", "name": name} for name in names]
+    data, file = tmp_path / "rows.jsonl", tmp_path / "f.py"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text(COLUMNS)
+    more = ("--data", str(data), "--reward", f"{file}:f")
+    assert main(flags(world, tmp_path / "run", *more, mode="group", steps=5)) == 0
+    assert all(line["reward"] == pytest.approx(line["length"]) for line in lines(tmp_path / "run"))
+    file.write_text(COLUMNS.replace("name, stopped", "capital, stopped"))
+    message = refused(flags(world, tmp_path / "other", *more), capfd)
+    assert message == (
+        f"lowalign: {file}:4: f requires capital, which is no column of the prompts' rows. Their columns: name, prompt. "
+        "Expected def reward(prompts, completions, **columns), where stopped and completion_ids may be named too"
+    )
+
+
 # -- interrupted ------------------------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def test_the_prompt_of_a_row(row, prompt, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
     strip = lambda turns: [{k: v for k, v in t.items() if k != "weight"} for t in turns]  # noqa: E731
-    ((read_prompt, where),) = read_prompts([str(file)])
+    ((read_prompt, where, _),) = read_prompts([str(file)])
     assert (read_prompt if isinstance(prompt, str) else strip(read_prompt)) == prompt
     assert where == f"{file}:1"
 

@@ -9,8 +9,9 @@ import torch
 from lowalign import Example, Host
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
+from lowalign.rewards.function import Samples, same_columns
 from lowalign.rewards.reward_run import TRAINING, load_reward_run, score_examples
-from lowalign.rewards.rewards import RewardOptions, load_rewards
+from lowalign.rewards.rewards import RewardOptions, load_functions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec
 from tests.commands.tiny_runs import load, make
 
@@ -194,6 +195,92 @@ def test_errors_of_a_function(host, tmp_path, body, says):
         rewards(host, f"{file}:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)
     assert says in str(error.value)
     assert str(file) in str(error.value)
+
+
+# -- what else a function may ask for ----------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "one", "answer": ["1"], "level": 3}, {"prompt": "two", "answer": ["2"], "level": None}]
+STOPPED = [[True, False, True], [False]]
+EVERYTHING = {
+    "prompts": [*[PROMPTS[0]] * 3, "two"],
+    "completions": ["a", "bb", "ccc", "dddd"],
+    "answer": [["1"], ["1"], ["1"], ["2"]],
+    "level": [3, 3, 3, None],
+    "stopped": [True, False, True, False],
+    "completion_ids": [[20, 21, 22], [23], [24, 25, 26, 27], [28, 29]],
+    "prompt": ["one", "one", "one", "two"],
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "gets"),
+    [
+        ("prompts, completions", "prompts completions"),
+        ("prompts, completions, answer", "prompts completions answer"),
+        ("prompts, completions, *, level, stopped, completion_ids", "prompts completions level stopped completion_ids"),
+        ("prompts, completions, answer=None, other=7", "prompts completions answer"),
+        ("prompts, completions, **columns", "prompts completions answer level stopped completion_ids prompt"),
+        ("completions, answer", "completions answer"),
+        ("completions, **columns", " ".join(EVERYTHING)),
+        ("*, stopped, completions, prompts", "prompts completions stopped"),
+        ("**everything", " ".join(EVERYTHING)),
+    ],
+)
+def test_a_function_gets_what_it_names(host, tmp_path, parameters, gets):
+    file = tmp_path / "f.py"
+    file.write_text(
+        "import json, pathlib\n"
+        f"def f({parameters}):\n"
+        "    given = dict(locals())\n"
+        "    given.update(given.pop('columns', None) or given.pop('everything', None) or {})\n"
+        f"    pathlib.Path({str(tmp_path / 'given')!r}).write_text(json.dumps(given))\n"
+        "    for answer in given.get('answer') or []: answer.append('changed')\n"
+        "    return range(4)\n"
+    )
+    rows = [{"prompt": "one", "answer": ["1"], "level": 3}, {"prompt": "two", "answer": ["2"]}]
+    samples = Samples(same_columns(rows), STOPPED)
+    assert samples.columns == ROWS  # a column that a row lacks is None there
+    actual = rewards(host, f"{file}:f")(PROMPTS, IDS, TEXTS, COMPLETIONS, samples)
+    assert [[s.total for s in group] for group in actual] == [[0, 1, 2], [3]]
+    given = json.loads((tmp_path / "given").read_text())
+    assert {k: v for k, v in given.items() if k != "other"} == {name: EVERYTHING[name] for name in gets.split()}
+    assert given.get("other", 7) == 7
+    assert samples.columns == ROWS  # it got copies
+
+
+def test_two_parameters_of_any_name_are_prompts_and_completions(host, tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text("def f(questions, texts, level):\n    assert questions[3] == 'two'\n    return map(len, texts)\n")
+    actual = rewards(host, f"{file}:f")(PROMPTS, IDS, TEXTS, COMPLETIONS, Samples(ROWS, STOPPED))
+    assert [[s.total for s in group] for group in actual] == [[1, 2, 3], [4]]
+
+
+def test_a_function_that_requires_what_the_rows_do_not_have(tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text("\n\ndef f(prompts, completions, anwser):\n    return 0\n")
+    with pytest.raises(UserError) as error:
+        load_functions([f"{file}:f"], ["prompt", "answer"])
+    assert str(error.value) == (
+        f"{file}:3: f requires anwser, which is no column of the prompts' rows (did you mean answer?). Their columns: "
+        "answer, prompt. Expected def reward(prompts, completions, **columns), where stopped and completion_ids may be "
+        "named too"
+    )
+    file.write_text("def f(texts):\n    return 0\n")
+    with pytest.raises(UserError) as error:
+        load_functions([f"{file}:f"])
+    assert str(error.value) == (
+        f"{file}:1: f takes no prompts and completions; expected def reward(prompts, completions, **columns)"
+    )
+
+
+def test_where_no_row_is_known_a_function_with_columns_is_refused(host, tmp_path):
+    """As in `lowalign judge`, whose answers come from a file."""
+    file = tmp_path / "f.py"
+    file.write_text("def f(prompts, completions, answer):\n    return 0\n")
+    with pytest.raises(
+        UserError, match=r"f\.py:1: f requires answer, which is known only of prompts that were sampled"
+    ):
+        rewards(host, f"{file}:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)
 
 
 def test_what_cannot_be_loaded(world, host, tmp_path):
