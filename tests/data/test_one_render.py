@@ -1,11 +1,14 @@
 """One rendering a row, and tokenizing many rows at once: the same Examples as row by row, with a rendering for each turn."""
 
+import gc
 import random
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat
+from lowalign.data.dataset import read_examples
 from lowalign.data.one_render import OneRender
 from lowalign.data.pack import Example
 from lowalign.data.template import Template
@@ -101,6 +104,12 @@ def test_texts_are_tokenized_together() -> None:
     with chat.prepared([], texts):
         together = [chat.completion(texts[0], text) for text in texts] + [chat.document(text) for text in texts]
     assert together == alone
+
+
+def test_the_garbage_collector_is_on_again() -> None:
+    with pytest.raises(UserError):
+        read_examples(["no such file.jsonl"], Chat(made.chatml()), DataConfig(cache=False))
+    assert gc.isenabled()
 
 
 def test_equal_ids_are_one_object() -> None:
