@@ -104,7 +104,7 @@ def _read_file(name: str, chat: Chat, config: DataConfig, encoder: RowEncoder) -
             rows = list(iter_rows(name, config.limit))
             content = hashlib.sha256(json.dumps([row.data for row in rows], default=str).encode()).hexdigest()
         options = {option: value for option, value in vars(config).items() if option not in UNUSED}
-        cache_key = cache.key(content, chat.templates, chat.tokenizer, name, options)
+        cache_key = cache.key(content, chat.templates, chat.tokenizer, (encoder.name, name), options)
         if (stored := cache.read(cache_key)) is not None:
             return Dataset(*stored)
     dataset = _tokenize(name, iter_rows(name, config.limit) if rows is None else rows, chat, config, encoder)
@@ -163,4 +163,4 @@ def _fitted(
     return [example for example, _ in fitted if example is not None], {cut for _, cut in fitted if cut}
 
 
-SFT_ENCODER = RowEncoder(SFT_ROWS, lambda row: None, _encode)
+SFT_ENCODER = RowEncoder("sft", SFT_ROWS, lambda row: None, _encode)

@@ -167,7 +167,7 @@ def _one_example(messages: list[Message], tools: Tools, chat: Chat) -> Example:
     return examples[0]
 
 
-PREFERENCE_ENCODER = RowEncoder(PREFERENCE_ROWS, _group_key, _encode)
+PREFERENCE_ENCODER = RowEncoder("preferences", PREFERENCE_ROWS, _group_key, _encode)
 load_preferences = partial(load_examples, encoder=PREFERENCE_ENCODER)
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from lowalign.cli import main
 from lowalign.commands.data_check import check, marked_text
 from lowalign.config.commands import AnyDataConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
 from tests.data import made
+from tests.tiny import tiny_folder
 
 
 def test_check_prints_rows_with_what_is_supervised(
@@ -102,3 +104,29 @@ def test_colour_and_long_rows() -> None:
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is not a folder"):
         check(AnyDataConfig(files=("a.jsonl",)), str(tmp_path / "nothing"))
+
+
+def test_a_check_before_dpo_is_read_from_its_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of sft: the check stores them as such; dpo must not take them for preferences, whatever was checked before."""
+    monkeypatch.setenv("LOWALIGN_CACHE", str(tmp_path / "cache"))
+    tiny_folder(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
+    )
+    command = ["--model", f"{tmp_path}/model", "--data", str(file), "--out", f"{tmp_path}/out"]
+    messages = []
+    for check_first in (False, True):
+        if check_first:
+            assert main(["data", "check", str(file), "--model", f"{tmp_path}/model"]) == 0
+        assert main(["dpo", *command]) == 1
+        messages.append(capsys.readouterr().err)
+    assert messages[0] == messages[1] and f"{file}:1" in messages[0] and "Traceback" not in messages[1]
+    # The same the other way round: pairs that were read as preferences are no rows of sft.
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "hi", "chosen": "ho", "rejected": "no"}))
+    assert main(["data", "check", str(pairs), "--model", f"{tmp_path}/model"]) == 0
+    assert main(["sft", *command, "--data", str(pairs)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
