@@ -269,6 +269,19 @@ class CopyRecipeConfig(ShowRecipeConfig):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Write a checkpoint of a run, finished or not, as an adapter folder: what OUT/adapter would be at that step."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN[@STEP|@best]")]
+    """Folder of the run. @STEP: a step that has a checkpoint. @best: the weights with the lowest eval/loss. Default: the
+    newest checkpoint."""
+    out: OutDir
+    """Folder of the adapter. It must not exist."""
+    device: str | None = None
+    """Where the base is loaded, to which the adapter belongs: cpu, cuda. Default: as in the run."""
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """Merge adapters into their base: plain weights that transformers, vLLM and llama.cpp load. The result is compared
     with the trained model before it is kept."""

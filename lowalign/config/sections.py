@@ -39,7 +39,7 @@ class DataConfig:
     files: Annotated[tuple[str, ...], tyro.conf.arg(name="data", prefix_name=False, metavar="FILE")] = ()
     """JSON or JSONL files, or Hub dataset ids (NAME or NAME:SPLIT). The flag is --data FILE …"""
     eval: tuple[str, ...] = ()
-    """Held-out files, for evaluation. With these or eval_rows, the best checkpoint is kept as well."""
+    """Held-out files, for evaluation. With these or eval_rows, the adapter is the best one: see train.result."""
     eval_rows: int = 0
     """Number of rows to hold out, if `eval` names no files. They are chosen at random, by train.seed."""
     shape: ShapeName = "auto"
@@ -161,6 +161,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Number of checkpoints kept, besides the best one."""
+    result: Literal["best", "last"] | None = None
+    """What OUT/adapter holds. best: the weights with the lowest eval/loss. last: those after the last step. Default: best
+    with held-out rows, last without."""
     checkpointing: Literal["on", "off", "offload"] = "on"
     """Activation checkpointing. on: recompute activations in the backward pass. off: keep them (faster, more memory).
     offload: recompute, with layer inputs kept in CPU memory (least GPU memory)."""

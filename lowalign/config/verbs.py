@@ -6,6 +6,7 @@ from lowalign.config.bitdelta import CompressConfig, DistilConfig
 from lowalign.config.commands import (
     BestOfNConfig,
     ChatConfig,
+    CheckpointConfig,
     CopyRecipeConfig,
     DataCheckConfig,
     GenerateConfig,
@@ -49,6 +50,7 @@ SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
 COMPRESS = "--base B --finetuned F --out DIR"
 DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
+CHECKPOINT = "RUN[@STEP|@best] --out DIR"
 PIPELINE = "PIPELINE --out DIR [--model M] [--set NAME=VALUE…]"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 PUSH = "DIR REPO [--private] [--revision R]"
@@ -75,6 +77,9 @@ VERBS = {
         Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),
     ),
     "export": (
+        Verb(
+            "checkpoint", "commands.checkpoint:checkpoint", CheckpointConfig, CHECKPOINT, "an adapter from a checkpoint"
+        ),
         Verb("merge", "commands.merge:merge", MergeConfig, MERGE, "base + adapters to plain weights, verified"),
         Verb("push", "commands.push:push", PushConfig, PUSH, "publish an adapter or a model on the Hub"),
         Verb("pull", "commands.pull:pull", PullConfig, PULL, "download one from the Hub, verified"),

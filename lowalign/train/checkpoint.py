@@ -86,6 +86,15 @@ def read_best(out: Path) -> tuple[int, dict[str, Tensor]] | None:
         return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def by_adapter(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights named ADAPTER/TENSOR, by adapter and tensor."""
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in weights.items():
+        adapter, _, name = full.partition("/")
+        adapters.setdefault(adapter, {})[name] = tensor
+    return adapters
+
+
 def newest_valid(out: Path) -> Checkpoint | None:
     """The newest checkpoint that passes verification; damaged newer ones are logged and skipped."""
     for step in reversed(steps(out)):
@@ -95,6 +104,18 @@ def newest_valid(out: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log(f"checkpoint {folder} is damaged and skipped: {error}")
     return None
+
+
+def at_step(out: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step. Raises UserError when there is none, or it is damaged."""
+    if step not in steps(out):
+        there = ", ".join(map(str, steps(out))) or "none"
+        raise UserError(f"{out} has no checkpoint of step {step}; there are: {there}")
+    folder = _folder(out, step)
+    try:
+        return Checkpoint(folder, step, _verified(folder, step))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
 
 
 def steps(out: Path) -> list[int]:

@@ -235,10 +235,7 @@ class _Run:
 
     def restore(self, start: checkpoint.Checkpoint) -> None:
         """Load a checkpoint. Raises UserError when it is of other adapters or another optimizer."""
-        weights: dict[str, dict[str, Tensor]] = {}
-        for full, tensor in start.read("weights").items():
-            adapter, _, name = full.partition("/")
-            weights.setdefault(adapter, {})[name] = tensor
+        weights = checkpoint.by_adapter(start.read("weights"))
         if weights.keys() != self.flats.keys():
             raise UserError(f"{start.folder} is of the adapters {', '.join(weights)}, not of {', '.join(self.flats)}")
         for adapter, tensors in weights.items():

@@ -16,6 +16,13 @@ from lowalign.errors import UserError
 from lowalign.log import log
 
 
+def metrics_at(out: Path, step: int) -> dict[str, float]:
+    """What OUT/metrics.jsonl has of a step and of an evaluation after it."""
+    file = out / "metrics.jsonl"
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
+    return {key: value for line in lines if line["step"] == step for key, value in line.items() if key != "step"}
+
+
 class MetricsLog:
     """Writes the metrics of steps and evaluations.
 

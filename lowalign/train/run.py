@@ -1,11 +1,12 @@
 """A training run: data, base, host, method, engine, saved adapter.
 
 OUT/recipe.yaml        the complete configuration, which reproduces the run
+OUT/adapter_meta.json  what lowalign.json will say that is known before the first step, for `lowalign checkpoint`
 OUT/inputs.json        hashes of the files and adapters that it names
 OUT/data_report.json   rows read, truncated and dropped
 OUT/metrics.jsonl      one line per step
 OUT/checkpoints/       to resume from; best/ has the lowest held-out loss
-OUT/adapter/           the adapter in peft's format, its chat template, and lowalign.json
+OUT/adapter/           the adapter (--train.result: the best or the last weights) in peft's format, its chat template, and lowalign.json
 """
 
 import math
@@ -36,7 +37,8 @@ from lowalign.train import checkpoint
 from lowalign.train.engine import train
 from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
-from lowalign.train.run_folder import check_or_write_inputs, input_hashes, save_adapter
+from lowalign.train.result import choose, refuse_best_without_heldout
+from lowalign.train.run_folder import META, check_or_write_inputs, input_hashes, save_adapter
 from lowalign.train.signals import Interrupted
 
 PROMPT_FORMAT = "--data.prompt-format"
@@ -74,6 +76,7 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
     """A training run, from its configuration to the saved adapter. base: one that is already loaded. -> the exit code."""
     if not config.data.files:
         raise UserError("no data: give --data FILE…")
+    refuse_best_without_heldout(config)
     with lock_folder(config.out):
         adapters = [source for source in (config.init, *job.adapters) if source]
         if config.init and job.name != "reward":
@@ -85,7 +88,8 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
         chat = load_chat(tokenizer, config.data)
         data = job.read(tokenizer, chat)
         rows, heldout = data.train, data.heldout
-        prompt_format = _prompt_format(config, data.prompt_formats)
+        meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
+        write_json(config.out / META, meta)
         host = Host(base or Base.load(config.model, **vars(config.base)))
         policy, initial = start_policy(
             host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
@@ -104,8 +108,10 @@ def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        metadata = job.finish(host, policy, rows, heldout, config) | {"prompt_format": prompt_format}
-        save_adapter(host, policy, chat, config, result, job.name, metadata)
+        chosen = choose(host, config, result)
+        meta |= job.finish(host, policy, rows, heldout, config)
+        save_adapter(host, policy, chat, config, chosen, meta, config.out / "adapter")
+        log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
         for adapter in tuple(host.adapters):
             host.delete(adapter)
     return 0

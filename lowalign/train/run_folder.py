@@ -22,12 +22,12 @@ from lowalign.config.training import RunConfig
 from lowalign.data.chat import Chat
 from lowalign.durable import file_hash, json_line, sync, write_file, write_json
 from lowalign.errors import UserError
-from lowalign.log import log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
-from lowalign.train.engine import Result
+from lowalign.train.result import Chosen
 
+META = "adapter_meta.json"
 B = TypeVar("B", range, list)  # a block
 
 
@@ -103,7 +103,7 @@ def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, o
     when recipe or inputs differ.
     """
     recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
-    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
+    hashes = content_hashes(inputs)
     if has_results and not config.resume:
         raise UserError(f"{config.out} holds results of an earlier run: go on with --resume, or choose another --out")
     if has_results:
@@ -120,6 +120,11 @@ def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, o
     write_json(inputs_file, hashes)
 
 
+def content_hashes(inputs: Mapping[str, object]) -> dict[str, str]:
+    """As OUT/inputs.json has them."""
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
+
+
 def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
     """sha256 of these files (Hub ids are skipped) and of these adapters' weights, by name. Raises UserError for an adapter
     that cannot be read."""
@@ -132,23 +137,20 @@ def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str
 
 
 def save_adapter(
-    host: Host, policy: Stack, chat: Chat, config: RunConfig, result: Result, method: str, more: dict[str, Any]
+    host: Host, policy: Stack, chat: Chat, config: RunConfig, chosen: Chosen, meta: dict[str, Any], folder: Path
 ) -> None:
-    """Write the trained adapter to OUT/adapter. more: more entries of its lowalign.json."""
-    metrics = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
+    """Write the adapter that is trained in `policy` to a folder. meta: more entries of its lowalign.json, with "method"."""
     host.save(
         policy[-1],
-        config.out / "adapter",
+        folder,
         parents=policy[:-1],
         files={"chat_template.jinja": chat.template},
-        scalar_head=method == "reward",  # the head of a value function is only needed in training
-        **more,
-        method=method,
-        step=result.step,
-        metrics=metrics,
+        scalar_head=meta["method"] == "reward",  # the head of a value function is only needed in training
+        **meta,
+        step=chosen.step,
+        metrics={k: v for k, v in chosen.metrics.items() if math.isfinite(v)},
         recipe=recipe.dump(_without_paths(replace(config, model=host.base.identity.name))),
     )
-    log(f"the adapter is in {config.out / 'adapter'}")
 
 
 def _without_paths(config: Any) -> Any:

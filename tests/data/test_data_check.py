@@ -118,6 +118,7 @@ def test_a_check_before_dpo_is_read_from_its_cache(
     )
     command = ["--model", f"{tmp_path}/model", "--data", str(file), "--out", f"{tmp_path}/out"]
     messages = []
+    capsys.readouterr()
     for check_first in (False, True):
         if check_first:
             assert main(["data", "check", str(file), "--model", f"{tmp_path}/model"]) == 0

@@ -82,6 +82,11 @@ def write_description(folder: Path, adapter: StoredAdapter, identity: Identity, 
 def locate(folder_or_hub_id: str | Path) -> Path:
     """The local folder of an adapter, downloaded for a Hub id. A run's folder means its `adapter` folder."""
     run = Path(folder_or_hub_id) / "adapter"
+    if not run.is_dir() and (run.parent / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder_or_hub_id} is a run that has not finished, and has no adapter yet. Go on with it (its own command and "
+            f"--resume), or make an adapter of its newest checkpoint: lowalign checkpoint {folder_or_hub_id} --out DIR"
+        )
     return resolve(str(run if run.is_dir() else folder_or_hub_id), None, _FILES)[0]
 
 
