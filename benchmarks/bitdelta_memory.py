@@ -28,7 +28,7 @@ TINY = LlamaConfig(
 def write_model(folder: Path, config: LlamaConfig, noise: float) -> None:
     """A model of the same random weights whatever the noise, with noise on its blocks' matrices."""
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+        shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
 
     def maker(name: str, shape: torch.Size):
         def make() -> torch.Tensor:
@@ -42,7 +42,7 @@ def write_model(folder: Path, config: LlamaConfig, noise: float) -> None:
 
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE, trust_remote_code=False).save_pretrained(folder)
     planned = [PlannedTensor(n, torch.bfloat16, tuple(t.shape), maker(n, t.shape)) for n, t in shapes.items()]
     write_shards(folder, planned, 10**9, lambda _: None)
 
