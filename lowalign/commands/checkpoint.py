@@ -34,7 +34,7 @@ def checkpoint(config: CheckpointConfig) -> int:
     step, weights = _weights(run, at)
     _refuse_changed_init(run, settings)
     device = {} if config.device is None else {"device": config.device}
-    base = Base.load(settings.model, **vars(replace(settings.base, **device)))
+    base = Base.load(config.model or settings.model, **vars(replace(settings.base, **device)))
     host = Host(base)
     policy, _ = start_policy(
         host, settings.adapter, settings.init, settings.init_mode, settings.train.seed, settings.allow_base_mismatch

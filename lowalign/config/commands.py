@@ -277,8 +277,10 @@ class CheckpointConfig:
     newest checkpoint."""
     out: OutDir
     """Folder of the adapter. It must not exist."""
+    model: str | None = None
+    """The base, to which the adapter belongs. Default: as in the run."""
     device: str | None = None
-    """Where the base is loaded, to which the adapter belongs: cpu, cuda. Default: as in the run."""
+    """Where the base is loaded: cpu, cuda. Default: as in the run."""
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,13 @@ def test_killed_and_resumed_has_the_same_best(world, best, tmp_path, point):
     assert described[0] == described[1]
 
 
-def test_a_checkpoint_is_the_adapter_of_its_step(best, last, tmp_path, capsys):
+def test_a_checkpoint_is_the_adapter_of_its_step(world, best, last, tmp_path, capsys):
     assert main(["checkpoint", f"{last}@6", "--out", str(tmp_path / "last")]) == 0
     assert "has the weights of step 6" in capsys.readouterr().err
     written, expected = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "last", last / "adapter"))
     assert written == expected
-    assert main(["checkpoint", str(last), "--out", str(tmp_path / "newest"), "--device", "cpu"]) == 0
+    more = ["--model", f"{world}/model", "--device", "cpu"]
+    assert main(["checkpoint", str(last), "--out", str(tmp_path / "newest"), *more]) == 0
     assert weights(tmp_path / "newest") == weights(last / "adapter")
     assert main(["checkpoint", f"{last}@best", "--out", str(tmp_path / "best")]) == 0
     assert weights(tmp_path / "best") == weights(best / "adapter")
