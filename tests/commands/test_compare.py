@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 
 import lowalign.commands.compare
 from lowalign import Host, Sampling
@@ -27,7 +27,8 @@ from lowalign.model.policy import load_stack
 from lowalign.rewards.comparison import outcome_of
 from tests.commands.tiny_runs import FP32, load, make
 
-PROMPTS = [f"What is the {word} of France {i}?" for i in range(20) for word in ("capital", "lazy", "quick")]
+QUESTIONS = [f"What is the {word} of France {i}?" for i in range(20) for word in ("capital", "lazy", "quick")]
+PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 REWARDS = """
 import zlib
 
@@ -49,6 +50,11 @@ def broken(prompts, completions):
 def world(tmp_path_factory) -> Path:
     folder = make(tmp_path_factory.mktemp("compare"))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_jsonl(folder / "texts.jsonl", [{"prompt": question} for question in QUESTIONS])
+    host = Host(load(folder / "model"))
+    torch.manual_seed(5)
+    host.add("second", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    host.save("second", folder / "second", prompt_format="text")
     (folder / "rewards.py").write_text(REWARDS)
     return folder
 
@@ -93,7 +99,7 @@ def test_the_answers_are_those_of_each_policy_alone(config, world, base):
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
     host.base.end_at(chat.end_of_turn)
-    ids = [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS[:12]]
+    ids = [chat.prompt_ids(prompt) for prompt in PROMPTS[:12]]
     stacks = [load_stack(host, "alone", str(world / "policy")), ()]
     for k, stack in enumerate(stacks):
         with host.use(*stack):
@@ -130,6 +136,25 @@ def test_the_figures_are_those_of_the_scores(config, base):
     examples = load_preferences([str(config.out / "pairs.jsonl")], Chat(base.tokenizer), PreferenceConfig(cache=False))
     assert len(examples.examples) == len(chosen)
     assert f"{found['win_rate']:.1%}" in (config.out / "result.md").read_text()
+
+
+def test_text_is_plain_text_where_the_policy_was_trained_on_it(config, world, base):
+    """A string is a turn only with --prompt-format chat; the pairs are of the same format."""
+    texts = (str(world / "texts.jsonl"),)
+    mine = replace(config, a=str(world / "second"), data=texts, sampling=Sampling(max_new_tokens=8, temperature=0))
+    for option, seen in ((None, "text"), ("text", "text"), ("chat", "chat")):
+        run = replace(mine, prompt_format=option, out=config.out / str(option))
+        assert compare(run, base) == 0
+        chat = Chat(base.tokenizer)
+        encode = chat.text_ids if seen == "text" else lambda q: chat.prompt_ids([{"role": "user", "content": q}])  # noqa: B023
+        base.end_at(chat.end_of_turn)
+        completions = Host(base).generate([encode(q) for q in QUESTIONS[:12]], 1, run.sampling)
+        expected = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in completions]
+        assert [line["completions"][1]["completion"] for line in read(run.out / "answers.jsonl")] == expected
+        kind = str if seen == "text" else list
+        assert all(isinstance(row["prompt"], kind) for row in read(run.out / "pairs.jsonl"))
+    with pytest.raises(UserError, match="was trained on plain text, and these prompts are turns of a chat"):
+        compare(replace(mine, data=config.data, out=config.out / "messages"), base)
 
 
 def test_a_model_against_itself(config, base):
@@ -180,7 +205,7 @@ def test_a_reward_run_judges_on_the_same_base(config, world, monkeypatch):
         for line in read(config.out / "answers.jsonl")
         for c in line["completions"]
     ]
-    messages = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]} for r in rows]  # fmt: skip
+    messages = [{"messages": [*r["prompt"], {"role": "assistant", "content": r["completion"]}]} for r in rows]
     write_jsonl(config.out / "rows.jsonl", messages)
     out = config.out / "scores.jsonl"
     command = ["score", "--model", str(world / "model"), "--adapter", str(world / "reward"), "--out", str(out)]
@@ -222,7 +247,9 @@ def test_what_a_pair_counts(verdict, why, a, b, outcome):
 
 def test_a_round_robin_has_ratings(config, world, base):
     judge = f"{world / 'rewards.py'}:vowels"
-    config = replace(config, b=str(world / "other"), others=("base", "off"), judge=judge, limit=30)
+    config = replace(
+        config, b=str(world / "second"), prompt_format="chat", others=("base", "off"), judge=judge, limit=30
+    )
     assert compare(config, base) == 0
     found = result(config)
     names = [config.a, config.b, "base", "off"]
@@ -272,6 +299,7 @@ def test_the_run_names_its_base(config, world, tmp_path):
     [
         (["--judge", "nowhere/run"], "neither a folder here nor reachable on the Hub"),
         (["--judge", "POLICY"], "is not a reward model: it has no scalar head"),
+        (["--a", "REWARD"], "is a reward model: it scores answers and cannot write them"),
         (["--judge", "gone.py:f"], "--judge gone.py:f: there is no file gone.py"),
         (["--judge", "REWARDS"], "name the function after the file"),
         (["--judge", "REWARDS:vowel"], "there is no function vowel; did you mean vowels?"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_implicit_rewards_equal_the_formula(world, logp, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["loss", "perplexity", "accuracy", "margin", "tokens", "pairs"]
     assert len(table) == 1 + 2 * 3 and f"{found['lora']['loss']:.4f}" in table[4]
+
+
+def test_strings_are_turns_where_the_option_says_so(world, tmp_path):
+    """As the same rows written as messages; and an adapter that was trained on them needs no option."""
+    chat = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in SFT
+    ]
+    write_jsonl(tmp_path / "chat.jsonl", chat)
+    expected = run(world, tmp_path, tmp_path / "chat.jsonl")
+    assert expected != run(world, tmp_path, "sft.jsonl")
+    found = run(world, tmp_path, "sft.jsonl", options=("--adapter", "lora", "--prompt-format", "chat"))
+    shutil.copytree(world / "lora", tmp_path / "lora")
+    (tmp_path / "lora" / "lowalign.json").write_text('{"prompt_format": "chat"}')
+    known = run(world, tmp_path, "sft.jsonl", options=("--adapter", str(tmp_path / "lora")))
+    for figures in (found, known):
+        assert [figures[name]["loss"] for name in figures] == [expected[name]["loss"] for name in expected]
 
 
 def test_a_reward_run_is_measured_by_its_scores(world, tmp_path):
