@@ -1,6 +1,5 @@
 """`lowalign generate`: sample completions of prompts; one line of JSON for each."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formatted
 from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
 from lowalign.log import log
-from lowalign.model.adapters.files import adapter_template, refuse_reward_runs, trained_format
+from lowalign.model.adapters.files import adapter_template, common_format, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -26,7 +25,7 @@ def generate(config: GenerateConfig) -> int:
 
 
 def _run(config: GenerateConfig) -> None:
-    prompt_format = config.prompt_format or _trained_format(config.adapter)
+    prompt_format = config.prompt_format or common_format(config.adapter)
     if config.prompts is None:
         rows = [PromptRow(formatted(config.prompt, prompt_format), "--prompt")]
     else:
@@ -67,9 +66,3 @@ def _completions(
         for i, group in zip(prompts, completions, strict=True)
         for c in group
     ]
-
-
-def _trained_format(adapters: Sequence[str]) -> str | None:
-    """The format of prompts that the adapters were trained on; None where it is not known, or they differ."""
-    formats = {trained_format(adapter) for adapter in adapters} - {None}
-    return formats.pop() if len(formats) == 1 else None

@@ -95,21 +95,28 @@ def _load(config: JudgeConfig, adapters: Sequence[str]) -> tuple[Host, Chat]:
 
 def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine]) -> None:
     """Write pairs.jsonl, disagreements.jsonl and report.json, and log the report."""
-    preferences, disagreements = [], []
-    for (row, i, j), line in zip(pairs, lines, strict=True):
-        a, b = row.completions[i], row.completions[j]
-        match line["verdict"]:
-            case "a":
-                preferences.append(_preference(row, a, b))
-            case "b":
-                preferences.append(_preference(row, b, a))
-            case "changed" | "tie":
-                disagreements.append(line | {"prompt": row.prompt, "completion_a": a, "completion_b": b})
+    preferences = preferences_of(pairs, lines)
+    disagreements = [
+        line | {"prompt": row.prompt, "completion_a": row.completions[i], "completion_b": row.completions[j]}
+        for (row, i, j), line in zip(pairs, lines, strict=True)
+        if line["verdict"] in ("changed", "tie")
+    ]
     write_jsonl(out / "pairs.jsonl", preferences)
     write_jsonl(out / "disagreements.jsonl", disagreements)
     figures = report(lines)
     write_json(out / "report.json", figures)
     log("\n".join([*report_lines(figures), f"{len(preferences):,} preferences are in {out / 'pairs.jsonl'}"]))
+
+
+def preferences_of(pairs: Sequence[Pair], lines: Sequence[VerdictLine]) -> list[dict[str, Prompt]]:
+    """The rows of pairs.jsonl: the pairs with a winner."""
+    decided = [
+        (pair, line["verdict"]) for pair, line in zip(pairs, lines, strict=True) if line["verdict"] in ("a", "b")
+    ]
+    return [
+        _preference(row, *(row.completions[k] for k in ((i, j) if verdict == "a" else (j, i))))
+        for (row, i, j), verdict in decided
+    ]
 
 
 def _preference(row: Answers, chosen: Prompt, rejected: Prompt) -> dict[str, Prompt]:

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 
 from lowalign.config.commands import ScoreConfig
-from lowalign.config.sections import DataConfig, PreferenceConfig
+from lowalign.data.any_rows import load_any
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import Dataset, load_examples
 from lowalign.data.pack import Example
-from lowalign.data.preferences import load_preferences
-from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
-from lowalign.data.rows.read import Row, read_rows
 from lowalign.log import log
 from lowalign.methods.reward_model import reward_metrics, scored
 from lowalign.model.adapters.files import adapter_template
@@ -36,7 +32,7 @@ def score(config: ScoreConfig) -> int:
 def _run(config: ScoreConfig) -> None:
     tokenizer = load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template((config.adapter,)))
-    files = [_load(file, chat, config) for file in config.data]
+    files = [load_any(file, chat, config) for file in config.data]
     formats = {name for data in files for name in data.report["prompt_formats"]}
     check_prompt_formats([config.adapter], formats, "--prompt-format")
     examples = [scored(example) for data in files for example in data.examples]
@@ -73,17 +69,6 @@ def _scores(
         for example, values in zip(part, score_examples(host, stack, part, config.token_budget), strict=True)
         for i, (completion, value) in enumerate(zip(example.completions, values, strict=True))
     ]
-
-
-def _load(file: str, chat: Chat, config: ScoreConfig) -> Dataset:
-    """The rows of a file of preferences or of sft."""
-    rows = (row.data for row in read_rows(file, config.limit) if isinstance(row, Row))
-    options = {"max_length": config.max_length, "limit": config.limit, "on_error": config.on_error, "cache": False}
-    options["prompt_format"] = config.prompt_format
-    if PREFERENCE_ROWS.common(rows) is not None:
-        options |= {"ties": "keep"}
-        return load_preferences([file], chat, PreferenceConfig(**options))
-    return load_examples([file], chat, DataConfig(**options))
 
 
 def _annotation(example: Example, i: int) -> dict:

@@ -18,6 +18,7 @@ from lowalign.config.commands import (
     ScoreConfig,
     ShowRecipeConfig,
 )
+from lowalign.config.evaluation import CompareConfig, EvalConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 
@@ -48,6 +49,8 @@ CHAT = "[RUN_OR_ADAPTER…] [--model M]"
 CHECK = "FILE… --model M"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
+COMPARE = "--a A --b B --data FILE… --out DIR [--judge JUDGE]"
+EVAL = "--data FILE… [--adapter A…] [--model M]"
 COMPRESS = "--base B --finetuned F --out DIR"
 DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
 CHECKPOINT = "RUN[@STEP|@best] --out DIR"
@@ -75,6 +78,8 @@ VERBS = {
         Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
         Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),
         Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),
+        Verb("compare", "commands.compare:compare", CompareConfig, COMPARE, "win rate of one policy against another"),
+        Verb("eval", "commands.eval:evaluate", EvalConfig, EVAL, "held-out loss and accuracy, or lm-eval tasks"),
     ),
     "export": (
         Verb(

@@ -92,14 +92,15 @@ class Host(Adapters):
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
         on_token: Callable[[int], None] = lambda _: None,
+        stop: Callable[[Sequence[int]], bool] = lambda _: False,
     ) -> list[list[Completion]]:
         """n completions of each prompt (token ids) under the active adapters; a prompt is computed once for its n.
 
         seeds: one per prompt. A sample depends only on sampling.seed, its prompt's seed and its number, not on the rest
-        of the batch. on_token: called with each token as it is drawn. When memory runs out, unfinished samples start
-        again with half as many at a time.
+        of the batch. on_token: called with each token as it is drawn. stop: whether a completion ends after the tokens so
+        far, besides at an eos. When memory runs out, unfinished samples start again with half as many at a time.
         """
-        sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check, on_token)
+        sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check, on_token, stop)
         run = sample_batched if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lowalign.config.commands import JudgeConfig
+from lowalign.config.evaluation import CompareConfig
 from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
@@ -26,7 +27,7 @@ from lowalign.model.policy import Stack
 from lowalign.rewards.judge_prompt import JudgePrompt, letter_question
 from lowalign.rewards.rewards import Rewards
 
-EMPTY, TOO_LONG = "an answer is empty", "longer than --max-length"
+EMPTY, SAME, TOO_LONG = "an answer is empty", "both answers are the same", "longer than --max-length"
 
 # A line of verdicts.jsonl: source, a, b, verdict ("a", "b", "changed", "tie" or "skipped"), and numbers.
 VerdictLine = dict[str, Any]
@@ -49,7 +50,7 @@ class Pair(NamedTuple):
         a, b = self.texts
         if not (a.strip() and b.strip()):
             return EMPTY
-        return "both answers are the same" if a == b else ""
+        return SAME if a == b else ""
 
     def line(self, verdict: str, **more: Any) -> VerdictLine:
         """The pair's line of verdicts.jsonl."""
@@ -64,7 +65,7 @@ class ModelJudge:
     chat: Chat
     stack: Stack
     prompt: JudgePrompt
-    config: JudgeConfig
+    config: JudgeConfig | CompareConfig
 
     def __call__(self, pairs: Sequence[Pair]) -> list[VerdictLine]:
         """The line of each pair."""
@@ -99,7 +100,7 @@ class RewardJudge:
 
     rewards: Rewards
     chat: Chat | None
-    config: JudgeConfig
+    config: JudgeConfig | CompareConfig
 
     def __call__(self, pairs: Sequence[Pair]) -> list[VerdictLine]:
         """The line of each pair."""

@@ -13,10 +13,11 @@ FUNCTIONS: dict[str, Callable] = {}
 
 
 class RewardSpec(NamedTuple):
-    """One reward. name: RUN or FILE.py:NAME, without the weight."""
+    """One reward. name: RUN or FILE.py:NAME, without the weight. option: the flag that names it."""
 
     weight: float
     name: str
+    option: str = "--reward"
 
     @property
     def is_run(self) -> bool:
@@ -29,11 +30,11 @@ class RewardSpec(NamedTuple):
         if match:
             file = Path(match["file"]).expanduser()
             if not file.is_file():
-                raise UserError(f"--reward {self.name}: there is no file {file}")
+                raise UserError(f"{self.option} {self.name}: there is no file {file}")
             return file, match["name"]
         if re.search(r"\.py(:|$)", self.name):
             raise UserError(
-                f"--reward {self.name}: name the function after the file: {self.name.partition(':')[0]}:NAME"
+                f"{self.option} {self.name}: name the function after the file: {self.name.partition(':')[0]}:NAME"
             )
         return None
 

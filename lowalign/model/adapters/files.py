@@ -154,6 +154,12 @@ def trained_format(adapter: str | Path) -> str | None:
     return read_meta(locate(adapter)).get("prompt_format")
 
 
+def common_format(adapters: Sequence[str]) -> str | None:
+    """The format of prompts that all of them were trained on; None where it is not known, or they differ."""
+    formats = {trained_format(adapter) for adapter in adapters} - {None}
+    return formats.pop() if len(formats) == 1 else None
+
+
 def check_base(folder: Path, meta: dict, identity: Identity) -> None:
     """Raises UserError for an adapter that was trained on another base. A stock peft folder names none and passes."""
     differences = identity.differences(meta.get("base", {}))

@@ -178,7 +178,7 @@ def _sample_one(sampled: SampledModel, prompt: PromptTask, number: int, sampling
         ids.append(int(token))
         logps.append(logp)
         sampled.on_token(ids[-1])
-        if ids[-1] in sampled.eos_ids:
+        if sampled.ends(ids):
             break
         total = prompt.length + len(ids)
         output = model(
@@ -189,4 +189,4 @@ def _sample_one(sampled: SampledModel, prompt: PromptTask, number: int, sampling
             use_cache=True,
         )
         logits = output.logits[:, -1]
-    return Completion(ids, torch.cat(logps).cpu(), ids[-1] in sampled.eos_ids)
+    return Completion(ids, torch.cat(logps).cpu(), sampled.ends(ids))

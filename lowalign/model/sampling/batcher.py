@@ -22,13 +22,19 @@ PREFILL_TOKENS = 4096  # most prompt tokens in one forward, unless a single prom
 @dataclass(frozen=True)
 class SampledModel:
     """A causal language model to sample from. soft: stands before each prompt. check: called before each forward.
-    on_token: called with each token that is drawn, to print an answer as it comes."""
+    on_token: called with each token that is drawn, to print an answer as it comes. stop: whether a completion ends after
+    the tokens so far, as it does at an eos."""
 
     model: nn.Module
     eos_ids: Collection[int] = ()
     soft: SoftPrompt = NO_SOFT_PROMPT
     check: Callable[[], None] = lambda: None
     on_token: Callable[[int], None] = lambda _: None
+    stop: Callable[[Sequence[int]], bool] = lambda _: False
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether a completion is finished with its last token."""
+        return ids[-1] in self.eos_ids or self.stop(ids)
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +44,8 @@ class SampledModel:
 
 @dataclass
 class Completion:
-    """One completion. ids: its tokens, including a final eos. stopped: whether it ended at an eos, not at the length limit.
+    """One completion. ids: its tokens, including a final eos. stopped: whether it ended by itself (SampledModel.ends), not at
+    the length limit.
 
     logprobs (len(ids),) fp32 on the CPU: of each token under the whole distribution at the sampling temperature (at 1 when
     greedy), before top-k, top-p and min_new_tokens.
@@ -189,7 +196,7 @@ class SampleBatcher:
 
     def _retire(self) -> None:
         """Remove finished rows, move the last live ones into their slots, free prompts that no sample needs."""
-        stopped = [row.ids[-1] in self.sampled.eos_ids for row in self.rows]
+        stopped = [self.sampled.ends(row.ids) for row in self.rows]
         finished = [stop or len(row.ids) == row.prompt.limit for row, stop in zip(self.rows, stopped, strict=True)]
         for row, stop, end in zip(self.rows, stopped, finished, strict=True):
             if end:

@@ -1,0 +1,178 @@
+"""`lowalign compare`: policies answer the same prompts on one base, and a judge says whose answers are better.
+
+OUT/answers.jsonl    one line a prompt: the answers of all policies; `lowalign judge` reads it too
+OUT/verdicts.jsonl   one line for each two answers, as in `lowalign judge`
+OUT/pairs.jsonl      prompt, chosen, rejected of the pairs with a winner: for `lowalign reward` and `lowalign dpo`
+OUT/result.json      win rate with its interval, length-controlled too, counts; ratings where there are more than two
+OUT/result.md        the same, to read
+"""
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lowalign.commands.judge import preferences_of
+from lowalign.commands.policies import Policy, adapters_of, base_named_by, read_policies
+from lowalign.config.evaluation import CompareConfig
+from lowalign.data.chat import Chat
+from lowalign.data.prompt_format import check_prompt_format, formats_of
+from lowalign.data.prompts import distinct_prompts, prompt_ids
+from lowalign.data.rows.answers import Answers
+from lowalign.durable import write_file, write_json, write_jsonl
+from lowalign.log import log
+from lowalign.model.adapters.files import adapter_template, common_format, refuse_reward_runs, trained_format
+from lowalign.model.base.base import Base
+from lowalign.model.base.hub import load_tokenizer
+from lowalign.model.host import Host
+from lowalign.model.policy import Stack, load_stack
+from lowalign.rewards.comparison import Judged, figures, markdown
+from lowalign.rewards.judge_prompt import JudgePrompt
+from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, report, report_lines
+from lowalign.rewards.reward_run import check_prompt_formats
+from lowalign.rewards.rewards import RewardOptions, load_rewards
+from lowalign.rewards.spec import RewardSpec
+from lowalign.train.lock import lock_folder
+from lowalign.train.output_file import stoppable
+from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
+
+PROMPTS_PER_BLOCK = 64  # prompts that all policies answer before these answers are written
+PAIRS_PER_BLOCK = 32  # pairs that are judged and written together, unless a prompt has more
+
+
+def compare(config: CompareConfig, base: Base | None = None) -> int:
+    """Run the command; `base` is one that is loaded already. Returns the exit code."""
+    return stoppable(partial(_run, base=base), config)
+
+
+def _run(config: CompareConfig, base: Base | None) -> None:
+    with lock_folder(config.out), contextlib.closing(_Comparison(config, base)) as work:
+        work.run()
+
+
+class _Comparison:
+    """The work of one command. The base is loaded when something is left to compute on it."""
+
+    def __init__(self, config: CompareConfig, base: Base | None) -> None:
+        self.config, self.out = config, config.out
+        self.model = base_named_by(config.model, config.policies)
+        self.question = JudgePrompt(config.template or Path(__file__).with_name("judge.jinja"))
+        self.function = None if config.judge == "model" else RewardSpec(1.0, config.judge, "--judge").function()
+        self.judge_runs = [] if self.function or config.judge == "model" else [config.judge]
+        adapters = adapters_of(config.policies)
+        refuse_reward_runs(adapters)
+        self.tokenizer = base.tokenizer if base else load_tokenizer(self.model, config.base.revision)
+        self.policies = read_policies(config.policies, self.tokenizer)
+        first = self.policies[0].chat
+        option = config.prompt_format or common_format(adapters)
+        self.prompts = distinct_prompts(config.data, first, config.limit, config.max_prompt, "--max-prompt", option)
+        formats = formats_of(row.prompt for row, _ in self.prompts)
+        check_prompt_formats(self.judge_runs, formats, "--prompt-format")
+        for adapter in adapters if config.prompt_format is None else ():
+            check_prompt_format(adapter, trained_format(adapter), formats, "--prompt-format")
+        self._base = base
+
+    @cached_property
+    def host(self) -> Host:
+        """The base, with the adapters that were loaded so far."""
+        return Host(self._base or Base.load(self.model, **vars(self.config.base)))
+
+    def close(self) -> None:
+        """Leave the base without adapters, for a caller that goes on with it."""
+        if "host" in vars(self):
+            for name in tuple(self.host.adapters):
+                self.host.delete(name)
+
+    def run(self) -> None:
+        """Answer, judge, and write the results."""
+        config = self.config
+        answers, verdicts = Journal(self.out / "answers.jsonl"), Journal(self.out / "verdicts.jsonl")
+        check_or_write_inputs(config, bool(answers.lines), self._inputs())
+        total = len(self.prompts)
+        starts = range(0, total, PROMPTS_PER_BLOCK)
+        if blocks := answers.resume([range(i, min(i + PROMPTS_PER_BLOCK, total)) for i in starts]):
+            verdicts.keep(0)  # of answers that may be others now
+            stacks = self._load_policies()
+            answers.fill(blocks, lambda block: self._answer(stacks, block), "prompt")
+        pairs = self._pairs(answers.lines)
+        size = len(pairs) // total  # pairs of a prompt; an answer is scored once, so they stay together
+        size *= max(1, PAIRS_PER_BLOCK // size)
+        if missing := verdicts.resume([pairs[i : i + size] for i in range(0, len(pairs), size)]):
+            verdicts.fill(missing, self._judge(), "pair")
+        self._write_results(answers, pairs, verdicts)
+
+    def _inputs(self) -> dict[str, object]:
+        """What --resume compares: prompts, question, adapters and the judge."""
+        files = [str(self.function[0])] if self.function else []
+        content = {"data": [row.prompt for row, _ in self.prompts], "template": self.question.text}
+        return content | input_hashes(files, [*adapters_of(self.config.policies), *self.judge_runs])
+
+    def _load_policies(self) -> list[tuple[Policy, Stack, list[list[int]]]]:
+        """Each with its adapters on the host and the ids of all prompts."""
+        mismatch = self.config.allow_base_mismatch
+        loaded = []
+        for k, policy in enumerate(self.policies):
+            stacks = [load_stack(self.host, f"policy{k}", adapter, mismatch) for adapter in policy.adapters]
+            ids = [prompt_ids(policy.chat, row) for row, _ in self.prompts]
+            loaded.append((policy, sum(stacks, ()), ids))
+        return loaded
+
+    def _answer(self, loaded: Sequence[tuple[Policy, Stack, list[list[int]]]], block: range) -> list[dict[str, Any]]:
+        """The lines of answers.jsonl for the prompts with the numbers in `block`."""
+        base, config = self.host.base, self.config
+        own_ends = base.eos_ids
+        lines = [{"prompt": self.prompts[i][0].prompt, "completions": []} for i in block]
+        for k, (policy, stack, ids) in enumerate(loaded):
+            base.eos_ids = own_ends
+            base.end_at(policy.chat.end_of_turn)
+            # Other random numbers for each policy: two that are alike would give the same answers, all of them ties.
+            seeds = [i * len(loaded) + k for i in block]
+            with self.host.use(*stack):
+                groups = self.host.generate([ids[i] for i in block], config.n, config.sampling, seeds)
+            for line, group in zip(lines, groups, strict=True):
+                for c in group:
+                    text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
+                    answer = {"completion": text, "stopped": c.stopped, "tokens": len(c.ids)}
+                    line["completions"].append({"policy": policy.name} | answer)
+        base.eos_ids = own_ends
+        return lines
+
+    def _pairs(self, lines: Sequence[dict[str, Any]]) -> list[Pair]:
+        """Answer m of each policy with answer m of each other one, prompt by prompt."""
+        n, pairs = self.config.n, []
+        for (prompt, _), line in zip(self.prompts, lines, strict=True):
+            row = Answers(prompt.prompt, [c["completion"] for c in line["completions"]], prompt.where)
+            every_two = combinations(range(len(self.policies)), 2)
+            pairs += [Pair(row, i * n + m, j * n + m) for i, j in every_two for m in range(n)]
+        return pairs
+
+    def _judge(self) -> ModelJudge | RewardJudge:
+        config = self.config
+        if config.judge == "model":
+            return ModelJudge(self.host, Chat(self.tokenizer), (), self.question, config)
+        options = RewardOptions(config.allow_base_mismatch, token_budget=config.token_budget)
+        if self.function:
+            return RewardJudge(load_rewards((config.judge,), None, None, options), None, config)
+        chat = Chat(self.tokenizer, adapter_template((config.judge,)))
+        return RewardJudge(load_rewards((config.judge,), self.host, chat, options), chat, config)
+
+    def _write_results(self, answers: Journal, pairs: Sequence[Pair], verdicts: Journal) -> None:
+        config, counts = self.config, report(verdicts.lines)
+        judged = Judged(config.policies, config.n, pairs, verdicts.lines, config.sampling.seed)
+        result = {"judge": config.judge, "prompts": len(answers.lines), "n": config.n, **figures(judged)}
+        result["answers"] = [self._described(answers, k) for k in range(len(self.policies))]
+        result["first_place"] = counts["first_place"]
+        write_jsonl(self.out / "pairs.jsonl", preferences_of(pairs, verdicts.lines))
+        write_json(self.out / "result.json", result)
+        write_file(self.out / "result.md", markdown(result))
+        log("\n".join([*report_lines(counts), "", markdown(result), f"all of it is in {self.out}"]))
+
+    def _described(self, answers: Journal, k: int) -> dict[str, Any]:
+        """The answers of policy k: mean length, and the share that ended before the length limit."""
+        n = self.config.n
+        own = [c for line in answers.lines for c in line["completions"][k * n : (k + 1) * n]]
+        mean = lambda values: sum(values) / len(own)  # noqa: E731
+        lengths = {"tokens": mean(c["tokens"] for c in own), "characters": mean(len(c["completion"]) for c in own)}
+        return {"policy": self.policies[k].name, **lengths, "stopped": mean(c["stopped"] for c in own)}
