@@ -2,6 +2,7 @@
 
 OUT/NAME            the results of stage NAME, as its verb writes them
 OUT/pipeline.json   the finished stages: their options, seconds and figures
+OUT/report.html     the page of `lowalign report` over all stages
 """
 
 import hashlib
@@ -16,13 +17,16 @@ from typing import Any
 
 import yaml
 
+from lowalign.commands.report import report
 from lowalign.config.commands import PipelineConfig
 from lowalign.config.dump import dump
 from lowalign.config.pipeline import Stage, read_pipeline
+from lowalign.config.report import ReportConfig
 from lowalign.durable import write_json
 from lowalign.errors import UserError
 from lowalign.export.recipe_summary import changed_options
 from lowalign.log import log
+from lowalign.train.lock import lock_folder
 
 FIGURES = ("loss", "eval/loss", "eval/accuracy", "accuracy", "reward", "kl", "top1", "win_rate", "bytes")
 
@@ -35,7 +39,11 @@ def run(config: PipelineConfig) -> int:
             options = yaml.safe_dump(changed_options(dump(stage.config)), sort_keys=False, allow_unicode=True)
             print(f"# {stage.name}: lowalign {stage.verb.name} → {stage.out or 'no folder'}\n{options}")
         return 0
-    config.out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(config.out):
+        return _run_stages(config, stages)
+
+
+def _run_stages(config: PipelineConfig, stages: list[Stage]) -> int:
     finished = _Finished(config.out / "pipeline.json")
     base = None
     for i, stage in enumerate(stages):
@@ -62,6 +70,7 @@ def run(config: PipelineConfig) -> int:
         if code:
             return code
         finished.add(stage, time.monotonic() - started)
+    report(ReportConfig(runs=(config.out,)))
     log("\n".join(finished.table(stages)))
     return 0
 

@@ -26,7 +26,7 @@ from lowalign.errors import UserError
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
 PLACE = re.compile(r"\{([\w-]+)\}")
-NO_STAGE = ("run", "chat")
+NO_STAGE = ("run", "chat", "report")
 STAGES, RECIPE, VERB = "stages", "recipe", "verb"
 
 

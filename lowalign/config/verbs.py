@@ -19,6 +19,7 @@ from lowalign.config.commands import (
     ShowRecipeConfig,
 )
 from lowalign.config.evaluation import CompareConfig, EvalConfig
+from lowalign.config.report import ReportConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 
@@ -54,6 +55,7 @@ EVAL = "--data FILE… [--adapter A…] [--model M]"
 COMPRESS = "--base B --finetuned F --out DIR"
 DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
 CHECKPOINT = "RUN[@STEP|@best] --out DIR"
+REPORT = "RUN… --out FILE.html [--live]"
 PIPELINE = "PIPELINE --out DIR [--model M] [--set NAME=VALUE…]"
 MERGE = "RUN_OR_ADAPTER… --out DIR [--model M]"
 PUSH = "DIR REPO [--private] [--revision R]"
@@ -77,6 +79,7 @@ VERBS = {
         Verb("chat", "commands.chat:chat", ChatConfig, CHAT, "talk to adapters on one base, switch and compare them"),
         Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
         Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),
+        Verb("report", "commands.report:report", ReportConfig, REPORT, "a page about runs: curves, data, samples"),
         Verb("judge", "commands.judge:judge", JudgeConfig, JUDGE, "which answer is better, as preference pairs"),
         Verb("compare", "commands.compare:compare", CompareConfig, COMPARE, "win rate of one policy against another"),
         Verb("eval", "commands.eval:evaluate", EvalConfig, EVAL, "held-out loss and accuracy, or lm-eval tasks"),

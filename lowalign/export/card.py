@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from lowalign.errors import UserError
 from lowalign.export.artefact import CARD, Artefact
 from lowalign.export.loading import loading
-from lowalign.export.publishable import base_of, is_hub_id, is_local_path, without_paths
+from lowalign.export.local_paths import is_local_path, without_paths
+from lowalign.export.publishable import base_of, is_hub_id
 from lowalign.export.recipe_summary import changed_options
 
 PLOT = "metrics.svg"

@@ -3,30 +3,11 @@
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lowalign.export.artefact import Artefact, read_object
+from lowalign.export.local_paths import is_local_path, name_of, without_paths
 
 _REWRITTEN = ("lowalign.json", "adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
-_TEXTS = ("added_tokens_decoder", "chat_template")  # of the tokenizer; what looks like a path in them is none
-_PATH = re.compile(r"(?:~|[A-Za-z]:)[\\/][^\n]*|/[^/\s]+/[^\n]*|\.\.?/[^\n]*")
-_PATH_IN_RECIPE = re.compile(r"(?<![\w/.:<])(?:~/|[A-Za-z]:\\|\.\.?/|/(?=[\w.-]+/))[^\s'\",\]#]+")
-
-
-def without_paths(value: Any, key: str = "") -> Any:
-    """A JSON value with names instead of paths, also inside a recipe. key: the one it has in the object around it."""
-    if isinstance(value, dict):
-        return {name: item if name in _TEXTS else without_paths(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and key == "recipe":
-        return _PATH_IN_RECIPE.sub(lambda match: _name(match[0]), value)
-    return _name(value) if isinstance(value, str) and is_local_path(value) else value
-
-
-def is_local_path(text: str) -> bool:
-    """Whether a text is a path of this machine."""
-    return _PATH.fullmatch(text) is not None
 
 
 def published_json(artefact: Artefact, file: str) -> bytes | None:
@@ -51,13 +32,9 @@ def base_of(artefact: Artefact) -> tuple[str | None, str | None]:
     if not name:
         return None, None
     local = Path(name).expanduser().is_dir() or is_local_path(name)
-    return (_name(name), None) if local else (name, artefact.config.get("revision"))
+    return (name_of(name), None) if local else (name, artefact.config.get("revision"))
 
 
 def is_hub_id(name: str | None) -> bool:
     """Whether it can be the id of a Hub repository: NAMESPACE/NAME."""
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-def _name(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

@@ -17,11 +17,14 @@ def changed_options(recipe: str | None) -> dict[str, Any]:
         options = yaml.safe_load(recipe or "")
     except yaml.YAMLError:
         return {}
-    if not isinstance(options, dict):
-        return {}
+    return changed(options) if isinstance(options, dict) else {}
+
+
+def changed(options: dict[str, Any]) -> dict[str, Any]:
+    """As `changed_options`, of a recipe that is read already."""
     config = next((verb.config for verb in verbs() if verb.name == options.get("verb")), None)
-    changed = _changed(options, config) if config else options
-    return {name: value for name, value in changed.items() if name not in NOT_SHOWN}
+    different = _changed(options, config) if config else options
+    return {name: value for name, value in different.items() if name not in NOT_SHOWN}
 
 
 def _changed(options: dict[str, Any], defaults: Any) -> dict[str, Any]:

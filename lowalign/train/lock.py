@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from lowalign.errors import UserError
@@ -46,6 +47,16 @@ def lock_folder(out: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             pid_file.unlink()
         file_lock.release()
+
+
+def in_use(out: Path) -> bool:
+    """Whether a process of this machine works in the folder. Locks nothing, so it disturbs no run that begins."""
+    pid_file = out / ".lock.pid"
+    try:
+        process = psutil.Process(int(pid_file.read_text()))
+        return process.create_time() <= pid_file.stat().st_mtime + 1  # else a later process got the id of a killed one
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 def _holder(pid_file: Path) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lowalign import Base
 from lowalign.cli import main
@@ -15,6 +16,7 @@ from lowalign.config.commands import PipelineConfig
 from lowalign.config.pipeline import read_pipeline
 from lowalign.errors import UserError
 from tests.commands import child
+from tests.export.page_check import Page
 from tests.tiny import tiny_folder
 
 PIPELINES = sorted((Path(__file__).parents[2] / "adapters" / "pipelines").glob("*.yaml"))
@@ -102,6 +104,11 @@ def test_the_base_is_loaded_once(world, tmp_path, monkeypatch, capsys):
     assert "kl" in table[-1]
     report = json.loads((tmp_path / "out" / "pipeline.json").read_text())["stages"]
     assert list(report) == ["sft", "dpo", "merge"] and report["merge"]["figures"]["kl"] < 1e-3
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    rows = [[cell.strip() for cell in row] for row in page.cells]
+    assert [row[:3] for row in rows if len(row) == 6][1:] == [[name, name, "finished"] for name in report]
+    kl = report["merge"]["figures"]["kl"]
+    assert ["kl", f"{kl:.4g}"] in rows
 
     assert main(command(world, tmp_path / "out")) == 0  # again: nothing is left to do
     assert capsys.readouterr().err.count("finished before") == 3 and len(loads) == 1
@@ -147,6 +154,14 @@ def test_a_stage_that_fails_leaves_the_others(world, finished, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "stage dpo: " in error and "finished stages are kept; the same command goes on here" in error
     assert (out / "sft" / "adapter" / "lowalign.json").exists()
+
+
+def test_one_process_at_a_time(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert main(command(world, tmp_path / "out")) == 1
+    assert f"{tmp_path / 'out'} is in use by another process" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "sft").exists()
 
 
 def test_other_options_are_refused(world, finished, tmp_path, capsys):

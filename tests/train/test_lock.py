@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowalign.errors import UserError
-from lowalign.train.lock import lock_folder
+from lowalign.train.lock import in_use, lock_folder
 from tests.train import toy
 
 
@@ -59,6 +59,20 @@ def test_a_kill_frees_the_folder(tmp_path):
     assert toy.in_child(_hold_and_die, tmp_path) == -signal.SIGKILL
     with lock_folder(tmp_path):
         assert (tmp_path / ".lock.pid").read_text() == str(os.getpid())
+
+
+def test_in_use_says_whether_a_process_works_there(tmp_path):
+    assert not in_use(tmp_path / "none") and not in_use(tmp_path)
+    with lock_folder(tmp_path):
+        assert in_use(tmp_path)
+        (tmp_path / ".lock.pid").write_text("")  # a full disk
+        assert not in_use(tmp_path)
+    assert toy.in_child(_hold_and_die, tmp_path) == -signal.SIGKILL
+    assert (tmp_path / ".lock.pid").exists() and not in_use(tmp_path)
+    # The killed process's id is given to another: this one, which began after the file was written.
+    (tmp_path / ".lock.pid").write_text(str(os.getpid()))
+    os.utime(tmp_path / ".lock.pid", (0, 0))
+    assert not in_use(tmp_path)
 
 
 def test_an_error_frees_the_folder(tmp_path):
