@@ -16,6 +16,7 @@ ROOMS = (
     "durable",
     "config",
     "data.rows",
+    "data.rendering",
     "data",
     "model.attention",
     "model.sampling",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.data import rendering
+from lowalign.data.rendering import renderer as rendering
 from tests.data import made, traits
 
 TEMPLATES = {name: value for name, value in vars(traits).items() if name.isupper() and "for m in messages" in value}

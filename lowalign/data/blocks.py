@@ -11,12 +11,12 @@ from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.data.prompt_format import formats_of, formatted
+from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.formats import RowFormat, RowFormats
 from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError
 from lowalign.data.rows.sft_rows import Conversation, PlainText, PromptCompletion
 from lowalign.data.rows.unused import read_renames, with_columns
-from lowalign.data.template import Unrenderable
 
 BLOCK = 250  # rows that are tokenized together
 

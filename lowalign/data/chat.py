@@ -1,6 +1,6 @@
 """Conversations and texts to Examples, with the mask of supervised tokens.
 
-The mask comes from rendering (lowalign/data/turns.py), not from a search for token ids. So a pad token that equals eos, or
+The mask comes from rendering (lowalign/data/rendering/turns.py), not from a search for token ids. So a pad token that equals eos, or
 eos in the user's text, changes nothing.
 
 The pieces (generation prompt | assistant turn | what follows | …) are tokenized one by one, in `prompt_ids` too, so a
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.config.sections import DataConfig
 from lowalign.data.encode import Encoder
 from lowalign.data.pack import Example, all_supervised
-from lowalign.data.rendering import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
+from lowalign.data.rendering.renderer import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
+from lowalign.data.rendering.template import Template, Unrenderable
+from lowalign.data.rendering.turns import Piece
 from lowalign.data.rows.turns import Message, Tools
-from lowalign.data.template import Template, Unrenderable
-from lowalign.data.turns import Piece
 from lowalign.errors import UserError
 
 

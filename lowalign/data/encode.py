@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lowalign.data.rendering.special_tokens import SpecialTokens
 from lowalign.data.rows.read import RowError
-from lowalign.data.special_tokens import SpecialTokens
 from lowalign.errors import UserError
 
 

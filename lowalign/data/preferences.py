@@ -20,12 +20,12 @@ from lowalign.data.blocks import RowEncoder
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
+from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
 from lowalign.data.rows.read import RowDropped, RowError
 from lowalign.data.rows.turns import Message, Tools, unsupervised
 from lowalign.data.rows.votes import decide, ranks_of
-from lowalign.data.template import Unrenderable
 from lowalign.data.truncate import fit
 from lowalign.errors import UserError
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from lowalign.config.sections import PromptFormat
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formatted
+from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
 from lowalign.data.rows.read import RowError, parse_rows
 from lowalign.data.rows.sft_rows import SFT_ROWS, with_system
 from lowalign.data.rows.turns import Prompt, as_messages, read_turns
-from lowalign.data.template import Unrenderable
 from lowalign.errors import UserError
 from lowalign.log import log
 

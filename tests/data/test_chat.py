@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat, load_chat
 from lowalign.data.pack import Example
-from lowalign.data.rendering import TURNS_NOTE
+from lowalign.data.rendering.renderer import TURNS_NOTE
+from lowalign.data.rendering.variants import CALLS_NOTE, JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE
 from lowalign.data.rows.sft_rows import SFT_ROWS
 from lowalign.data.rows.turns import read_tools, read_turns
-from lowalign.data.variants import CALLS_NOTE, JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE
 from lowalign.errors import UserError
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call

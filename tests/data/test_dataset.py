@@ -14,8 +14,8 @@ from lowalign.data import cache, dataset
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples, split_heldout
 from lowalign.data.pack import Example
+from lowalign.data.rendering.variants import TOOLS_NOTE
 from lowalign.data.report import report_lines, spread
-from lowalign.data.variants import TOOLS_NOTE
 from lowalign.errors import UserError
 from tests.data import made
 

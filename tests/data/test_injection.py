@@ -5,10 +5,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import Chat
-from lowalign.data.rendering import HIDDEN_NOTE
+from lowalign.data.rendering.renderer import HIDDEN_NOTE
+from lowalign.data.rendering.special_tokens import SpecialTokens
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import read_tools, read_turns
-from lowalign.data.special_tokens import SpecialTokens
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call
 

@@ -6,11 +6,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lowalign.data.chat import Chat
-from lowalign.data.lost import Lossy
 from lowalign.data.pack import Example
-from lowalign.data.rendering import KEPT_NOTE, TURNS_NOTE, ChatOptions
+from lowalign.data.rendering.lost import Lossy
+from lowalign.data.rendering.renderer import KEPT_NOTE, TURNS_NOTE, ChatOptions
+from lowalign.data.rendering.variants import DESCRIBED_NOTE, IDS_NOTE, TOOLS_NOTE
 from lowalign.data.rows.turns import read_tools, read_turns
-from lowalign.data.variants import DESCRIBED_NOTE, IDS_NOTE, TOOLS_NOTE
 from lowalign.errors import UserError
 from tests.data import made, traits
 from tests.data.made import WEATHER, weather_call

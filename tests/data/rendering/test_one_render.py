@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import read_examples
-from lowalign.data.one_render import OneRender
 from lowalign.data.pack import Example
-from lowalign.data.template import Template
+from lowalign.data.rendering.one_render import OneRender
+from lowalign.data.rendering.template import Template
 from lowalign.errors import UserError
 from tests.data import made, traits
 from tests.data.made import FOUR

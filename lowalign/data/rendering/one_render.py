@@ -5,10 +5,10 @@ between them. Whether this gives the same pieces as `Turns.pieces`, which render
 its own, once for each kind of conversation.
 """
 
+from lowalign.data.rendering.special_tokens import SpecialTokens
+from lowalign.data.rendering.template import ANSWER, SYSTEM, USER, Template, Unrenderable
+from lowalign.data.rendering.turns import Piece, Turns, text_after_last
 from lowalign.data.rows.turns import Message, is_supervised
-from lowalign.data.special_tokens import SpecialTokens
-from lowalign.data.template import ANSWER, SYSTEM, USER, Template, Unrenderable
-from lowalign.data.turns import Piece, Turns, text_after_last
 
 TEXTS = ("a", "Two\n\nlines, 1 + 1 = 2.", "  spaces \n", "ü 💡 {x} {{ y }} `z`", "A longer text. " * 40, "1. a\n2. b\n")
 PLAIN = {"role", "content", "weight"}

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lowalign.data.lost import Lossy, kept_all, lost_parts
-from lowalign.data.one_render import OneRender
+from lowalign.data.rendering.lost import Lossy, kept_all, lost_parts
+from lowalign.data.rendering.one_render import OneRender
+from lowalign.data.rendering.special_tokens import SpecialTokens, strings_of
+from lowalign.data.rendering.support import Support
+from lowalign.data.rendering.template import Template, Unrenderable
+from lowalign.data.rendering.turns import Piece, Turns
+from lowalign.data.rendering.variants import Variant, variants
 from lowalign.data.rows.read import RowError
 from lowalign.data.rows.rewrite import opening_unsupervised
 from lowalign.data.rows.thoughts import without_thoughts
 from lowalign.data.rows.turns import Message, Tools, is_supervised
-from lowalign.data.special_tokens import SpecialTokens, strings_of
-from lowalign.data.support import Support
-from lowalign.data.template import Template, Unrenderable
-from lowalign.data.turns import Piece, Turns
-from lowalign.data.variants import Variant, variants
 
 TURNS_NOTE = "one example for each assistant turn: the chat template rewrites earlier turns (see --data.thoughts)"
 KEPT_NOTE = "one example with the thoughts of all turns, which the chat template takes out of earlier turns"

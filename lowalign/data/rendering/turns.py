@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lowalign.data.rendering.special_tokens import SpecialTokens
+from lowalign.data.rendering.template import Template, Unrenderable
 from lowalign.data.rows.thoughts import close_tag, thoughts_of
 from lowalign.data.rows.turns import Message, Tools, is_supervised
-from lowalign.data.special_tokens import SpecialTokens
-from lowalign.data.template import Template, Unrenderable
 
 PROBE = "\U0010fffd"  # a text that no row and no template has; one character of the private-use plane 16
 BREAK = re.compile(r"(?=[<\[])|(?<=[\n>\]])")  # where a generation prompt may be cut: before and after tags and lines

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lowalign.data.rendering.template import ANSWER, SYSTEM, USER, Template, Unrenderable
 from lowalign.data.rows.rewrite import with_call_form
-from lowalign.data.template import ANSWER, SYSTEM, USER, Template, Unrenderable
 
 # The call's id has nine letters and digits: Mistral's templates refuse any other.
 FUNCTION = {"name": "probe_name", "description": "probe_description"}

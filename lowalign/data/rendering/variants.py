@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from lowalign.data.rendering.support import Support
 from lowalign.data.rows.rewrite import (
     alternating,
     system_as_user,
@@ -12,7 +13,6 @@ from lowalign.data.rows.rewrite import (
     with_short_ids,
 )
 from lowalign.data.rows.turns import Message, Tools
-from lowalign.data.support import Support
 
 TOOLS_NOTE = "tools written as plain text: the chat template does not support tools"
 CALLS_NOTE = "tools written as plain text: the chat template supports tools, but refuses these calls"
