@@ -13,6 +13,7 @@ from importlib import import_module
 
 from lowalign import __version__
 from lowalign.config import recipe
+from lowalign.config.plan import PlanOptions, plan_config
 from lowalign.config.verbs import RECIPE, VERBS, Verb, verbs
 from lowalign.errors import UserError
 
@@ -85,7 +86,8 @@ def _parse(verb: Verb, words: list[str]) -> object:
     if len(names) > 1:
         raise UserError(f"{verb.name} takes one RECIPE, found {' '.join(names)} (data files are given as --data FILE…)")
     path = recipe.find(names[0]) if names else None
-    return recipe.parse(verb.config, flags, path, f"{prog} {RECIPE}")
+    config = plan_config(path) if verb.config is PlanOptions else verb.config
+    return recipe.parse(config, flags, path, f"{prog} {RECIPE}")
 
 
 def _help() -> str:

@@ -26,6 +26,7 @@ ROOMS = (
     "methods",
     "rewards",
     "train",
+    "plan",
     "export",
     "commands",
     "demo",
