@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its name would slow every start
+        # torch's, by name: importing torch for them would slow every start. The driver's own is an AcceleratorError.
+        kind = type(error).__name__
+        if kind == "OutOfMemoryError" or (kind == "AcceleratorError" and "out of memory" in str(error).lower()):
             _print_error(
                 f"lowalign: out of memory: {str(error).splitlines()[0].rstrip('.')}. Close other programs that use the card, or take a "
                 "smaller --model, --adapter.r or --train.token-budget"
