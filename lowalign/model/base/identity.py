@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.durable import file_hash
 
+CHECKSUM_WORDS = 2**24  # 4-byte words that the checksum sums at a time
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -83,7 +85,9 @@ def checksum(model: nn.Module) -> int:
     for i, tensor in enumerate(_own_tensors(model)):
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
         words = raw[: raw.numel() // 4 * 4].view(torch.int32)
-        total += (i + 1) * (int(words.sum(dtype=torch.int64)) + int(raw[words.numel() * 4 :].sum(dtype=torch.int64)))
+        # In slices: a sum in int64 makes a copy of what it sums, which for an embedding would be gigabytes.
+        sums = [part.sum(dtype=torch.int64) for part in (*words.split(CHECKSUM_WORDS), raw[words.numel() * 4 :])]
+        total += (i + 1) * int(torch.stack(sums).sum())
     return total
 
 
