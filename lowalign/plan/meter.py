@@ -117,6 +117,7 @@ class Meter(TorchDispatchMode):
         moved, done = sum(t.numel() * t.element_size() for t in tensors), flops(func, args, kwargs, out)
         work = self.work
         work.kernels[name] += 1
+        work.syncs += name == "nonzero" or (name == "index" and _by_mask(args[1]))
         work.moved[name] += moved
         work.flops[name] += done
         work.calls.append((done, moved))
@@ -172,3 +173,8 @@ class Meter(TorchDispatchMode):
         components = Counter(self._by_component)
         components[WORKSPACE] += transient
         self.peak = Peak(self._now + transient, components, f"{backward}{self.place}{inside}")
+
+
+def _by_mask(indices: Iterable[Tensor | None]) -> bool:
+    """Whether a tensor is indexed by a mask, whose number of places the host waits for."""
+    return any(index is not None and index.dtype == torch.bool for index in indices)
