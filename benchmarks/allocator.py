@@ -1,10 +1,11 @@
 """What torch's own allocator hands out on the CPU: the instrument that the Meter is compared with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from torch.profiler import ProfilerActivity, profile
 
+from lowalign import Base
+from lowalign.config.sections import TrainConfig
 from lowalign.plan.dry_run import DryRun
 
 
@@ -22,26 +23,15 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-@dataclass
-class MeasuredPhase:
-    """name, and the bytes at its peak."""
-
-    name: str
-    peak: int
-
-
-@dataclass
 class MeasuredRun(DryRun):
-    """The same phases on a real Base on the CPU, measured by the allocator."""
+    """The phases of a dry run on a real Base on the CPU. measured: the name of each, and its peak by the allocator."""
 
-    measured: list[MeasuredPhase] = field(default_factory=list)
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.measured = []
+    def __init__(self, base: Base, train: TrainConfig) -> None:
+        super().__init__(base, train)
+        self.measured: list[tuple[str, int]] = []
 
     def measure(self, name: str, run: Callable[[], object], repeats: float = 1.0) -> None:
         """Run a part of the step under the profiler."""
         self.meter.start()
         before = self.meter.peak.total
-        super().measure(name, lambda: self.measured.append(MeasuredPhase(name, before + allocated_peak(run))), repeats)
+        super().measure(name, lambda: self.measured.append((name, before + allocated_peak(run))), repeats)
