@@ -44,7 +44,7 @@ def meta_base(config: PretrainedConfig, options: BaseConfig, name: str = "base")
     dtype = getattr(torch, options.dtype)
     with torch.device("meta"), quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             raise UserError(f"{name} is not a causal language model: {str(error).splitlines()[0]}") from error
     head = model.get_output_embeddings()
