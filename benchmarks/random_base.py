@@ -51,6 +51,7 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
             if p is not None and p.is_meta:
                 weight = torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=device) * 0.02
                 setattr(module, key, torch.nn.Parameter(weight.to(device, torch.bfloat16), requires_grad=False))
+    model.is_loaded_in_4bit = True  # peft chooses its LoRA class by it, as with Base.load
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were on the meta device
     freeze(model)

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from lowalign import __version__
 from lowalign.config import recipe
+from lowalign.config.plan import PlanOptions, plan_config
 from lowalign.config.verbs import RECIPE, VERBS, Verb, verbs
 from lowalign.errors import UserError
 
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its name would slow every start
+        # torch's, by name: importing torch for them would slow every start. The driver's own is an AcceleratorError.
+        kind = type(error).__name__
+        if kind == "OutOfMemoryError" or (kind == "AcceleratorError" and "out of memory" in str(error).lower()):
             _print_error(
                 f"lowalign: out of memory: {str(error).splitlines()[0].rstrip('.')}. Close other programs that use the card, or take a "
                 "smaller --model, --adapter.r or --train.token-budget"
@@ -85,7 +88,8 @@ def _parse(verb: Verb, words: list[str]) -> object:
     if len(names) > 1:
         raise UserError(f"{verb.name} takes one RECIPE, found {' '.join(names)} (data files are given as --data FILE…)")
     path = recipe.find(names[0]) if names else None
-    return recipe.parse(verb.config, flags, path, f"{prog} {RECIPE}")
+    config = plan_config(path) if verb.config is PlanOptions else verb.config
+    return recipe.parse(config, flags, path, f"{prog} {RECIPE}")
 
 
 def _help() -> str:

@@ -1,12 +1,17 @@
 """One thread, no network; set before anything imports torch. The Hub is a stub, for the tests that ask for it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from tests.hub_stub import HUB, TOKEN, HubStub
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Not the user's cache. A test that looks into it sets a folder of its own.
+os.environ["LOWALIGN_CACHE"] = tempfile.mkdtemp(prefix="lowalign-tests-")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_ENDPOINT"] = HUB.url  # huggingface_hub reads it once, at import
 
@@ -17,6 +22,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["LOWALIGN_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -85,3 +85,20 @@ def test_ppo_contestant_in_its_tiny_form(tmp_path):
         assert step["cpu"] > 0 and step["peak"] >= contestant.start["rss"]
         # Whitened advantages have mean 0, so at a ratio near 1 the steps of a round make about 0 on average.
         assert abs(step["loss"]) < 0.1
+
+
+def test_a_random_base_carries_the_same_lora_as_a_loaded_one(tmp_path):
+    """peft chooses its class by a mark of the model: without it the benchmark would measure another layer."""
+    from random_base import TINY, random_base
+
+    from lowalign import Base, Host
+    from lowalign.config.sections import AdapterConfig
+    from lowalign.model.adapters.kinds import peft_config
+    from tests.tiny import tiny_folder
+
+    kinds = []
+    for base in (random_base("tiny", TINY["tiny"], "cpu"), Base.load(tiny_folder(tmp_path), device="cpu", quiet=True)):
+        host = Host(base)
+        host.add("policy", peft_config(AdapterConfig()))
+        kinds.append(type(base.model.model.layers[0].mlp.up_proj))
+    assert kinds[0] is kinds[1] and kinds[0].__name__ == "Linear4bit"

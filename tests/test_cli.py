@@ -159,6 +159,22 @@ def test_memory_that_runs_out_is_no_bug(monkeypatch, capsys):
     assert "Traceback" not in error
 
 
+def test_memory_of_the_driver_that_runs_out_is_no_bug_either(monkeypatch, capsys):
+    def work(config):
+        import torch
+
+        raise torch.AcceleratorError(config.model)
+
+    for message, code in (
+        ("CUDA error: out of memory", 1),
+        ("CUDA error: an illegal memory access was encountered", 2),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "lowalign.commands.sft", types.SimpleNamespace(sft=work))
+            assert cli.main(["sft", "--model", message, "--out", "o"]) == code
+        assert ("Traceback" in capsys.readouterr().err) == (code == 2)
+
+
 def test_an_interrupt_is_quiet(monkeypatch, capsys):
     def work(config):
         raise KeyboardInterrupt

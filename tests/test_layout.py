@@ -27,6 +27,7 @@ ROOMS = (
     "methods",
     "rewards",
     "train",
+    "plan",
     "export",
     "commands",
     "demo",

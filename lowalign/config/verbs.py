@@ -19,6 +19,7 @@ from lowalign.config.commands import (
     ShowRecipeConfig,
 )
 from lowalign.config.evaluation import CompareConfig, EvalConfig
+from lowalign.config.plan import PlanOptions
 from lowalign.config.report import ReportConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
@@ -62,6 +63,7 @@ PUSH = "DIR REPO [--private] [--revision R]"
 PULL = "REPO DIR [--revision R]"
 SHOW = "NAME [--full]"
 COPY = "NAME [DEST] [--full]"
+PLAN = f"{RECIPE} --model M [--vram 24GB]"
 
 VERBS = {
     "train": (
@@ -106,6 +108,7 @@ VERBS = {
         Verb("recipes copy", "commands.recipes:copy", CopyRecipeConfig, COPY, "copy one, to edit it"),
     ),
     "this machine": (
+        Verb("plan", "commands.plan:plan", PlanOptions, PLAN, "memory and speed of a run, predicted without a GPU"),
         Verb("doctor", "commands.doctor:doctor", None, "", "versions, device, and what works here"),
         Verb("demo", "demo.run:main", None, "", "every training stage on a tiny base; no download, no GPU"),
     ),

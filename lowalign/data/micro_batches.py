@@ -65,10 +65,18 @@ def out_of_memory(compute: Callable[..., None], *arguments: object) -> str | Non
     try:
         compute(*arguments)
         return None
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         reason = str(error).partition("\n")[0]
+        if not is_out_of_memory(error):
+            raise
     # Only outside the `except` block does the traceback no longer hold the tensors of `compute`.
     return reason
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory ran out. The driver's own (pinned memory, a kernel that is loaded late) is a
+    torch.AcceleratorError, which other failures of the device are too."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def halve_budget(

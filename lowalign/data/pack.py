@@ -1,7 +1,7 @@
 """Example: a prompt and its completions. Pack: many Examples laid end to end in one row, without a padding token."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -76,7 +76,8 @@ class Pack:
 
     ids (T,): token ids; -1 at a virtual token. positions (T,): restart with each Example. virtual (T,): index of the
     virtual token, -1 elsewhere. predictors (N,): index in the row of the hidden state that predicts the token. labels
-    (N,): the token. supervised (N,): bool. flat_index (N,): index of the token in all completions concatenated. ends
+    (N,): the token. supervised (S,): which of the N are supervised, as indices: a mask would make a device wait for its count.
+    flat_index (N,): index of the token in all completions concatenated. ends
     (C,): index in the row of each completion's last token. lengths: tokens of each completion of each Example.
     """
 
@@ -92,8 +93,12 @@ class Pack:
     lengths: list[list[int]] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "Pack":
-        """The same Pack with its tensors on `device`."""
-        return Pack(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        """The same Pack with its tensors on `device`, in one copy: each copy waits for the device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if all(value.device == torch.device(device) for value in tensors.values()):
+            return self
+        parts = torch.cat(list(tensors.values())).to(device).split([len(value) for value in tensors.values()])
+        return replace(self, **dict(zip(tensors, parts, strict=True)))
 
 
 def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: int = 0) -> Pack:
@@ -138,7 +143,7 @@ def pack(examples: Sequence[Example], virtual_tokens: int = 0, first_position: i
         tuple(segments),
         as_long(predictors),
         as_long(labels),
-        torch.tensor(supervised, dtype=torch.bool),
+        as_long([i for i, own in enumerate(supervised) if own]),
         as_long(flat_index),
         as_long(ends),
         [list(map(len, example.completions)) for example in examples],

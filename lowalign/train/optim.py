@@ -58,6 +58,7 @@ def read_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]
     """The state as (tensors, numbers), by ADAPTER/KEY. The tensors are copies in CPU memory."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, int] = {}
+    _wait_for_paged(optimizer)
     for name, state in _states(optimizer):
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -91,6 +92,7 @@ def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Map
         optimizer.init_state(group, master, i, 0)
         state = optimizer.state[master]
         _same_optimizer(set(state), {group["name"]: saved.get(group["name"], {})})
+        _wait_for_paged(optimizer)
         for key, value in saved[group["name"]].items():
             if isinstance(value, Tensor):
                 state[key].copy_(value)
@@ -113,6 +115,12 @@ def move_state(optimizer: Optimizer, name: str, device: torch.device | str) -> N
     for key, value in state.items():
         if isinstance(value, Tensor) and not getattr(value, "is_paged", False):
             state[key] = value.to(device)
+
+
+def _wait_for_paged(optimizer: Optimizer) -> None:
+    """Before the host reads or fills paged state: kernels may still write it, and the host sees the memory directly."""
+    if any(getattr(value, "is_paged", False) for _, state in _states(optimizer) for value in state.values()):
+        torch.cuda.synchronize()
 
 
 def _states(optimizer: Optimizer) -> Iterator[tuple[str, dict]]:

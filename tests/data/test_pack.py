@@ -24,7 +24,7 @@ def test_layout_by_hand() -> None:
     # Both completions are predicted from the prompt's last token, place 2; the first token of BARE from nothing.
     assert packed.predictors.tolist() == [2, 3, 2, 6, 7, 9, 10]
     assert packed.labels.tolist() == [4, 5, 6, 8, 9, 11, 12]
-    assert packed.supervised.tolist() == [True, False, True, True, True, True, True]
+    assert packed.supervised.tolist() == [0, 2, 3, 4, 5, 6]
     assert packed.flat_index.tolist() == [0, 1, 2, 3, 4, 6, 7]
     assert packed.lengths == [[2, 1], [2], [3]]
 
@@ -89,3 +89,17 @@ def test_step_order_visits_each_row_once_a_pass() -> None:
 def test_to_moves_tensors_only() -> None:
     moved = pack([TALK]).to("meta")
     assert moved.ids.device == torch.device("meta") and moved.segments == (Segment(3),)
+
+
+def test_a_pack_moves_in_one_copy() -> None:
+    """Each copy to a card waits for it: all tensors are parts of one, with the values they had."""
+    packed = pack([PAIR, TALK, BARE], virtual_tokens=2)
+    assert packed.to("cpu") is packed
+    for device in ("meta", "cpu:0"):
+        moved = packed.to(device)
+        tensors = {k: v for k, v in vars(moved).items() if isinstance(v, torch.Tensor)}
+        assert len(tensors) == 8 and len({t.untyped_storage()._cdata for t in tensors.values()}) == 1
+        for name, tensor in tensors.items():
+            assert tensor.shape == getattr(packed, name).shape
+            assert device == "meta" or torch.equal(tensor, getattr(packed, name))
+        assert (moved.segments, moved.lengths) == (packed.segments, packed.lengths)

@@ -184,3 +184,36 @@ def test_schedule_by_hand():
     assert factors("cosine", 0.03, 1) == [1]
     # A rounding error (0.07 · 100 is 7.000000000000001) is not an eighth step of warm-up.
     assert factors("linear", 0.07, 100)[6] == 1 and factors("linear", 0.07, 100)[5] < 1
+
+
+def test_paged_state_waits_for_the_device(monkeypatch):
+    """The host reads and fills managed memory directly, while kernels may still write it: wait before each, and only there."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    flats, optimizer = _new("paged_adamw_8bit")
+    _step(flats, optimizer, 0)
+    tensors, numbers = read_state(optimizer)
+    load_state(optimizer, tensors, numbers)
+    assert events == []  # on the CPU there is no managed memory
+
+    class Managed(torch.Tensor):
+        is_paged = True
+
+        def copy_(self, other):
+            events.append("fill")
+            return super().copy_(other)
+
+        def detach(self):
+            events.append("read")
+            return super().detach()
+
+    def manage(state):
+        state["state1"] = state["state1"].as_subclass(Managed)
+
+    init = optimizer.init_state
+    monkeypatch.setattr(optimizer, "init_state", lambda *a: init(*a) or manage(optimizer.state[a[1]]))
+    load_state(optimizer, tensors, numbers)
+    assert events == ["wait", "fill"] * 2  # policy, value
+    events.clear()
+    read_state(optimizer)
+    assert events[0] == "wait" and events.count("wait") == 1 and events.count("read") >= 2

@@ -12,6 +12,7 @@ from torch.nn.attention import varlen as torch_varlen
 from lowalign.data.pack import Segment
 from lowalign.log import log
 from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, visible
+from lowalign.model.attention.device import device_type
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
 MAX_SCORES = 2**20  # on the CPU: the backward writes out all scores of a head, at most this many
@@ -59,7 +60,7 @@ def dense_attention(
 ) -> Tensor:
     """(B, H, Q, D) on (B, Hkv, K, D) -> (B, H, Q, D). mask (Q, K) bool; None: causal, Q = K."""
     if softcap is None:
-        on_cpu = query.device.type == "cpu" and query.shape[2] * key.shape[2] <= MAX_SCORES
+        on_cpu = device_type(query) == "cpu" and query.shape[2] * key.shape[2] <= MAX_SCORES
         return (_OnCPU.apply if on_cpu and torch.is_grad_enabled() else _fused)(query, key, value, mask, scale)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -92,8 +93,12 @@ class _OnCPU(torch.autograd.Function):
         b, heads, n, d = query.shape
         kv, k = key.shape[1:3]
         if mask is None:
-            mask = torch.ones(n, k, dtype=torch.bool).tril()
-        bias = torch.zeros(n, k, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // kv, 1)
+            mask = torch.ones(n, k, dtype=torch.bool, device=query.device).tril()
+        bias = (
+            torch.zeros(n, k, dtype=query.dtype, device=query.device)
+            .masked_fill_(~mask, float("-inf"))
+            .repeat(heads // kv, 1)
+        )
         # Heads that share keys are adjacent: their queries are the rows of one product.
         rows = lambda x: x.reshape(b * kv, heads // kv * n, d)  # noqa: E731
         q, g, (keys, values) = rows(query), rows(grad), (x.reshape(b * kv, k, d) for x in (key, value))
@@ -129,12 +134,18 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
 
 
 def _varlen_works(query: Tensor, softcap: float | None) -> bool:
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if device_type(query) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if softcap is not None or query.shape[-1] > 256:
         _log_slow_path("the flash kernel has no soft cap and heads of at most 256")
         return False
     return True
+
+
+@cache  # reading a signature takes 29 µs, in every layer of every forward
+def _takes_groups() -> bool:
+    """Whether this torch's kernel takes fewer heads of keys than of queries."""
+    return "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters
 
 
 @cache
@@ -153,7 +164,7 @@ def _varlen(
     if index is not None:
         key, value = key.index_select(0, index), value.index_select(0, index)
     groups, options = query.shape[1] // key.shape[1], {}
-    if groups > 1 and "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters:
+    if groups > 1 and _takes_groups():
         options["enable_gqa"] = True
     elif groups > 1:  # torch before 2.13
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -35,6 +35,13 @@ class SamplerCache:
         """Whether keys and values of this prompt are stored."""
         return any(prompt in stored for stored in self._prompts.values())
 
+    def tensors(self) -> list[Tensor]:
+        """All keys and values it stores."""
+        by_prompt = [pair for stored in self._prompts.values() for pair in stored.values()]
+        return [
+            x for pair in (*by_prompt, *(pair for _, pair in self._joined.values()), *self._own.values()) for x in pair
+        ]
+
     def keep(self, prompts: set[int]) -> None:
         """Free the keys and values of all other prompts."""
         for stored in self._prompts.values():

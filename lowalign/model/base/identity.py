@@ -1,7 +1,9 @@
 """The exact identity of a base, which is stored with every adapter that is trained on it."""
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.durable import file_hash
+from lowalign.data.cache import cache_folder
+from lowalign.durable import file_hash, write_json
+
+SETTLED = 2.0  # seconds; the hash of a file that was changed later is not kept
+CHECKSUM_WORDS = 2**24  # 4-byte words that the checksum sums at a time
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,26 @@ def _weights_hash(file: Path) -> str:
     blob = file.resolve().name
     if file.is_symlink() and len(blob) == 64:
         return blob
-    return file_hash(file)
+    return _cached_hash(file.resolve())
+
+
+def _cached_hash(file: Path) -> str:
+    """sha256 of a file; hashing 16 GB takes 12 to 30 s. It is kept in the user's cache folder and holds as long as size and
+    times of the file do. The change time cannot be set back, unlike the modification time."""
+    stat = file.stat()
+    state = [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    entry = cache_folder().parent / "weights" / f"{_short(str(file))}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(entry.read_text())
+        if stored["file"] == state:
+            return str(stored["sha256"])
+    digest = file_hash(file)
+    # A file that was changed just now may change again without a new time: file systems count in milliseconds.
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
+        with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_json(entry, {"file": state, "sha256": digest})
+    return digest
 
 
 def _short(text: str) -> str:
@@ -83,7 +108,9 @@ def checksum(model: nn.Module) -> int:
     for i, tensor in enumerate(_own_tensors(model)):
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
         words = raw[: raw.numel() // 4 * 4].view(torch.int32)
-        total += (i + 1) * (int(words.sum(dtype=torch.int64)) + int(raw[words.numel() * 4 :].sum(dtype=torch.int64)))
+        # In slices: a sum in int64 makes a copy of what it sums, which for an embedding would be gigabytes.
+        sums = [part.sum(dtype=torch.int64) for part in (*words.split(CHECKSUM_WORDS), raw[words.numel() * 4 :])]
+        total += (i + 1) * int(torch.stack(sums).sum())
     return total
 
 

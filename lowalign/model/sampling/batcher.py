@@ -90,7 +90,9 @@ class SampleBatcher:
         self.sampled, self.sampling, self.device = sampled, sampling, sampled.device
         self.waiting = deque(waiting)
         self.max_rows = min(max_rows, len(self.waiting))
-        self.cache = SamplerCache(self.max_rows, max(p.limit for p, _ in waiting), sampled.soft)
+        limits = [p.limit for p, _ in waiting]
+        fitting = max(1, sampling.batch_tokens // min(limits))  # rows that `_admit` can let in at a time
+        self.cache = SamplerCache(min(self.max_rows, fitting), max(limits), sampled.soft)
         self.rows: list[PartialCompletion] = []
         self.last_forward_rows = 0  # samples of the last forward, including those that only started with it
         self.first_logits: dict[int, Tensor] = {}  # prompt -> (V,) for its first token, until all its samples started

@@ -80,6 +80,13 @@ def test_forwards_in_eval_mode_leave_the_bits_and_the_gradients(folder):
     assert base.checksum() != checksum
 
 
+def test_the_checksum_does_not_depend_on_its_slices(folder, monkeypatch):
+    base = Base.load(folder, device="cpu", quiet=True)
+    checksum = base.checksum()
+    monkeypatch.setattr("lowalign.model.base.identity.CHECKSUM_WORDS", 7)
+    assert base.checksum() == checksum
+
+
 def test_dropout_is_off_in_train_mode(tmp_path):
     base = Base.load(
         tiny_folder(tmp_path, "gpt2", resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3),

@@ -154,6 +154,8 @@ def test_keys_and_values_stay_within_the_budget(budget, rows):
         prompt_tokens = sum(len(key) for key, _ in cache._prompts.get(0, {}).values())
         live = len(cache.batch.prompts) if isinstance(cache.batch, TokenBatch) else 0
         assert live <= rows
+        own = cache._own.get(0)
+        assert own is None or own[0].shape[0] * own[0].shape[1] <= budget  # slots times room
         tokens.append(prompt_tokens + 30 * live)
 
     hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
