@@ -3,6 +3,8 @@
 In fp64 where tokens are compared, so that no rounding of any CPU decides between two of them.
 """
 
+from itertools import chain
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -118,7 +120,7 @@ def test_a_completion_ends_where_stop_says(kind, folders):
     stop = lambda ids: len(ids) >= 4 and ids[-1] % 3 == 0  # noqa: E731
     stopped = host.generate(PROMPTS, 3, sampling, stop=stop)
     ended = 0
-    for before, after in zip(sum(whole, []), sum(stopped, []), strict=True):
+    for before, after in zip(chain(*whole), chain(*stopped), strict=True):
         ends = [t + 1 for t in range(len(before.ids)) if stop(before.ids[: t + 1])]
         assert after.ids == before.ids[: ends[0] if ends else None]
         assert after.stopped == (bool(ends) or before.stopped)
