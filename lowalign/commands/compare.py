@@ -29,10 +29,11 @@ from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
 from lowalign.rewards.comparison import Judged, figures, markdown
+from lowalign.rewards.function import same_columns
 from lowalign.rewards.judge_prompt import JudgePrompt
-from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, report, report_lines
+from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, Sampled, report, report_lines
 from lowalign.rewards.reward_run import check_prompt_formats
-from lowalign.rewards.rewards import RewardOptions, load_rewards
+from lowalign.rewards.rewards import RewardOptions, load_functions, load_rewards
 from lowalign.rewards.spec import RewardSpec
 from lowalign.train.lock import lock_folder
 from lowalign.train.output_file import stoppable
@@ -72,6 +73,8 @@ class _Comparison:
         check_prompt_formats(self.judge_runs, formats, "--prompt-format")
         for adapter in adapters if config.prompt_format is None else ():
             check_prompt_format(adapter, trained_format(adapter), formats, "--prompt-format")
+        self.columns = same_columns([row.columns for row, _ in self.prompts])
+        self.functions = load_functions([config.judge] if self.function else [], self.columns[0])
         self._base = base
 
     @cached_property
@@ -100,13 +103,15 @@ class _Comparison:
         size = len(pairs) // total  # pairs of a prompt; an answer is scored once, so they stay together
         size *= max(1, PAIRS_PER_BLOCK // size)
         if missing := verdicts.resume([pairs[i : i + size] for i in range(0, len(pairs), size)]):
-            verdicts.fill(missing, self._judge(), "pair")
+            verdicts.fill(missing, self._judge(answers.lines, pairs), "pair")
         self._write_results(answers, pairs, verdicts)
 
     def _inputs(self) -> dict[str, object]:
         """What --resume compares: prompts, question, adapters and the judge."""
         files = [str(self.function[0])] if self.function else []
         content = {"data": [row.prompt for row, _ in self.prompts], "template": self.question.text}
+        if any(function.parameters.uses_columns for function in self.functions.values()):
+            content["columns"] = self.columns
         return content | input_hashes(files, [*adapters_of(self.config.policies), *self.judge_runs])
 
     def _load_policies(self) -> list[tuple[Policy, Stack, list[list[int]]]]:
@@ -148,15 +153,25 @@ class _Comparison:
             pairs += [Pair(row, i * n + m, j * n + m) for i, j in every_two for m in range(n)]
         return pairs
 
-    def _judge(self) -> ModelJudge | RewardJudge:
+    def _judge(self, lines: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> ModelJudge | RewardJudge:
         config = self.config
         if config.judge == "model":
             return ModelJudge(self.host, Chat(self.tokenizer), (), self.question, config)
         options = RewardOptions(config.allow_base_mismatch, token_budget=config.token_budget)
         if self.function:
-            return RewardJudge(load_rewards((config.judge,), None, None, options), None, config)
+            rewards = load_rewards((config.judge,), None, None, options, self.functions)
+            needs_ids = any(f.parameters.takes("completion_ids") for f in self.functions.values())
+            return RewardJudge(
+                rewards, self.policies[0].chat if needs_ids else None, config, self._sampled(lines, pairs)
+            )
         chat = Chat(self.tokenizer, adapter_template((config.judge,)))
         return RewardJudge(load_rewards((config.judge,), self.host, chat, options), chat, config)
+
+    def _sampled(self, lines: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> dict[int, Sampled]:
+        """What the judging function may ask for, by id of the row of a pair."""
+        stopped = [[c["stopped"] for c in line["completions"]] for line in lines]
+        rows = list({id(pair.row): None for pair in pairs})  # in the order of the prompts
+        return {row: Sampled(*known) for row, *known in zip(rows, self.columns, stopped, strict=True)}
 
     def _write_results(self, answers: Journal, pairs: Sequence[Pair], verdicts: Journal) -> None:
         config, counts = self.config, report(verdicts.lines)

@@ -92,20 +92,22 @@ def _stage(name: str, node: yaml.Node, file: Path, config: PipelineConfig, names
     for key, value in shared.items():
         if key in own and value and key not in given:
             given[key] = Flag(key, line, [f"--{key}={value}"])
-    entries = [_as_positional(flag, verb.config) for flag in given.values()]
+    entries = [_as_parsed(flag, verb.config) for flag in given.values()]
     parsed = recipe.parse_entries(verb.config, entries, file, recipe_file)
     if "base" in own:
         parsed = replace(parsed, base=config.base)
     return Stage(name, verb, parsed, out)
 
 
-def _as_positional(flag: Flag, config: type) -> Flag:
-    """For an argument without a flag: its values alone."""
-    hint = get_type_hints(config, include_extras=True).get(flag.key)
-    if tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
-        return flag
+def _as_parsed(flag: Flag, config: type) -> Flag:
+    """For an argument without a flag: its values alone. For a flag that is repeated: once before each value."""
+    marks = getattr(get_type_hints(config, include_extras=True).get(flag.key), "__metadata__", ())
     first, *rest = flag.tokens
-    return flag._replace(tokens=rest or [first.partition("=")[2]])
+    if tyro.conf.Positional in marks:
+        return flag._replace(tokens=rest or [first.partition("=")[2]])
+    if tyro.conf.UseAppendAction in marks:
+        return flag._replace(tokens=[token for value in rest for token in (first, value)])
+    return flag
 
 
 def _values(config: PipelineConfig) -> dict[str, str]:

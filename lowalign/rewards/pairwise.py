@@ -7,7 +7,7 @@ for the answer in the first place, from one forward without sampling. A judge ma
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from lowalign.data.rows.turns import as_messages, unsupervised
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
+from lowalign.rewards.function import Samples
 from lowalign.rewards.judge_prompt import JudgePrompt, letter_question
 from lowalign.rewards.rewards import Rewards
 
@@ -94,13 +95,23 @@ class ModelJudge:
         return [replace(question, source=pair.row.source) for question in questions]
 
 
+class Sampled(NamedTuple):
+    """What reward functions may ask for of a row whose answers were sampled: its columns, and whether each answer ended by
+    itself."""
+
+    columns: Mapping[str, Any]
+    stopped: Sequence[bool]
+
+
 @dataclass(frozen=True)
 class RewardJudge:
-    """Compares answers by their rewards; each answer is scored once. chat: None when no reward needs token ids."""
+    """Compares answers by their rewards; each answer is scored once. chat: None when no reward needs token ids. sampled: by id
+    of the row, where the answers were sampled."""
 
     rewards: Rewards
     chat: Chat | None
     config: JudgeConfig | CompareConfig
+    sampled: Mapping[int, Sampled] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> list[VerdictLine]:
         """The line of each pair."""
@@ -123,12 +134,20 @@ class RewardJudge:
             [row.prompt for row in rows],
             [[as_text(row.answers.completions[k]) for k in row.ids] for row in rows],
             [list(row.ids.values()) for row in rows],
+            self._samples(rows),
         )
         return {
             (id(row.answers), k): score.total
             for row, scores in zip(rows, by_row, strict=True)
             for k, score in zip(row.ids, scores, strict=True)
         }
+
+    def _samples(self, rows: Sequence["_EncodedRow"]) -> Samples | None:
+        if self.sampled is None:
+            return None
+        sampled = [self.sampled[id(row.answers)] for row in rows]
+        stopped = [[own.stopped[k] for k in row.ids] for own, row in zip(sampled, rows, strict=True)]
+        return Samples([own.columns for own in sampled], stopped)
 
     def _encode(self, row: Answers) -> "_EncodedRow":
         messages = [] if row.plain_text else unsupervised(as_messages(row.prompt))

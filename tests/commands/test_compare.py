@@ -27,7 +27,8 @@ from lowalign.model.policy import load_stack
 from lowalign.rewards.comparison import outcome_of
 from tests.commands.tiny_runs import FP32, load, make
 
-QUESTIONS = [f"What is the {word} of France {i}?" for i in range(20) for word in ("capital", "lazy", "quick")]
+TOPICS = ("capital", "lazy", "quick")
+QUESTIONS = [f"What is the {word} of France {i}?" for i in range(20) for word in TOPICS]
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 REWARDS = """
 import zlib
@@ -41,6 +42,11 @@ def length(prompts, completions):
 def vowels(prompts, completions):
     return [sum(c.count(v) for v in "aeiou") for c in completions]
 
+def asked(prompts, completions, topic, stopped, completion_ids):
+    assert all(topic in p[0]["content"] for p, topic in zip(prompts, topic))
+    assert all(len(ids) > 0 for ids in completion_ids)
+    return [1000 * ("lazy" == t) * s + len(i) for t, s, i in zip(topic, stopped, completion_ids)]
+
 def broken(prompts, completions):
     return [1 / 0 for _ in completions]
 """
@@ -49,7 +55,9 @@ def broken(prompts, completions):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = make(tmp_path_factory.mktemp("compare"))
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_jsonl(
+        folder / "prompts.jsonl", [{"prompt": prompt, "topic": TOPICS[i % 3]} for i, prompt in enumerate(PROMPTS)]
+    )
     write_jsonl(folder / "texts.jsonl", [{"prompt": question} for question in QUESTIONS])
     host = Host(load(folder / "model"))
     torch.manual_seed(5)
@@ -217,6 +225,22 @@ def test_a_reward_run_judges_on_the_same_base(config, world, monkeypatch):
         assert line["verdict"] == ("a" if line["scores"][0] > line["scores"][1] else "b")
 
 
+def test_a_function_may_ask_for_columns_and_more(config, world, base):
+    """Of the row of each answer; one that asks for a column that is not there is refused before anything is sampled."""
+    mine = replace(config, judge=f"{world / 'rewards.py'}:asked", n=2)
+    assert compare(mine, base) == 0
+    for line, row in zip(read(config.out / "verdicts.jsonl"), [i for i in range(12) for _ in "ab"], strict=True):
+        answers = read(config.out / "answers.jsonl")[row]["completions"]
+        chosen = [answers[line[side]] for side in "ab"]
+        if line["verdict"] != "skipped":
+            bonus = [1000 * (row % 3 == 1) * c["stopped"] for c in chosen]
+            assert [score >= least for score, least in zip(line["scores"], bonus, strict=True)] == [True, True]
+            assert all(score < 1000 for score, least in zip(line["scores"], bonus, strict=True) if not least)
+    texts = replace(mine, data=(str(world / "texts.jsonl"),), out=config.out / "texts")
+    with pytest.raises(UserError, match="asked requires topic, which is no column of the prompts' rows"):
+        compare(texts, base)
+
+
 def test_a_model_judge_is_asked_in_both_orders(config, base):
     config = replace(config, judge="model")
     assert compare(config, base) == 0
@@ -303,7 +327,7 @@ def test_the_run_names_its_base(config, world, tmp_path):
         (["--judge", "gone.py:f"], "--judge gone.py:f: there is no file gone.py"),
         (["--judge", "REWARDS"], "name the function after the file"),
         (["--judge", "REWARDS:vowel"], "there is no function vowel; did you mean vowels?"),
-        (["--judge", "REWARDS:broken"], "rewards.py:14: ZeroDivisionError"),
+        (["--judge", "REWARDS:broken"], "rewards.py:19: ZeroDivisionError"),
         (["--judge", "base"], "to ask the base itself, give --judge model"),
         (["--judge", "REWARDS:noise", "--template", "q.jinja"], "--template is the question to a judging model"),
         (["--a", "missing/folder/x"], "missing/folder/x is not a folder"),

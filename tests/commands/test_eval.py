@@ -195,3 +195,29 @@ def test_without_lm_eval_the_message_says_what_to_install(world, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "--tasks", "arc_easy", "--model", str(world / "model")]) == 1
     assert "pip install lowalign[eval]" in capsys.readouterr().err
+
+
+def test_stages_of_a_pipeline(world, tmp_path, monkeypatch):
+    """eval and compare on the one base of `lowalign run`; a second run finds both finished."""
+    loads, real = [], Base.load.__func__
+    monkeypatch.setattr(Base, "load", classmethod(lambda cls, *a, **k: loads.append(a) or real(cls, *a, **k)))
+    (tmp_path / "short.py").write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    (tmp_path / "both.yaml").write_text(
+        "verb: run\nstages:\n"
+        f"  eval: {{data: {world / 'sft.jsonl'}, adapter: [{world / 'lora'}, {world / 'policy'}]}}\n"
+        f"  compare: {{data: {world / 'sft.jsonl'}, a: {world / 'lora'}, b: base, judge: {tmp_path / 'short.py'}:short,"
+        " sampling: {max_new_tokens: 3}}\n"
+    )
+    out = tmp_path / "out"
+    command = ["run", str(tmp_path / "both.yaml"), "--model", str(world / "model"), "--out", str(out), *FP32]
+    assert main(command) == 0
+    assert len(loads) == 1
+    figures = json.loads((out / "eval").read_text())["results"]
+    assert list(figures) == ["base", str(world / "lora"), str(world / "policy")]
+    assert figures["base"] == run(world, tmp_path, "sft.jsonl")["base"]
+    stages = json.loads((out / "pipeline.json").read_text())["stages"]
+    result = json.loads((out / "compare" / "result.json").read_text())
+    assert stages["compare"]["figures"]["win_rate"] == result["win_rate"]
+    before = (out / "eval").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (out / "eval").stat().st_mtime_ns == before

@@ -3,6 +3,8 @@
 In fp64 where tokens are compared, so that no rounding of any CPU decides between two of them.
 """
 
+from itertools import chain
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -108,3 +110,19 @@ def test_generating_leaves_train_mode_as_it_was(folders):
     host.training("on")
     host.generate([[5]], sampling=Sampling(max_new_tokens=2))
     assert host.base.model.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])  # packed, and row by row
+def test_a_completion_ends_where_stop_says(kind, folders):
+    """It is the beginning of the one without `stop`, up to the first token after which the condition holds."""
+    host, sampling = Host(load(folders[kind])), Sampling(max_new_tokens=24, seed=3)
+    whole = host.generate(PROMPTS, 3, sampling)
+    stop = lambda ids: len(ids) >= 4 and ids[-1] % 3 == 0  # noqa: E731
+    stopped = host.generate(PROMPTS, 3, sampling, stop=stop)
+    ended = 0
+    for before, after in zip(chain(*whole), chain(*stopped), strict=True):
+        ends = [t + 1 for t in range(len(before.ids)) if stop(before.ids[: t + 1])]
+        assert after.ids == before.ids[: ends[0] if ends else None]
+        assert after.stopped == (bool(ends) or before.stopped)
+        ended += bool(ends)
+    assert ended >= 7
