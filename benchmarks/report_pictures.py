@@ -22,7 +22,7 @@ from lowalign.model.base.base import Base
 
 LEARNING_RATES = ("1e-3", "5e-3", "2e-2")
 STEPS = 90
-SIZES = {390: 2400, 1280: 1000}  # width: height of the picture, in pixels
+SIZES = {390: 2400, 1280: 965}  # width: height of the picture, in pixels
 SCHEMES = ("light", "dark")
 
 

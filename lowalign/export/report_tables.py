@@ -72,9 +72,12 @@ def overview(run: Shown) -> dict[str, Any]:
     )
     train = files.recipe.get("train")
     planned = train.get("steps") if isinstance(train, dict) else None
+    steps = "–" if last is None else f"{last:,} of {planned:,}" if is_number(planned) else f"{last:,}"
+    if is_number(meta.get("step")) and last is not None and meta["step"] != last:
+        steps += f", adapter of {meta['step']:,}"
     return {
         "base": option_without_paths(str(base.get("name") or files.recipe.get("model") or "–")),
-        "steps": "–" if last is None else f"{last:,} of {planned:,}" if is_number(planned) else f"{last:,}",
+        "steps": steps,
         "figures": [(name, figure(known[name])) for name in OVERVIEW if is_number(known.get(name))],
         "broken": files.broken,
         "not_finite": sum(

@@ -17,6 +17,7 @@ from lowalign.errors import UserError
 Points = Sequence[tuple[float, float]]  # (step, value)
 RESULTS = ("report.json", "result.json")  # of best-of-n and judge; of compare
 DEPTH = 3  # of folders in which runs are searched: a pipeline, its stage, the rounds of best-of-n
+NO_RUNS = ("adapter", "checkpoints", "tensorboard")  # folders of a run
 LARGEST = 1e150  # of a value that can be drawn
 SAMPLES = {"samples.jsonl": 50_000, "candidates.jsonl": 4, "pairs.jsonl": 4}  # lines that are read
 
@@ -38,13 +39,17 @@ class RunFiles:
     @property
     def verb(self) -> str | None:
         """The verb that wrote the folder; None where nothing says it."""
-        name = self.recipe.get("verb") or self.meta.get("method") or ("merge" if "merge" in self.meta else None)
+        known_by = {"merge": "merge" in self.meta, "best-of-n": "mean_reward" in self.results}
+        known_by["compare"] = "win_rate" in self.results
+        named = self.recipe.get("verb") or self.meta.get("method")
+        name = named or next((verb for verb, known in known_by.items() if known), None)
         return name if name in {verb.name for verb in verbs()} else None
 
     @property
     def finished(self) -> bool:
         """Whether the run ended by itself."""
-        return bool(self.meta or self.results)
+        rounds = self.folder / f"round-{self.recipe.get('rounds')}"  # of best-of-n --train
+        return bool(self.meta or self.results) or (rounds / "sft" / "adapter" / "lowalign.json").is_file()
 
     def names(self) -> list[str]:
         """The metrics, in the order in which they first appear."""
@@ -80,11 +85,21 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
     if any((folder / name).is_file() for name in own) or "merge" in read_object(folder / "lowalign.json"):
         yield folder
     if depth:
-        inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
         place = {name: i for i, name in enumerate(stages_of(folder))}
-        for path in sorted(inner, key=lambda path: (place.get(path.name, len(place)), _begun(path))):
-            if not path.is_symlink():
-                yield from _runs_in(path, depth - 1)
+        for path in sorted(_inner(folder), key=lambda path: (place.get(path.name, len(place)), _begun(path))):
+            yield from _runs_in(path, depth - 1)
+
+
+def _inner(folder: Path) -> list[Path]:
+    """The folders in it where runs may be, by name."""
+    try:
+        return [
+            path
+            for path in sorted(folder.iterdir())
+            if path.name not in NO_RUNS and not path.name.startswith(".") and path.is_dir() and not path.is_symlink()
+        ]
+    except FileNotFoundError:  # removed since it was listed
+        return []
 
 
 def _begun(folder: Path) -> float:

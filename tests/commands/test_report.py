@@ -246,6 +246,28 @@ def test_results_of_other_verbs(tmp_path):
     assert len(line) == 3
 
 
+def test_rounds_of_best_of_n(tmp_path):
+    run = tmp_path / "best"
+    made(run / "round-1" / "sft")
+    (run / "recipe.yaml").write_text("verb: best-of-n\nrounds: 2\n")
+    for k in (1, 2):
+        (run / f"round-{k}").mkdir(exist_ok=True)
+        (run / f"round-{k}" / "report.json").write_text(json.dumps({"mean_reward": {"1": 0.5, "8": k}}))
+    page = page_of(run, out=tmp_path / "page.html")
+    states = {row[0]: row[1:3] for row in page.cells if len(row) == 6}
+    assert states["best"] == ["best-of-n", "not finished"] and states["round-1"] == ["best-of-n", "finished"]
+    assert len(drawn(page, "mean reward by n")) == 2
+    made(run / "round-2" / "sft")
+    page = page_of(run, out=tmp_path / "page.html")
+    assert {row[0]: row[2] for row in page.cells if len(row) == 6}["best"] == "finished"
+
+
+def test_the_step_of_an_adapter_that_is_not_the_last(tmp_path):
+    run = made(tmp_path / "first")
+    (run / "adapter" / "lowalign.json").write_text(json.dumps({"step": 60}))
+    assert page_of(run, out=tmp_path / "page.html").row("first")[4] == "80 of 80, adapter of 60"
+
+
 def test_a_pipeline_and_a_folder_of_runs(tmp_path):
     out = tmp_path / "whole"
     second, first = made(out / "sft"), made(out / "dpo", config=DPOConfig)
