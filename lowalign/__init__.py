@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lowalign.config.sections import Sampling
     from lowalign.data.pack import Example
     from lowalign.export.merge import merge
-    from lowalign.export.pull import pull
-    from lowalign.export.push import push
+    from lowalign.hub.pull import pull
+    from lowalign.hub.push import push
     from lowalign.model.base.base import Base
     from lowalign.model.host import Host
 
@@ -56,8 +56,8 @@ _HOMES = {
     "Host": "lowalign.model.host",
     "Sampling": "lowalign.config.sections",
     "merge": "lowalign.export.merge",
-    "pull": "lowalign.export.pull",
-    "push": "lowalign.export.push",
+    "pull": "lowalign.hub.pull",
+    "push": "lowalign.hub.push",
 }
 _HOMES |= dict.fromkeys(
     ("LoRA", "PrefixTuning", "PromptTuning", "Run", "best_of_n", "dpo", "ppo", "reward", "sft", "train_with"),

@@ -29,6 +29,8 @@ ROOMS = (
     "train",
     "plan",
     "export",
+    "report",
+    "hub",
     "commands",
     "demo",
     "cli",

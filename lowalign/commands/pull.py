@@ -1,7 +1,7 @@
 """`lowalign pull`: an adapter or a model of the Hub → a folder."""
 
 from lowalign.config.commands import PullConfig
-from lowalign.export import pull as export
+from lowalign.hub import pull as export
 
 
 def pull(config: PullConfig) -> int:

@@ -1,7 +1,7 @@
 """`lowalign push`: an adapter or a model → the Hub."""
 
 from lowalign.config.commands import PushConfig
-from lowalign.export import push as export
+from lowalign.hub import push as export
 
 
 def push(config: PushConfig) -> int:

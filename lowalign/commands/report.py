@@ -7,9 +7,9 @@ from pathlib import Path
 from lowalign.config.report import ReportConfig
 from lowalign.durable import write_file
 from lowalign.errors import UserError
-from lowalign.export.report_page import GENERATOR, render
-from lowalign.export.run_files import find_runs, read_run, run_folder
 from lowalign.log import log
+from lowalign.report.page import GENERATOR, render
+from lowalign.report.run_files import find_runs, read_run, run_folder
 from lowalign.train.lock import in_use
 
 PAUSE = 5  # seconds between two pages of --live

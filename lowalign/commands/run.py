@@ -24,8 +24,8 @@ from lowalign.config.pipeline import Stage, read_pipeline
 from lowalign.config.report import ReportConfig
 from lowalign.durable import write_json
 from lowalign.errors import UserError
-from lowalign.export.recipe_summary import changed_options
 from lowalign.log import log
+from lowalign.report.recipe_summary import changed_options
 from lowalign.train.lock import lock_folder
 
 FIGURES = ("loss", "eval/loss", "eval/accuracy", "accuracy", "reward", "kl", "top1", "win_rate", "bytes")

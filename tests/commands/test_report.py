@@ -20,7 +20,7 @@ from lowalign.commands import report as command
 from lowalign.config.dump import dump
 from lowalign.config.sections import DataConfig, TrainConfig
 from lowalign.config.training import DPOConfig, SFTConfig
-from tests.export.page_check import Page
+from tests.report.page_check import Page
 from tests.tiny import tiny_folder
 
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=y>"

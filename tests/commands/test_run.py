@@ -16,7 +16,7 @@ from lowalign.config.commands import PipelineConfig
 from lowalign.config.pipeline import read_pipeline
 from lowalign.errors import UserError
 from tests.commands import child
-from tests.export.page_check import Page
+from tests.report.page_check import Page
 from tests.tiny import tiny_folder
 
 PIPELINES = sorted((Path(__file__).parents[2] / "adapters" / "pipelines").glob("*.yaml"))

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from lowalign.export.artefact import Artefact, read_object
-from lowalign.export.publishable import base_of
+from lowalign.hub.artefact import Artefact, read_object
+from lowalign.hub.publishable import base_of
 
 TEMPLATE = "chat_template.jinja"
 

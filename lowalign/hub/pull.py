@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from lowalign.durable import file_hash, new_folder, write_json
 from lowalign.errors import UserError
-from lowalign.export.artefact import check_folder, known
-from lowalign.export.listing import git_hash, list_files
+from lowalign.hub.artefact import check_folder, known
+from lowalign.hub.listing import git_hash, list_files
 from lowalign.log import log
 from lowalign.model.base.hub import UNSAFE_SUFFIXES
 from lowalign.model.base.hub_errors import HUB_ERRORS, explain

@@ -1,6 +1,6 @@
 """The HTML page of `lowalign report`: what it shows of each run, for the template report.html.jinja.
 
-All of it is data of others. The template escapes every text; here only the SVG of lowalign.export.plot is marked as safe.
+All of it is data of others. The template escapes every text; here only the SVG of lowalign.report.plot is marked as safe.
 """
 
 import re
@@ -14,12 +14,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lowalign import __version__
-from lowalign.export import report_tables as tables
-from lowalign.export.plot import PLOTTED, Curve, chart, smoothed
-from lowalign.export.report_data import data_of_each
-from lowalign.export.report_samples import samples_of
-from lowalign.export.report_tables import COLORS, Shown
-from lowalign.export.run_files import Points, RunFiles, is_number, points_of, stages_of
+from lowalign.report import tables
+from lowalign.report.data import data_of_each
+from lowalign.report.plot import PLOTTED, Curve, chart, smoothed
+from lowalign.report.run_files import Points, RunFiles, is_number, points_of, stages_of
+from lowalign.report.samples import samples_of
+from lowalign.report.tables import COLORS, Shown
 
 GENERATOR = '<meta name="generator" content="lowalign report'  # in every page, so that it is known again
 CONSTANT = 50  # the default moving average has a time constant of 1/50 of the points; none up to 50 points

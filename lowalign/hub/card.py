@@ -12,11 +12,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lowalign.errors import UserError
-from lowalign.export.artefact import CARD, Artefact
-from lowalign.export.loading import loading
-from lowalign.export.local_paths import is_local_path, without_paths
-from lowalign.export.publishable import base_of, is_hub_id
-from lowalign.export.recipe_summary import changed_options
+from lowalign.hub.artefact import CARD, Artefact
+from lowalign.hub.loading import loading
+from lowalign.hub.publishable import base_of, is_hub_id
+from lowalign.report.local_paths import is_local_path, without_paths
+from lowalign.report.recipe_summary import changed_options
 
 PLOT = "metrics.svg"
 GENERATED = (

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from lowalign.export.plot import Curve, chart
-from lowalign.export.report_tables import Figure, figure
-from lowalign.export.run_files import RunFiles, is_number
+from lowalign.report.plot import Curve, chart
+from lowalign.report.run_files import RunFiles, is_number
+from lowalign.report.tables import Figure, figure
 
 ROUNDS, PER_ROUND = 8, 4  # that are shown
 LONGEST = 2000  # characters of a text

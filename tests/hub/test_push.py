@@ -13,9 +13,9 @@ from huggingface_hub import constants
 
 from lowalign.cli import main
 from lowalign.errors import UserError
-from lowalign.export import push as push_module
-from lowalign.export.push import push
-from tests.export.conftest import BASE
+from lowalign.hub import push as push_module
+from lowalign.hub.push import push
+from tests.hub.conftest import BASE
 from tests.hub_stub import DROP, TOKEN, Repo
 
 REPO = "me/adapter"

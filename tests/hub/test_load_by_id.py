@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from lowalign import Base, Example, Host, merge
 from lowalign.cli import main
 from lowalign.export.bitdelta import compress
-from lowalign.export.pull import pull
-from lowalign.export.push import push
+from lowalign.hub.pull import pull
+from lowalign.hub.push import push
 from lowalign.model.policy import load_policy
-from tests.export.conftest import BASE
-from tests.export.test_card import IDS, code_of, expected_logits
+from tests.hub.conftest import BASE
+from tests.hub.test_card import IDS, code_of, expected_logits
 
 REPO = "me/thing"
 

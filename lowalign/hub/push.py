@@ -14,13 +14,13 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import validate_repo_id
 
 from lowalign.errors import UserError
-from lowalign.export.artefact import CARD, Artefact, decides_weights, open_artefact
-from lowalign.export.card import GENERATED, PLOT, CardFacts, make_card
-from lowalign.export.listing import git_hash, list_files
-from lowalign.export.plot import metrics_plot
-from lowalign.export.publishable import base_of, is_hub_id, published_json
+from lowalign.hub.artefact import CARD, Artefact, decides_weights, open_artefact
+from lowalign.hub.card import GENERATED, PLOT, CardFacts, make_card
+from lowalign.hub.listing import git_hash, list_files
+from lowalign.hub.publishable import base_of, is_hub_id, published_json
 from lowalign.log import log
 from lowalign.model.base.hub_errors import HUB_ERRORS, LOG_IN, explain
+from lowalign.report.plot import metrics_plot
 
 PART_BYTES = 20_000_000_000  # the addresses that the Hub gives for uploads expire, so those of a large folder are asked for in parts
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from lowalign.export import plot
-from lowalign.export.plot import Curve, chart, smoothed, thinned, tick_text, ticks
+from lowalign.report import plot
+from lowalign.report.plot import Curve, chart, smoothed, thinned, tick_text, ticks
 
 
 def test_smoothing_is_the_bias_corrected_average():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lowalign.export.run_files import Points, points_of, read_metrics
+from lowalign.report.run_files import Points, points_of, read_metrics
 
 WIDTH, HEIGHT, LEFT, TOP = 340, 190, 52, 26  # of a panel, in pixels; the margins of its axes
 RIGHT, BOTTOM = WIDTH - 16, HEIGHT - 26  # the ends of its axes

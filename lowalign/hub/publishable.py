@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
-from lowalign.export.artefact import Artefact, read_object
-from lowalign.export.local_paths import is_local_path, name_of, without_paths
+from lowalign.hub.artefact import Artefact, read_object
+from lowalign.report.local_paths import is_local_path, name_of, without_paths
 
 _REWRITTEN = ("lowalign.json", "adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lowalign.export.local_paths import is_local_path, name_of, option_without_paths
-from lowalign.export.report_tables import Figure, Shown, figure
-from lowalign.export.run_files import RunFiles, is_number
+from lowalign.report.local_paths import is_local_path, name_of, option_without_paths
+from lowalign.report.run_files import RunFiles, is_number
+from lowalign.report.tables import Figure, Shown, figure
 
 DATA = {
     "rows": "rows",

@@ -10,9 +10,9 @@ import yaml
 
 from lowalign.config.verbs import verbs
 from lowalign.config.yaml_flags import flag_of
-from lowalign.export.local_paths import option_without_paths
-from lowalign.export.recipe_summary import NOT_SHOWN, changed
-from lowalign.export.run_files import RunFiles, is_number, points_of
+from lowalign.report.local_paths import option_without_paths
+from lowalign.report.recipe_summary import NOT_SHOWN, changed
+from lowalign.report.run_files import RunFiles, is_number, points_of
 
 COLORS = 8  # of the template
 FACTS, LISTED, LONGEST = 60, 8, 200  # entries of a result, numbers of a list, characters of other values that are shown

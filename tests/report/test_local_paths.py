@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowalign.export.local_paths import option_without_paths
+from lowalign.report.local_paths import option_without_paths
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.errors import UserError
-from lowalign.export.pull import pull
-from lowalign.export.push import push
+from lowalign.hub.pull import pull
+from lowalign.hub.push import push
 from lowalign.model.policy import load_policy
-from tests.export.conftest import BASE, add_folder
-from tests.export.test_push import stored
+from tests.hub.conftest import BASE, add_folder
+from tests.hub.test_push import stored
 from tests.hub_stub import CUT, DROP, TOKEN, Repo
 
 REPO = "me/thing"
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up(base_hub, artefacts, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr("lowalign.export.pull.shutil.copyfile", full)
+    monkeypatch.setattr("lowalign.hub.pull.shutil.copyfile", full)
     with pytest.raises(UserError, match=f"{REPO} was not pulled: .*: No space left on device"):
         pull(REPO, tmp_path / "out")
     assert leftovers(tmp_path) == []
@@ -177,7 +177,7 @@ def test_a_stop_and_a_kill(base_hub, artefacts, tmp_path):
 
     push(artefacts.run, REPO)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lowalign.export.pull.shutil.copyfile", stop)
+        patch.setattr("lowalign.hub.pull.shutil.copyfile", stop)
         pull(REPO, tmp_path / "out")
     assert leftovers(tmp_path) == []
     (tmp_path / ".saving-out").mkdir()

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.errors import UserError
-from lowalign.export.artefact import open_artefact
-from lowalign.export.card import GENERATED, CardFacts, make_card
-from lowalign.export.plot import metrics_plot
-from lowalign.export.push import push
-from lowalign.export.recipe_summary import changed_options
+from lowalign.hub.artefact import open_artefact
+from lowalign.hub.card import GENERATED, CardFacts, make_card
+from lowalign.hub.push import push
 from lowalign.model.policy import load_policy
-from tests.export.conftest import BASE, TEMPLATE
+from lowalign.report.plot import metrics_plot
+from lowalign.report.recipe_summary import changed_options
+from tests.hub.conftest import BASE, TEMPLATE
 from tests.hub_stub import Repo
 
 REPO = "me/thing"
