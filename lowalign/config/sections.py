@@ -188,7 +188,8 @@ class Sampling:
     seed: int = 0
     """Random seed. A completion depends on the seed, its prompt and its index, not on what else is in the batch."""
     max_rows: int = 64
-    """Maximum completions sampled at a time: memory and speed. Does not change the completions."""
+    """Maximum completions sampled at a time: memory and speed. Does not change the completions, except on a GPU, where its kernels
+    round differently for other numbers of rows."""
     batch_tokens: int = 16384
     """Maximum tokens in the KV cache: each prompt once, plus max_new_tokens for each completion."""
 

@@ -45,8 +45,7 @@ def base(folder, quantization):
     return Base.load(folder, quantization, dtype="float32", device="cpu", quiet=True)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case,quantization", [*((case, "nf4") for case in CASES), ("sft", "none"), ("ppo", "none")])
 def test_the_peak_is_what_the_allocator_hands_out(case, quantization, folder, monkeypatch):
     """To 2 %. The optimizer's step is left out: the CPU version of bitsandbytes computes in 32 bit, the card's does not."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")

@@ -71,14 +71,20 @@ def block_attention(
     return (scores.softmax(-1).nan_to_num() @ value.to(dtype)).to(query.dtype), scores.logsumexp(-1)
 
 
+def flash_has_shape(query: Tensor, value: Tensor) -> bool:
+    """Whether the flash kernel has these heads: at most 256, a multiple of 8, and of the same size for the values."""
+    size = query.shape[-1]
+    return size <= 256 and size % 8 == 0 and value.shape[-1] == size
+
+
 def varlen_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
     """Whether the flash kernel can replace `block_attention`: on CUDA, in 16 bit, without a soft cap."""
     if device_type(query) != "cuda" or softcap or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    same_size = key.shape[-1] == value.shape[-1]
-    if query.is_meta:  # a dry run has no numbers to compare
-        return same_size
-    return same_size and _varlen_is_right(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
+    if not flash_has_shape(query, value):
+        return False
+    # A dry run has no numbers to compare.
+    return query.is_meta or _varlen_is_right(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
 
 
 def varlen_attention(
@@ -113,7 +119,7 @@ def _varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_he
 
 
 def _varlen_error(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> float:
-    """Largest difference from `block_attention` on random numbers, over the four ways the kernel is called."""
+    """Largest difference from `block_attention` on random numbers, over the ways the kernel is called, with few keys and with many."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for query_lengths, key_lengths, used, window in [
@@ -121,6 +127,10 @@ def _varlen_error(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
         ([1, 1], [6, 6], [2, 5], 3),
         ([3, 2], [5, 4], None, None),  # samples on their prompt
         ([3, 2], [5, 4], None, 3),  # a prompt behind a prefix: causal, the last query sees the last key
+        # Over 128 keys the kernel may split them for one query and join the parts.
+        ([1, 1], [320, 320], [310, 129], None),
+        ([1, 1], [320, 320], [310, 129], 200),
+        ([3, 140], [300, 301], None, None),
     ]:
         shapes = (sum(query_lengths), heads, dim), *2 * [(sum(key_lengths), kv_heads, dim)]
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)

@@ -1,6 +1,7 @@
 """Attention over a Pack: a prompt is computed once, however many completions continue it."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -11,7 +12,7 @@ from torch.nn.attention import varlen as torch_varlen
 
 from lowalign.data.pack import Segment
 from lowalign.log import log
-from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, visible
+from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, flash_has_shape, visible
 from lowalign.model.attention.device import device_type
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
@@ -114,7 +115,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     A segment attends causally to itself and to everything before it: the prefix, then its prompt.
     """
     prefix = layout.soft.layer(layer.index, key.dtype)
-    if _varlen_works(query, layer.softcap):
+    if _varlen_works(query, value, layer.softcap):
         return _varlen(query, key, value, layout, prefix, layer)
     lengths = [s.length for s in layout.segments]
     # split, not slices: the backward of a slice makes a full-size zero tensor for every segment.
@@ -133,19 +134,19 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _varlen_works(query: Tensor, softcap: float | None) -> bool:
+def _varlen_works(query: Tensor, value: Tensor, softcap: float | None) -> bool:
     if device_type(query) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if softcap is not None or query.shape[-1] > 256:
-        _log_slow_path("the flash kernel has no soft cap and heads of at most 256")
+    if softcap is not None or not flash_has_shape(query, value):
+        _log_slow_path("the flash kernel has no soft cap, and heads of at most 256 in multiples of 8, equal for values")
         return False
     return True
 
 
 @cache  # reading a signature takes 29 µs, in every layer of every forward
-def _takes_groups() -> bool:
+def _takes_groups(kernel: Callable) -> bool:
     """Whether this torch's kernel takes fewer heads of keys than of queries."""
-    return "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 @cache
@@ -164,7 +165,7 @@ def _varlen(
     if index is not None:
         key, value = key.index_select(0, index), value.index_select(0, index)
     groups, options = query.shape[1] // key.shape[1], {}
-    if groups > 1 and _takes_groups():
+    if groups > 1 and _takes_groups(torch_varlen.varlen_attn):
         options["enable_gqa"] = True
     elif groups > 1:  # torch before 2.13
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -228,7 +228,7 @@ def test_the_calls_of_the_varlen_kernel(kind, soft, monkeypatch):
     assert len(calls) > 50
 
 
-@pytest.mark.parametrize("broken", ["", "lse", "used", "window", "old", "refuses"])
+@pytest.mark.parametrize("broken", ["", "lse", "used", "window", "many", "old", "refuses"])
 def test_a_wrong_varlen_kernel_is_not_used(broken, monkeypatch, capsys):
     """One line is logged. The check runs against the definition of the kernel."""
 
@@ -242,6 +242,8 @@ def test_a_wrong_varlen_kernel_is_not_used(broken, monkeypatch, capsys):
             window = (window[0] + 1, 0)
         options = {"return_aux": return_aux, "enable_gqa": enable_gqa, "scale": scale}
         out, lse = reference_varlen(*args, seqused_k=used, window_size=window, **options)
+        if broken == "many" and args[6] > 256:  # keys of the longest sequence
+            out = out * 0.9
         return out, lse.T if broken == "lse" else lse
 
     def old_kernel(q, k, v, bounds_q, bounds_k, max_q, max_k, is_causal=False):
