@@ -25,7 +25,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 PRECISION = 0.01  # of the prior: a coefficient of 10 (a win rate of 99.995 %) is one standard deviation
 STEPS, LONGEST_STEP, TOLERANCE = 100, 2.0, 1e-10  # of Newton's method
-AT_A_TIME = 2**22  # numbers in one table of resamples x pairs
+AT_A_TIME = 2**20  # numbers in one table of resamples x pairs
 ELO = 400 / math.log(10)  # points for a unit of log-odds
 
 
@@ -79,9 +79,16 @@ def length_controlled(pairs: Outcomes, weight: Tensor) -> Tensor:
 
 def ratings(pairs: Outcomes, weight: Tensor, policies: int, precision: float = PRECISION) -> Tensor:
     """weight (B, M) -> (B, policies): Bradley-Terry in Elo points (400: odds of 10 to 1), 1000 on average."""
+    matches, match = (pairs.first * policies + pairs.second).unique(return_inverse=True)
+    none = torch.zeros(len(weight), len(matches), dtype=torch.float64)
+    # Only the sums matter: how often i beat j, and j beat i; a tie is half of each.
+    wins = none.index_add(1, match, weight * pairs.outcome)
+    losses = none.index_add(1, match, weight * (1 - pairs.outcome))
     one_hot = torch.eye(policies, dtype=torch.float64)
-    columns = one_hot[pairs.first] - one_hot[pairs.second]
-    strength = logistic(columns, pairs.outcome, weight, precision)
+    columns = one_hot[matches // policies] - one_hot[matches % policies]
+    won = torch.ones(len(matches), dtype=torch.float64)
+    y = torch.cat([won, 0 * won])
+    strength = logistic(torch.cat([columns, columns]), y, torch.cat([wins, losses], dim=1), precision)
     return 1000 + ELO * (strength - strength.mean(-1, keepdim=True))
 
 
@@ -121,22 +128,21 @@ def logistic(x: Tensor, y: Tensor, weight: Tensor, precision: float = PRECISION)
 
 def estimates(pairs: Outcomes, statistic: Callable[[Outcomes, Tensor], Tensor], seed: int) -> list[Estimate]:
     """Of each number that `statistic` (pairs, weight (B, M)) -> (B, N) computes, its value and interval."""
-    at_a_time = max(1, AT_A_TIME // max(1, len(pairs.outcome)))
-    parts = resamples(pairs, seed).split(at_a_time)
-    samples = torch.cat([statistic(pairs, part) for part in parts])
+    used, own = pairs.prompt.unique(return_inverse=True)
+    counts = resamples(len(used), seed)
+    at_a_time = max(1, AT_A_TIME // len(own))  # a column for each pair, of many resamples, would not fit in memory
+    samples = torch.cat([statistic(pairs, part[:, own]) for part in counts.split(at_a_time)])
     tail = (1 - CONFIDENCE) / 2
     low, high = samples.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     value = statistic(pairs, pairs.unit_weights)[0]
     return [Estimate(*numbers) for numbers in zip(value.tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
-def resamples(pairs: Outcomes, seed: int) -> Tensor:
-    """(RESAMPLES, M): the weights of the pairs when the prompts that have pairs are drawn with replacement."""
-    used, place = pairs.prompt.unique(return_inverse=True)
-    draws = torch.randint(len(used), (RESAMPLES, len(used)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, len(used), dtype=torch.float64)
-    counts.scatter_add_(1, draws, torch.ones_like(counts))
-    return counts[:, place]
+def resamples(prompts: int, seed: int) -> Tensor:
+    """(RESAMPLES, prompts): how often each prompt is drawn, when as many are drawn with replacement."""
+    draws = torch.randint(prompts, (RESAMPLES, prompts), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
+    return counts.scatter_add_(1, draws, torch.ones_like(counts))
 
 
 def outcomes(rows: Sequence[tuple[float, float, int, int, int]], prompts: int) -> Outcomes:
