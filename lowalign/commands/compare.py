@@ -60,7 +60,7 @@ class _Comparison:
         self.config, self.out = config, config.out
         self.model = base_named_by(config.model, config.policies)
         self.question = JudgePrompt(config.template or Path(__file__).with_name("judge.jinja"))
-        self.function = None if config.judge == "model" else RewardSpec(1.0, config.judge, "--judge").function()
+        self.function = None if config.judge == "model" else RewardSpec(1.0, config.judge).function("--judge")
         self.judge_runs = [] if self.function or config.judge == "model" else [config.judge]
         adapters = adapters_of(config.policies)
         refuse_reward_runs(adapters)

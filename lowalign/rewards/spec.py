@@ -13,28 +13,27 @@ FUNCTIONS: dict[str, Callable] = {}
 
 
 class RewardSpec(NamedTuple):
-    """One reward. name: RUN or FILE.py:NAME, without the weight. option: the flag that names it."""
+    """One reward. name: RUN or FILE.py:NAME, without the weight."""
 
     weight: float
     name: str
-    option: str = "--reward"
 
     @property
     def is_run(self) -> bool:
         """Whether it names a reward run. Raises as `function` does."""
         return self.name not in FUNCTIONS and self.function() is None
 
-    def function(self) -> tuple[Path, str] | None:
-        """(FILE, NAME) of a function; None for a run. Raises UserError when there is no such file."""
+    def function(self, option: str = "--reward") -> tuple[Path, str] | None:
+        """(FILE, NAME) of a function; None for a run. option: the flag, for a message. Raises UserError when there is no such file."""
         match = re.fullmatch(r"(?P<file>.+\.py):(?P<name>\w+)", self.name)
         if match:
             file = Path(match["file"]).expanduser()
             if not file.is_file():
-                raise UserError(f"{self.option} {self.name}: there is no file {file}")
+                raise UserError(f"{option} {self.name}: there is no file {file}")
             return file, match["name"]
         if re.search(r"\.py(:|$)", self.name):
             raise UserError(
-                f"{self.option} {self.name}: name the function after the file: {self.name.partition(':')[0]}:NAME"
+                f"{option} {self.name}: name the function after the file: {self.name.partition(':')[0]}:NAME"
             )
         return None
 
