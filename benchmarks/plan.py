@@ -120,11 +120,9 @@ def table(options: argparse.Namespace) -> None:
             short = peaks(2048 if not options.tiny else 64) / GIB
             free = CONTEXT + LEFT_FREE
             new = own.sampling.max_new_tokens if isinstance(own, PPOConfig) else 0
-            most = config.max_position_embeddings - new
-            found = [
-                largest(peaks, size * 10**9 - free, GRAIN, GRAIN if options.tiny else most, GRAIN) for size in CARDS
-            ]
-            cells = ["–" if n is None else f"{n:,}{'*' if n >= most - GRAIN else ''}" for n in found]
+            most = GRAIN if options.tiny else config.max_position_embeddings - new
+            found = [largest(peaks, size * 10**9 - free, GRAIN, most, GRAIN) for size in CARDS]
+            cells = ["–" if n is None else f"{n:,}{'*' if n > most - GRAIN else ''}" for n in found]
             print(f"| {name} | {method} | {short:.2f} | {' | '.join(cells)} |", flush=True)
 
 

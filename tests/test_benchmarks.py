@@ -102,3 +102,18 @@ def test_a_random_base_carries_the_same_lora_as_a_loaded_one(tmp_path):
         host.add("policy", peft_config(AdapterConfig()))
         kinds.append(type(base.model.model.layers[0].mlp.up_proj))
     assert kinds[0] is kinds[1] and kinds[0].__name__ == "Linear4bit"
+
+
+def test_plan_benchmark_in_its_tiny_form(monkeypatch, capsys):
+    """One setting against the allocator, and one line of the table."""
+    import plan
+
+    monkeypatch.setattr(plan, "SETTINGS", plan.SETTINGS[:1])
+    monkeypatch.setattr(plan, "METHODS", {"SFT": plan.METHODS["SFT"]})
+    for words in (["validate"], ["table", "--models", "Llama-3.1-8B"]):
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--tiny", *words])
+        plan.main()
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    setting, length = rows[1], rows[3]
+    assert setting[1].strip() == "SFT, LoRA" and abs(float(setting[4].strip(" %"))) < 2
+    assert length[1].strip() == "Llama-3.1-8B" and [cell.strip() for cell in length[4:7]] == ["128*"] * 3
