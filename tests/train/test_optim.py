@@ -184,3 +184,15 @@ def test_schedule_by_hand():
     assert factors("cosine", 0.03, 1) == [1]
     # A rounding error (0.07 · 100 is 7.000000000000001) is not an eighth step of warm-up.
     assert factors("linear", 0.07, 100)[6] == 1 and factors("linear", 0.07, 100)[5] < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eps(kind):
+    """After its first step Adam has moved each weight by lr · g / (|g| + ε)."""
+    master = nn.Parameter(torch.zeros(500))
+    config = TrainConfig(optimizer=kind, learning_rate=0.1, eps=0.5)
+    optimizer = make_optimizer({"policy": master}, config)
+    master.grad = torch.linspace(-2, 2, 500)
+    optimizer.step()
+    want = [-0.1 * g / (abs(g) + 0.5) for g in master.grad.tolist()]
+    assert master.tolist() == pytest.approx(want, rel=1e-4, abs=1e-6)
