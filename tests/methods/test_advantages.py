@@ -115,8 +115,8 @@ def test_the_upper_bound_of_its_own():
 
 
 def test_the_ratio_of_a_sequence():
-    """GSPO: with one advantage a completion, value and gradient are those of s = (π(y)/π_old(y))^(1/|y|), as its eq. 5 has it;
-    with one for each token, a token's gradient is s A ∇log π of its own (eq. 14)."""
+    """GSPO: with one advantage a completion, value and gradient are those of s = (π(y)/π_old(y))^(1/|y|), as its section 4.1 has it;
+    with one for each token, a token's gradient is s A ∇log π of its own (section 4.3)."""
     lengths = [3, 1, 4]
     new, old = draw(8).requires_grad_(), draw(8, seed=1)
     log_ratio = losses.sequence_log_ratio(new - old, torch.tensor(lengths))

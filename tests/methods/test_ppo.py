@@ -269,7 +269,7 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
         whole = (((logp - old) * learnt).sum(1) / size).exp()[:, None]
         # Advantages may differ between the tokens, so each token has the gradient of its own log-prob.
         ratio = whole.detach() * token_ratio / token_ratio.detach()
-        if c.ppo.advantage == "group":  # else with one advantage a completion: GSPO as in its eq. 5
+        if c.ppo.advantage == "group":  # else with one advantage a completion: GSPO as in its section 4.1
             ratio = whole.expand_as(token_ratio)
     high = c.ppo.clip if c.ppo.clip_high is None else c.ppo.clip_high
     held = torch.max(-a * ratio, -a * torch.min(torch.max(ratio, torch.tensor(1 - c.ppo.clip)), torch.tensor(1 + high)))
@@ -398,7 +398,7 @@ def test_an_update_is_that_of_four_padded_models(folder, name, tmp_path):
         metrics = plain_metrics(round_, c, stopped)
         clipped = want.get("value_clipfrac") if c.ppo.value_clip else None
         rounding = {name: sums.pop(name) for name in ("sampler_difference", "sampler_difference_max")}
-        assert 0 <= rounding["sampler_difference"] <= rounding["sampler_difference_max"] <= 1e-4  # 2e-6 seen
+        assert 0 <= rounding["sampler_difference"] <= rounding["sampler_difference_max"] <= 1e-4  # 3e-6 seen
         assert {name for name in sums if not name.endswith("_per_second")} == want.keys() | metrics.keys()
         for key, value in ({k: v.item() for k, v in want.items()} | metrics).items():
             assert sums[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
