@@ -39,10 +39,14 @@ def main(questions: int) -> None:
     torch.set_num_threads(1)
     made = requests(questions)
     base = Base.load(BASE, quantization="none", dtype="float32", device="cpu", quiet=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, trust_remote_code=False).eval()
     backends = {
         "lowalign": HostLM(Host(base), Chat(base.tokenizer), 8192),
-        "HFLM": HFLM(pretrained=model, tokenizer=transformers.AutoTokenizer.from_pretrained(BASE), batch_size=BATCH),
+        "HFLM": HFLM(
+            pretrained=model,
+            tokenizer=transformers.AutoTokenizer.from_pretrained(BASE, trust_remote_code=False),
+            batch_size=BATCH,
+        ),
     }
     answers = {}
     for name, backend in backends.items():

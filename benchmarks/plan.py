@@ -101,7 +101,7 @@ def validate(tiny: bool) -> None:
 def random_folder(folder: Path, config: PretrainedConfig) -> None:
     """A model folder with random weights and a tokenizer."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).save_pretrained(folder)
     vocabulary = {str(i): i for i in range(config.vocab_size)}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")), eos_token="1"

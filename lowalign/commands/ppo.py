@@ -4,8 +4,11 @@ OUT/samples.jsonl   some completions of each round with their rewards; the other
 """
 
 import math
+import random
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,11 +17,11 @@ from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.data.prompt_format import formats_of
-from lowalign.data.prompts import distinct_prompts
+from lowalign.data.prompts import Prompts, distinct_prompts
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.methods.ppo import PPO
-from lowalign.methods.ppo_round import Roles
+from lowalign.methods.ppo_round import Roles, std
 from lowalign.methods.rollout import Rollout
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.kinds import BY_OPTION
@@ -27,7 +30,7 @@ from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
 from lowalign.rewards.function import Samples, same_columns
 from lowalign.rewards.reward_run import RunReward, check_prompt_formats
-from lowalign.rewards.rewards import RewardOptions, Rewards, load_functions, load_rewards
+from lowalign.rewards.rewards import CompletionScore, RewardOptions, Rewards, load_functions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
 from lowalign.train.run import PROMPT_FORMAT, Job, RunRows, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
@@ -46,28 +49,33 @@ def ppo(config: PPOConfig, base: Base | None = None) -> int:
 
 
 class PPOSetup:
-    """The steps of one run; `read` keeps for `start` the chat, the columns of the prompts' rows, the rewards that are
-    functions, and the ptx Examples."""
+    """The steps of one run; `read` keeps for `start` the chat, the held-out prompts, the columns of the rows, the rewards
+    that are functions, and the ptx Examples."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.ptx: list[Example] = []
+        self.heldout: Prompts = []
 
     def read(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> RunRows:
-        """The prompts with their ids, and no held-out rows."""
+        """The prompts with their ids, and the ids of the held-out prompts."""
         data, c = self.config.data, self.config
         self.chat = chat
-        if data.eval or data.eval_rows:
-            raise UserError("ppo holds no rows out, its rewards are measured on its samples: remove --data.eval and --data.eval-rows")  # fmt: skip
-        option = "--data.max-length"
-        prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, option, data.prompt_format)
-        formats = formats_of(row.prompt for row, _ in prompts)
+        read = partial(distinct_prompts, chat=chat, limit=data.limit, max_tokens=data.max_length)
+        read = partial(read, option="--data.max-length", prompt_format=data.prompt_format)
+        prompts = read(data.files)
+        if data.eval:
+            self.heldout = read(data.eval)
+        elif data.eval_rows:
+            prompts, self.heldout = _split(prompts, data.eval_rows, c.train.seed)
+        rows = [row for row, _ in (*prompts, *self.heldout)]
+        formats = formats_of(row.prompt for row in rows)
         check_prompt_formats(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
-        self.columns = same_columns([row.columns for row, _ in prompts])
+        self.columns = same_columns([row.columns for row in rows])
         self.functions = load_functions(c.reward, self.columns[0])
         if c.ppo.ptx_data:
             self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
-        return RunRows(prompts, [], formats)
+        return RunRows(prompts, [ids for _, ids in self.heldout], formats)
 
     def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:
         """The method, with its roles on the host. rows: the prompts with their ids."""
@@ -78,34 +86,82 @@ class PPOSetup:
         options = RewardOptions(c.allow_base_mismatch, c.allow_training_spread)
         rewards = load_rewards(c.reward, host, self.chat, options, self.functions)
         value = add_value(host, c, policy, initial) if c.ppo.advantage == "gae" else None
-        prompts, prompt_ids = [row.prompt for row, _ in rows], [ids for _, ids in rows]
-        decode = partial(base.tokenizer.decode, skip_special_tokens=True)
-
-        def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
-            texts = [[decode(c) for c in group] for group in completions]
-            stopped = [[c[-1] in base.eos_ids for c in group] for group in completions]
-            samples = Samples([self.columns[i] for i in numbers], stopped)
-            asked = [prompts[i] for i in numbers], [prompt_ids[i] for i in numbers]
-            scores = rewards(*asked, texts, completions, samples)
-            return [[s.total for s in group] for group in scores]
-
-        def on_round(number: int, numbers: list[int], rollouts: list[Rollout]) -> None:
-            lines = [
-                {"round": number, "prompt": prompts[i], "completion": decode(r.completions[0]), "reward": r.rewards[0]}
-                for i, r in list(zip(numbers, rollouts, strict=True))[: c.rollout.log_samples]
-            ]
-            journal = Journal(c.out / "samples.jsonl")
-            journal.keep(sum(line["round"] < number for line in journal.lines))  # a resumed run repeats rounds
-            journal.add(lines)
-
+        scoring = Scoring(c, base, rewards, [*rows, *self.heldout], self.columns)
         _log_roles(host, policy, reference, value, rewards)
-        return PPO(host, Roles(policy, reference, value), prompt_ids, score, c, self.ptx, on_round)
+        if c.sampling.top_k or c.sampling.top_p < 1:
+            log(
+                "samples are drawn with top-k or top-p, but old log-probs, ratios and KL are those of the full vocabulary: "
+                "the policy that is optimised is not exactly the one that samples"
+            )
+        roles = Roles(policy, reference, value)
+        return PPO(host, roles, [ids for _, ids in rows], scoring, c, self.ptx, scoring.on_round)
 
     def steps(self, prompts: int) -> int:
         """Optimizer steps of --train.epochs passes over the prompts, in whole rounds."""
         r = self.config.rollout
         rounds = math.ceil(self.config.train.epochs * prompts / r.prompts)
         return rounds * self.config.ppo.epochs * (r.prompts // self.config.train.batch_size)
+
+
+class Scoring:
+    """Rewards of sampled completions, and what is written and logged of a round.
+
+    prompts: with their ids, those to train on and then the held-out ones. columns: of their rows.
+    """
+
+    def __init__(
+        self, config: PPOConfig, base: Base, rewards: Rewards, prompts: Prompts, columns: list[dict[str, Any]]
+    ) -> None:
+        self.config, self.base, self.rewards, self.prompts, self.columns = config, base, rewards, prompts, columns
+        self.decode = partial(base.tokenizer.decode, skip_special_tokens=True)
+        self.last: list[CompletionScore] = []  # of the last call
+
+    def __call__(self, numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
+        """The rewards of completions of the prompts with these numbers."""
+        prompts, ids = zip(*((self.prompts[i][0].prompt, self.prompts[i][1]) for i in numbers), strict=True)
+        texts = [[self.decode(c) for c in group] for group in completions]
+        stopped = [[c[-1] in self.base.eos_ids for c in group] for group in completions]
+        samples = Samples([self.columns[i] for i in numbers], stopped)
+        scores = self.rewards(prompts, ids, texts, completions, samples)
+        self.last = [s for group in scores for s in group]
+        return [[s.total for s in group] for group in scores]
+
+    def on_round(self, number: int, numbers: list[int], rollouts: list[Rollout]) -> dict[str, float]:
+        """Write some of a round's completions to OUT/samples.jsonl -> mean and spread of each reward, before its weight."""
+        shown = list(zip(numbers, rollouts, strict=True))[: self.config.rollout.log_samples]
+        lines = [
+            {
+                "round": number,
+                "prompt": self.prompts[i][0].prompt,
+                "completion": self.decode(r.completions[0]),
+                "reward": r.rewards[0],
+            }
+            for i, r in shown
+        ]
+        journal = Journal(self.config.out / "samples.jsonl")
+        journal.keep(sum(line["round"] < number for line in journal.lines))  # a resumed run repeats rounds
+        journal.add(lines)
+        metrics = {}
+        for name, short in short_names(list(self.rewards.parts)).items():
+            values = [score.parts[name] for score in self.last]
+            metrics |= {f"rewards/{short}/mean": sum(values) / len(values), f"rewards/{short}/std": std(values)}
+        return metrics
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, "brevity:short" of "rewards/brevity.py:short"; a whole name where two would be equal."""
+    short = {name: Path(name).name.replace(".py:", ":") for name in names}
+    return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
+
+
+def _split(prompts: Prompts, rows: int, seed: int) -> tuple[Prompts, Prompts]:
+    """The prompts to train on, and `rows` held-out ones, both in their order. Raises UserError when none is left to train on."""
+    if rows >= len(prompts):
+        raise UserError(
+            f"--data.eval-rows {rows:,} of {len(prompts):,} prompts leaves none to train on; hold out fewer"
+        )
+    heldout = set(random.Random(seed).sample(range(len(prompts)), rows))
+    return [p for i, p in enumerate(prompts) if i not in heldout], [p for i, p in enumerate(prompts) if i in heldout]
 
 
 def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> Stack:

@@ -273,7 +273,7 @@ class CheckpointConfig:
     """Write a checkpoint of a run, finished or not, as an adapter folder: what OUT/adapter would be at that step."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN[@STEP|@best]")]
-    """Folder of the run. @STEP: a step that has a checkpoint. @best: the weights with the lowest eval/loss. Default: the
+    """Folder of the run. @STEP: a step that has a checkpoint. @best: the weights with the lowest eval/loss (ppo: highest eval/reward). Default: the
     newest checkpoint."""
     out: OutDir
     """Folder of the adapter. It must not exist."""

@@ -25,7 +25,7 @@ T = TypeVar("T")
 # What may differ when a run is resumed. `out` may: a run folder can be moved, and named in several ways.
 MAY_CHANGE = {
     *("out", "resume", "train.steps", "train.save_every", "train.log_every", "train.eval_every", "train.keep"),
-    *("train.track", "train.token_budget", "train.result", "rounds"),
+    *("train.track", "train.token_budget", "train.result", "rounds", "rollout.eval_every"),
 }
 
 

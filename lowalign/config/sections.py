@@ -151,6 +151,8 @@ class TrainConfig:
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's beta1 and beta2."""
+    eps: float = 1e-8
+    """AdamW's epsilon. The PPO runs of OpenAI used 1e-5 (arXiv 2403.17031)."""
     seed: int = 0
     """Seed of data order, initial weights and dropout."""
     log_every: int = 1
@@ -162,7 +164,7 @@ class TrainConfig:
     keep: int = 2
     """Number of checkpoints kept, besides the best one."""
     result: Literal["best", "last"] | None = None
-    """What OUT/adapter holds. best: the weights with the lowest eval/loss. last: those after the last step. Default: best
+    """What OUT/adapter holds. best: the weights with the lowest eval/loss (ppo: highest eval/reward). last: those after the last step. Default: best
     with held-out rows, last without."""
     checkpointing: Literal["on", "off", "offload"] = "on"
     """Activation checkpointing. on: recompute activations in the backward pass. off: keep them (faster, more memory).

@@ -131,11 +131,13 @@ class RolloutConfig:
     """Prompts per round, a multiple of train.batch_size."""
     samples: int = 4
     """Completions per prompt. group and rloo need at least 2, better 4."""
-    missing_eos: Literal["penalise", "mask", "keep"] = "penalise"
-    """Completions cut off at the length limit. penalise: subtract eos_penalty from their reward. mask: leave them out of
-    the loss. keep: treat them like the others."""
+    missing_eos: Literal["penalise", "replace", "mask", "keep"] = "penalise"
+    """Completions cut off at the length limit. penalise: subtract eos_penalty from their reward. replace: eos_score is their
+    reward (arXiv 2403.17031). mask: leave them out of the loss. keep: treat them like the others."""
     eos_penalty: float = 1.0
-    """Subtracted from the reward of a completion that was cut off."""
+    """penalise: subtracted from the reward of a completion that was cut off."""
+    eos_score: float = -1.0
+    """replace: the reward of a completion that was cut off, below that of most others."""
     length_penalty: float = 0.0
     """Subtracted from the reward for every token; 0.001 to 0.01 if completions grow too long."""
     normalise: Literal["none", "running"] = "none"
@@ -144,6 +146,8 @@ class RolloutConfig:
     """Clip rewards to plus and minus this. 0: no clipping."""
     log_samples: int = 2
     """Completions per round that are written to OUT/samples.jsonl."""
+    eval_every: int = 5
+    """Rounds between evaluations on the held-out prompts of data.eval or data.eval_rows. 0: as train.eval_every says."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,16 @@ class PPOLossConfig:
     """Passes over the completions of a round, 1 to 4."""
     clip: float = 0.2
     """Clip range of the ratio to the policy that sampled: 1 ± this."""
+    clip_high: float | None = None
+    """Clip-higher (DAPO, arXiv 2503.14476): the upper bound is 1 + this, 0.28 there. Default: clip."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What the ratio is of. token: each token. sequence: the whole completion, its geometric mean over the tokens (GSPO, arXiv
+    2507.18071); needs a clip range of about 4e-4."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """What a step's loss is divided by. token: its tokens (DAPO, arXiv 2503.14476). sequence: each completion by its tokens, then
+    by the completions (GRPO, 2402.03300). constant: completions times sampling.max_new_tokens (Dr. GRPO, 2503.20783)."""
+    reshuffle: bool = False
+    """Put the prompts of a round into new minibatches in each epoch, not only the minibatches into a new order."""
     dual_clip: float = 0.0
     """Dual clip, for negative advantages (arXiv 1912.09729): the loss of a token is at most this times |advantage|. Above
     1, usually 3; 0: off."""
@@ -238,6 +252,10 @@ class PPOConfig(RunConfig):
                 self.sampling.temperature > 0,
                 "above 0: a policy that never varies learns nothing",
             ),
+            "--ppo.clip-high": (c.clip_high is None or 0 < c.clip_high < float("inf"), "above 0"),
+            "--rollout.eos-score": (abs(r.eos_score) < float("inf"), "a finite number"),
+            "--rollout.eval-every": (r.eval_every >= 0, "0 or more"),
+            "--train.eps": (0 < self.train.eps < float("inf"), "above 0"),
             "--ppo.kl-target": (c.kl_target is None or c.kl_target > 0, "above 0"),
             "--ppo.dual-clip": (c.dual_clip == 0 or c.dual_clip > 1, "0, or above 1"),
             "--value.share": (not self.value.share or c.advantage == "gae", "off: only gae has a value function"),

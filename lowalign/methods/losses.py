@@ -138,17 +138,41 @@ def kto(ratio: Tensor, label: Tensor, z0: Tensor | float, beta: float) -> Tensor
 # -- PPO: everything per token, (N,) -> (N,) --------------------------------------------------------------------------
 
 
-def clipped_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float, dual_clip: float = 0.0) -> Tensor:
+def clipped_surrogate(
+    logp: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    clip: float,
+    dual_clip: float = 0.0,
+    clip_high: float | None = None,
+) -> Tensor:
     """-min(ρ A, clip(ρ, 1-ε, 1+ε) A) with ρ = π/π_old. arXiv 1707.06347 eq. 7.
 
+    clip_high: the ε of the upper bound, where it has its own (arXiv 2503.14476 section 3.1).
     dual_clip c > 1: where A < 0 the objective is at least c A, so that a huge ratio cannot dominate (arXiv 1912.09729
     eq. 5); 0 turns it off.
     """
     ratio = (logp - old).exp()
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
     if dual_clip:
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return -objective
+
+
+def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
+    """Of each token the mean log-ratio of its completion, log s = 1/|y| Σ_t log π/π_old, with the gradient of its own:
+    log sg[s] + log π - sg[log π] (GSPO-token, arXiv 2507.18071 section 4.3). Where all tokens of a completion have one advantage,
+    the mean over them has the gradient of GSPO (section 4.1). lengths (C,): of the completions, in tokens."""
+    own = log_ratio.detach()
+    means = torch.stack([part.mean() for part in own.split(lengths.tolist())]) if len(lengths) else own
+    return means.repeat_interleave(lengths) + (log_ratio - own)
+
+
+def sequence_mean(values: Tensor, lengths: Tensor, completions: float) -> Tensor:
+    """1/completions Σ_i 1/|y_i| Σ_t values. arXiv 2402.03300 eq. 3 (GRPO). lengths (C,): of these completions, in tokens.
+    completions: their number in the whole step."""
+    return (values / lengths.repeat_interleave(lengths)).sum() / completions
 
 
 def clipped_value(value: Tensor, old: Tensor, target: Tensor, clip: float) -> Tensor:

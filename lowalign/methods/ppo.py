@@ -1,7 +1,7 @@
 """PPO: the policy learns from its own scored samples (arXiv 1707.06347; 1909.08593; 2203.02155; 2403.17031).
 
 L = -E min(ρ A, clip(ρ, 1-ε, 1+ε) A)  +  c_v E ½ max((V - R)², (V_clip - R)²)  +  β E k3(π, π_ref)  -  c_H E H(π)
-    + γ E_pretraining -log π                                                    ρ = π/π_old, means over the step's tokens
+    + γ E_pretraining -log π                            ρ = π/π_old; E: mean over the step's tokens (--ppo.loss-mean)
 
 A round: sample completions of some prompts, then `epochs` passes over them in minibatches. Policy, reference, value and
 reward are adapters on one base. The samples of a prompt share one forward, in which the prompt is computed once.
@@ -19,6 +19,7 @@ from lowalign.config.training import PPOConfig
 from lowalign.data.pack import Example, step_order, total_supervised
 from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
+from lowalign.methods.ppo_loss import StepMeans, policy_loss, supervised_lengths
 from lowalign.methods.ppo_round import Roles, ScoreFunction
 from lowalign.methods.rollout import Rollout, from_tensors, supervised_values, to_tensors
 from lowalign.model.host import Host
@@ -28,7 +29,8 @@ class PPO:
     """The method of `lowalign ppo`.
 
     prompts: token ids. score: completions -> rewards. ptx: rows whose own loss is added to every step. on_round: called
-    with each new round: its number, the numbers of its prompts, and its rollouts.
+    with each new round: its number, the numbers of its prompts, and its rollouts; it may return more metrics of the round.
+    Held-out prompts have the numbers from len(prompts) on.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class PPO:
         score: ScoreFunction,
         config: PPOConfig,
         ptx: Sequence[Example] = (),
-        on_round: Callable[[int, list[int], list[Rollout]], None] = lambda *_: None,
+        on_round: Callable[[int, list[int], list[Rollout]], dict[str, float] | None] = lambda *_: None,
     ) -> None:
         self.host, self.roles, self.config = host, roles, config
         self.prompts, self.score, self.ptx, self.on_round = prompts, score, ptx, on_round
@@ -71,25 +73,36 @@ class PPO:
         if self.step_started is not None:
             since, tokens = self.step_started
             self.speeds["training_tokens_per_second"] = tokens / (now - since)
-        at = step - self.first_step
-        over = at >= self.config.ppo.epochs * self.minibatches or (step > self.last_step and self._kl_exceeded())
-        if self.round < 0 or over:
+        if self.round_over(step):
             self._start_round(step)
-            at = 0
+        at = step - self.first_step
         self.last_step, self.kl_by_example = step, {}
         epoch, k = divmod(at, self.minibatches)
         size, seed = self.config.train.batch_size, self.config.train.seed
         order = step_order(self.minibatches, self.minibatches, seed + self.round, epoch)
-        rollouts = self._minibatches(self.rollouts)[order[k]]
+        rollouts = self._minibatches(self._shuffled(epoch))[order[k]]
         ptx = [self.ptx[i] for i in step_order(len(self.ptx), size, seed, step)] if self.ptx else []
         self.step_started = time.perf_counter(), sum(e.length for e in (*rollouts, *ptx))
         return [*rollouts, *ptx]
 
+    def round_over(self, step: int) -> bool:
+        """Whether `step` begins a new round."""
+        done = step - self.first_step >= self.config.ppo.epochs * self.minibatches
+        return self.round < 0 or done or (step > self.last_step and self._kl_exceeded())
+
     def _kl_exceeded(self) -> bool:
         return 0 < self.config.ppo.target_kl < sum(self.kl_by_example.values())
 
+    def _shuffled(self, epoch: int) -> list[Rollout]:
+        """The round's rollouts in the order that an epoch divides. It is the same in every epoch, so that each minibatch
+        keeps its packs; with --ppo.reshuffle only the first epoch has it, whose first step is checked."""
+        if not (self.config.ppo.reshuffle and epoch):
+            return self.rollouts
+        count = len(self.rollouts)
+        return [self.rollouts[i] for i in step_order(count, count, self.config.train.seed + self.round, epoch)]
+
     def _minibatches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """The rollouts of each step of an epoch. They are the same in every epoch, so each keeps its packs."""
+        """The rollouts of each step of an epoch."""
         size = self.config.train.batch_size
         return [rollouts[k : k + size] for k in range(0, len(rollouts), size)]
 
@@ -114,16 +127,19 @@ class PPO:
         ppo_round.set_advantages(rollouts, c, kl.beta, bias)
         self.speeds["sampling_tokens_per_second"] = sampling_speed
         metrics = ppo_round.round_metrics(rollouts, scores, kl.beta, entropy)
-        self.on_round(number, prompt_numbers, rollouts)
+        metrics |= self.on_round(number, prompt_numbers, rollouts) or {}
+        for rollout in rollouts:
+            rollout.sampler_logps = []
         self.kl, self.moments, self.rollouts, self.round_metrics = kl, moments, rollouts, metrics
         self.round, self.first_step, self.unit_ratio_packs, self.value_bias = number, step, packs, bias
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Rollouts, their supervised tokens, and those of the pretraining mix."""
+        """Rollouts, their supervised tokens, their completions with such tokens, and tokens of the pretraining mix."""
         rollouts = [e for e in examples if isinstance(e, Rollout)]
         others = [e for e in examples if not isinstance(e, Rollout)]
         tokens, ptx = total_supervised(rollouts) or 1, total_supervised(others) or 1
-        return {"rollouts": len(rollouts), "tokens": tokens, "ptx": ptx}
+        completions = len(supervised_lengths(rollouts)) or 1
+        return {"rollouts": len(rollouts), "tokens": tokens, "completions": completions, "ptx": ptx}
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's; it holds rollouts only, or pretraining rows only."""
@@ -135,31 +151,55 @@ class PPO:
         logp, old = gather(own.logps), gather([e.old for e in examples])
         self._assert_unit_ratio(examples, logp, old)
         advantage = gather([e.advantages for e in examples])
-        mean = lambda values: values.sum() / normalizers["tokens"]  # noqa: E731
-        loss = surrogate = mean(losses.clipped_surrogate(logp, old, advantage, c.clip, c.dual_clip))
+        lengths = torch.tensor(supervised_lengths(examples), device=logp.device)
+        means = StepMeans(self.config, lengths, normalizers["tokens"], normalizers["completions"])
+        mean = means.of_loss
+        loss, metrics = policy_loss(logp, old, advantage, means)
         with torch.no_grad():
             log_ratio = logp - old
             kl = log_ratio.exp() - 1 - log_ratio
-            clipped = mean(((log_ratio.exp() - 1).abs() > c.clip).float())
-        metrics = {"policy_loss": surrogate.detach(), "approx_kl": mean(kl), "clipfrac": clipped}
+        metrics["approx_kl"] = means.over_tokens(kl)
         if c.target_kl:
             parts = torch.stack([part.sum() for part in kl.split([e.supervised for e in examples])])
             self.kl_by_example |= zip(map(id, examples), (parts / normalizers["tokens"]).tolist(), strict=True)
         if self.roles.value:
             value = gather(ppo_round.value_function(self.host, self.roles, examples, own)) + self.value_bias
             old_value, target = gather([e.values for e in examples]), gather([e.returns for e in examples])
-            error = mean(losses.clipped_value(value, old_value, target, c.value_clip))
+            errors = losses.clipped_value(value, old_value, target, c.value_clip)
+            error = mean(errors)
             loss = loss + c.value_coef * error
-            metrics["value_loss"] = error.detach()
+            held = (errors > 0.5 * (value - target) ** 2).float()
+            metrics |= {"value_loss": error.detach(), "value_clipfrac": means.over_tokens(held).detach()}
         if c.kl_in_loss:
             loss = loss + self.kl.beta * mean(losses.k3(logp, gather([e.reference_logps for e in examples])))
         if c.entropy:
             loss = loss - c.entropy * mean(gather(own.entropies))
-        share = (
-            len(examples) / normalizers["rollouts"]
-        )  # so that summed over micro-batches they are the round's metrics
-        metrics |= {name: torch.tensor(value * share) for name, value in (self.round_metrics | self.speeds).items()}
+        # So that summed over micro-batches they are the round's metrics.
+        share = len(examples) / normalizers["rollouts"]
+        for name, value in (self.round_metrics | self.speeds).items():
+            metrics[name] = torch.tensor(value if name.endswith("_max") else value * share)
         return loss, metrics | {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Sample one completion of each held-out prompt, with the same random numbers every time -> metrics, among them
+        `reward`, the mean score."""
+        with self.host.use(*self.roles.policy):
+            samples = self.host.generate(prompts, 1, self.config.sampling, seeds=range(len(prompts)))
+        numbers = list(range(len(self.prompts), len(self.prompts) + len(prompts)))
+        scores = [values[0] for values in self.score(numbers, [[c.ids for c in group] for group in samples])]
+        first = [group[0] for group in samples]
+        return {
+            "reward": sum(scores) / len(scores),
+            "reward_std": ppo_round.std(scores),
+            "length": sum(len(c.ids) for c in first) / len(first),
+            "eos_share": sum(c.stopped for c in first) / len(first),
+        }
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the last of --rollout.eval-every rounds ended before `step`."""
+        every = self.config.rollout.eval_every
+        return every > 0 and self.round >= 0 and self.round_over(step) and (self.round + 1) % every == 0
 
     def _ptx_loss(self, examples: Sequence[Example], tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         with self.host.use(*self.roles.policy):

@@ -53,7 +53,10 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
     for prompt, completions in zip(prompts, samples, strict=True):
         masks = [[c.stopped or config.rollout.missing_eos != "mask"] * len(c.ids) for c in completions]
         stopped = [c.stopped for c in completions]
-        rollouts.append(Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped))
+        logps = [c.logprobs for c in completions]
+        rollouts.append(
+            Rollout(list(prompt), [c.ids for c in completions], masks, stopped=stopped, sampler_logps=logps)
+        )
     if config.rollout.missing_eos != "keep" and not any(s for r in rollouts for s in r.stopped):
         raise UserError(
             f"none of the {n * len(rollouts):,} completions of this round ended within {config.sampling.max_new_tokens} tokens; "
@@ -66,7 +69,7 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
 def shape_rewards(
     rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]], config: PPOConfig, moments: RunningMoments
 ) -> None:
-    """Set each completion's reward: its score, normalised and clipped, minus the penalties."""
+    """Set each completion's reward: its score, normalised and clipped, minus the penalties; or what replaces it."""
     c = config.rollout
     if c.normalise == "running":
         moments.update([x for values in scores for x in values])
@@ -76,7 +79,8 @@ def shape_rewards(
             value = value / moments.std if c.normalise == "running" else value
             value = max(-c.reward_clip, min(c.reward_clip, value)) if c.reward_clip else value
             value -= c.eos_penalty if c.missing_eos == "penalise" and not stopped else 0.0
-            r.rewards.append(value - c.length_penalty * len(ids))
+            value -= c.length_penalty * len(ids)
+            r.rewards.append(c.eos_score if c.missing_eos == "replace" and not stopped else value)
 
 
 @torch.no_grad()
@@ -171,6 +175,7 @@ def round_metrics(
     kl = [(r.old[i] - r.reference_logps[i]).sum().item() for i, r in supervised]
     metrics = {
         "reward": sum(flat_scores) / len(flat_scores),
+        "reward_std": std(flat_scores),
         "reward_earned": sum(x for r in rollouts for x in r.rewards) / len(flat_scores),
         "kl": sum(kl) / len(kl),
         "kl_coef": beta,
@@ -184,7 +189,34 @@ def round_metrics(
         values = torch.cat([supervised_values(r, r.values) for r in rollouts])
         spread = returns.var().item() if len(returns) > 1 else 0.0
         metrics["explained_variance"] = 1 - (returns - values).var().item() / spread if spread else 0.0
-    return metrics
+    return metrics | _spread_of_groups(rollouts) | _sampler_difference(rollouts)
+
+
+def _spread_of_groups(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of the rewards R of a prompt's completions: mean standard deviation, and share of the prompts without any."""
+    if len(rollouts[0].rewards) < 2:
+        return {}
+    equal = sum(max(r.rewards) == min(r.rewards) for r in rollouts)
+    return {
+        "group_std": sum(std(r.rewards) for r in rollouts) / len(rollouts),
+        "zero_std_share": equal / len(rollouts),
+    }
+
+
+def _sampler_difference(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """|log π_sampler - log π_old| over the supervised tokens, before any update: the sampler's rounding alone."""
+    pairs = [(supervised_values(r, r.sampler_logps), supervised_values(r, r.old)) for r in rollouts if r.sampler_logps]
+    differences = [(sampler - old.cpu()).abs() for sampler, old in pairs]
+    flat = torch.cat(differences) if differences else torch.zeros(0)
+    if not len(flat):
+        return {}
+    return {"sampler_difference": flat.mean().item(), "sampler_difference_max": flat.max().item()}
+
+
+def std(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1); 0 for a single value."""
+    mean = sum(values) / len(values)
+    return (sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)) ** 0.5
 
 
 def _rewards(rollout: Rollout, config: PPOConfig, beta: float) -> list[Tensor]:

@@ -18,10 +18,12 @@ class Rollout(Example):
 
     old, reference_logps: log-probs under the policy that sampled, and under the reference. values: V(s_t), before each
     token. rewards: one per completion. stopped: whether the completion ended with an end token, not at the length limit.
+    sampler_logps: the sampler's own log-probs, only until the metrics of the round are computed; not in checkpoints.
     """
 
     rewards: list[float] = field(default_factory=list)
     stopped: list[bool] = field(default_factory=list)
+    sampler_logps: list[Tensor] = field(default_factory=list)
     old: list[Tensor] = field(default_factory=list)
     reference_logps: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)

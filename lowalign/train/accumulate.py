@@ -53,7 +53,8 @@ class MicroBatches:
                     flat.accumulate()
             for name, value in ({"loss": loss} | metrics).items():
                 part = torch.as_tensor(value, device=loss.device).detach().double()
-                sums[name] = sums[name] + part if name in sums else part
+                add = torch.maximum if name.endswith("_max") else torch.add
+                sums[name] = add(sums[name], part) if name in sums else part
 
         start(self.budget)
         in_micro_batches(examples, self.budget, compute, restart=start)

@@ -4,7 +4,7 @@
                                    optimizer.safetensors optimizer state, ADAPTER/KEY
                                    method.safetensors    the method's tensors
                                    state.json            step, JSON values, size and sha256 of the three files
-    OUT/checkpoints/best/weights.safetensors             weights with the lowest held-out loss; step in its metadata
+    OUT/checkpoints/best/weights.safetensors             weights with the lowest held-out loss (ppo: highest reward); step in its metadata
 
 Random states are not stored: the engine seeds torch from (seed, step) before each step.
 """

@@ -5,11 +5,13 @@ Left out on purpose: several processes, callbacks, and saved random states (torc
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from lowalign.train import checkpoint
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.guards import assert_all_have_gradients, assert_base_unchanged, refuse_not_finite
 from lowalign.train.lock import lock_folder
-from lowalign.train.method import Method, TrainableHost
+from lowalign.train.method import Method, SamplingMethod, TrainableHost
 from lowalign.train.metrics import MetricsLog
 from lowalign.train.optim import load_state, make_optimizer, read_state, schedule, state_bytes
 from lowalign.train.signals import Interrupted, StopSignals
@@ -49,10 +51,12 @@ def train(
     config: TrainConfig,
     out: Path,
     *,
-    heldout: Sequence[Example] = (),
+    heldout: Sequence[Any] = (),
     resume: bool = False,
 ) -> Result:
     """Train the method's adapters for `config.steps` optimizer steps; the host then holds the trained weights.
+
+    heldout: Examples; prompts for a SamplingMethod.
 
     Writes out/metrics.jsonl and out/checkpoints/. With `resume` it continues from the newest valid checkpoint; the result
     is bit-identical to an uninterrupted run. Raises UserError for a loss that is not finite, too little memory or disk
@@ -99,7 +103,7 @@ class _Run:
     method: Method
     config: TrainConfig
     out: Path
-    heldout: Sequence[Example]
+    heldout: Sequence[Any]
     stop: StopSignals
 
     def __post_init__(self) -> None:
@@ -111,7 +115,7 @@ class _Run:
         self.micro_batches = MicroBatches(self.method, self.flats, self.config.token_budget, self.stop)
         self.saved: int | None = None  # step of the last checkpoint
         self.evaluated: int | None = None  # step of the last evaluation
-        self.best: dict[str, float] | None = None  # {"step", "loss"}
+        self.best: dict[str, float] | None = None  # {"step", "loss"}, or {"step", "reward"}
         self.metrics: dict[str, float] = {}
         self.first_step_checked = False
 
@@ -149,6 +153,8 @@ class _Run:
     def _evaluation_due(self) -> bool:
         if not self.heldout or self.evaluated == self.step:
             return False
+        if isinstance(self.method, SamplingMethod) and self.method.evaluation_due(self.step):
+            return True
         every = self.config.eval_every
         return self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
 
@@ -190,25 +196,36 @@ class _Run:
     def _batch(self) -> list[Example]:
         """The examples of the next step. When the method raises UserError, the finished steps are saved first."""
         self.method.token_budget = self.micro_batches.budget
-        try:
+        with self._saved_on_error():
             return self.method.batch(self.step)
+
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """When the method raises UserError, the finished steps are saved first."""
+        try:
+            yield
         except UserError:
             if self.step and self.saved != self.step:
                 self.save()
             raise
 
     def evaluate(self, metrics_log: MetricsLog) -> None:
-        """Loss and metrics of the held-out rows; the weights with the lowest loss so far are saved."""
+        """Metrics of the held-out rows; the weights with the lowest loss, or the highest reward, so far are saved."""
+        goal, sign = ("reward", -1) if isinstance(self.method, SamplingMethod) else ("loss", 1)
         self.host.training(None)
         try:
-            sums = self.micro_batches.metrics(self.heldout)
+            if isinstance(self.method, SamplingMethod):
+                with self._saved_on_error():
+                    values = self.method.evaluate(self.heldout)
+            else:
+                values = _numbers(self.micro_batches.metrics(self.heldout))
         finally:
             self.host.training(self.config.checkpointing)
-        metrics = {f"eval/{name}": value for name, value in _numbers(sums).items()}
-        loss = metrics["eval/loss"]
-        if math.isfinite(loss) and (self.best is None or loss < self.best["loss"]):
+        metrics = {f"eval/{name}": value for name, value in values.items()}
+        value = values[goal]
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best[goal]):
             checkpoint.save_best(self.out, self.step, self._weights())
-            self.best = {"step": self.step, "loss": loss}
+            self.best = {"step": self.step, goal: value}
         self.metrics |= metrics
         metrics_log.evaluation(self.step, metrics)
         self.evaluated = self.step

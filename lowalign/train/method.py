@@ -29,13 +29,25 @@ class Method(Protocol):
     def loss(
         self, examples: Sequence[Example], normalizers: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Loss and metrics of a micro-batch, divided by the normalizers of the whole STEP, so that they add up."""
+        """Loss and metrics of a micro-batch, divided by the normalizers of the whole STEP, so that they add up. Of
+        metrics whose names end with _max the highest counts."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the step: tensors and JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+
+
+@runtime_checkable
+class SamplingMethod(Protocol):
+    """A method whose held-out rows are prompts, judged by the reward of what it samples, not by a loss."""
+
+    def evaluate(self, prompts: Sequence[Any]) -> dict[str, float]:
+        """Metrics of the held-out prompts, among them `reward`: the weights with the highest are kept as the best."""
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether to evaluate before optimizer step `step`, besides the times of TrainConfig.eval_every."""
 
 
 class FrozenBase(Protocol):

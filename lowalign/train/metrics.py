@@ -15,6 +15,15 @@ from lowalign.durable import write_file, write_point
 from lowalign.errors import UserError
 from lowalign.log import log
 
+# What the line of a step says besides loss, gradient norm and learning rate, where the method has it.
+SAID = {
+    "reward": "reward",
+    "kl": "KL",
+    "length": "length",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
+
 
 def metrics_at(out: Path, step: int) -> dict[str, float]:
     """What OUT/metrics.jsonl has of a step and of an evaluation after it."""
@@ -57,7 +66,8 @@ class MetricsLog:
     def step(self, step: int, metrics: dict[str, float], log_due: bool) -> None:
         """After an optimizer step; written and logged when `log_due`."""
         if self._bar is not None:
-            progress = f"loss {metrics['loss']:.4g}, {metrics['tokens_per_second']:,.0f} tokens/s"
+            said = "".join(f"{word} {value}, " for word, value in _said(metrics))
+            progress = f"loss {metrics['loss']:.4g}, {said}{metrics['tokens_per_second']:,.0f} tokens/s"
             self._bar.set_postfix_str(progress, refresh=False)
             self._bar.update()
         if not log_due:
@@ -66,7 +76,9 @@ class MetricsLog:
         if self._bar is None:
             left = (time.monotonic() - self._started) / (step - self._first) * (self._steps - step)
             log(
-                f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  grad_norm {metrics['grad_norm']:.3g}  "
+                f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
+                + "".join(f"{word} {value}  " for word, value in _said(metrics))
+                + f"grad_norm {metrics['grad_norm']:.3g}  "
                 f"lr {metrics['lr']:.3g}  {metrics['tokens_per_second']:,.0f} tokens/s  ETA {tqdm.format_interval(left)}"
             )
 
@@ -92,6 +104,10 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact.") from error
+
+
+def _said(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    return [(word, f"{metrics[name]:.4g}") for name, word in SAID.items() if name in metrics]
 
 
 def _kept(path: Path, done: int, drop_eval: bool) -> bytes:

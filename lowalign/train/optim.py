@@ -17,7 +17,12 @@ PAGED_FROM = 100_000  # elements; bitsandbytes does not page smaller states
 def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
     """AdamW with one parameter group per adapter: its name and its flat master."""
     groups = [{"name": name, "params": [master]} for name, master in masters.items()]
-    options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    options = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     cuda = all(master.is_cuda for master in masters.values())
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=cuda, **options)

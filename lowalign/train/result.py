@@ -1,4 +1,4 @@
-"""Which weights of a finished run become its adapter: those with the lowest held-out loss, or the last."""
+"""Which weights of a finished run become its adapter: those with the lowest held-out loss (ppo: the highest reward), or the last."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +23,7 @@ class Chosen:
 def refuse_best_without_heldout(config: RunConfig) -> None:
     """Raise UserError for --train.result best without held-out rows."""
     if config.train.result == "best" and not (config.data.eval or config.data.eval_rows):
-        raise UserError(
-            "--train.result best chooses by the loss of held-out rows: add --data.eval-rows N or --data.eval FILE"
-        )
+        raise UserError("--train.result best chooses by held-out rows: add --data.eval-rows N or --data.eval FILE")
 
 
 def choose(host: Host, config: RunConfig, result: Result) -> Chosen:
@@ -39,8 +37,9 @@ def choose(host: Host, config: RunConfig, result: Result) -> Chosen:
     for adapter, tensors in checkpoint.by_adapter(weights).items():
         host.flat(adapter).load(tensors)
     metrics = metrics_at(config.out, result.best_step)
-    best, last = (m.get("eval/loss", float("nan")) for m in (metrics, result.metrics))
-    why = f"it has the weights of step {result.best_step}, with the lowest eval/loss: {best:.4g}, after the last step {last:.4g}"
+    goal = _goal(result)
+    best, last = (m.get(goal.split()[1], float("nan")) for m in (metrics, result.metrics))
+    why = f"it has the weights of step {result.best_step}, with the {goal}: {best:.4g}, after the last step {last:.4g}"
     return Chosen(result.best_step, metrics, why)
 
 
@@ -49,8 +48,13 @@ def _kind(config: RunConfig, result: Result) -> tuple[Literal["best", "last"], s
     if result.best_step is None:
         return "last", "there were no held-out rows to choose by"
     if config.train.result == "last":
-        return "last", f"the lowest eval/loss was at step {result.best_step} (lowalign checkpoint {config.out}@best)"
+        return "last", f"the {_goal(result)} was at step {result.best_step} (lowalign checkpoint {config.out}@best)"
     stored = checkpoint.read_best(config.out)
     if stored is None or stored[0] != result.best_step:  # a run that went further was resumed with fewer steps
-        return "last", f"those of step {result.best_step}, with the lowest eval/loss, are not kept any more"
+        return "last", f"those of step {result.best_step}, with the {_goal(result)}, are not kept any more"
     return "best", ""
+
+
+def _goal(result: Result) -> str:
+    """By what the best weights are chosen: that of PPO's held-out prompts is their reward."""
+    return "lowest eval/loss" if "eval/loss" in result.metrics else "highest eval/reward"

@@ -5,7 +5,7 @@ OUT/adapter_meta.json  what lowalign.json will say that is known before the firs
 OUT/inputs.json        hashes of the files and adapters that it names
 OUT/data_report.json   rows read, truncated and dropped
 OUT/metrics.jsonl      one line per step
-OUT/checkpoints/       to resume from; best/ has the lowest held-out loss
+OUT/checkpoints/       to resume from; best/ has the lowest held-out loss (ppo: the highest reward)
 OUT/adapter/           the adapter (--train.result: the best or the last weights) in peft's format, its chat template, and lowalign.json
 """
 

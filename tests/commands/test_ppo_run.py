@@ -10,13 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from lowalign import Base, Example, Host
 from lowalign.cli import main
-from lowalign.commands.ppo import VALUE, add_value
-from lowalign.config.sections import AdapterConfig
+from lowalign.commands.ppo import VALUE, add_value, short_names
+from lowalign.config.sections import AdapterConfig, Sampling
 from lowalign.config.training import PPOConfig, RolloutConfig, ValueConfig
+from lowalign.data.chat import Chat
+from lowalign.methods.ppo import PPO
 from lowalign.model.policy import load_stack
 from lowalign.train import checkpoint
 from tests.commands import child, tiny_runs
@@ -201,6 +203,87 @@ def test_a_reward_function_with_the_columns_of_the_rows(world, tmp_path, capfd):
     )
 
 
+SUM = """
+def vowels(prompts, completions):
+    return [sum(c in "aeiou" for c in text) - 0.1 * len(text) for text in completions]
+
+def length(prompts, completions):
+    return [len(text) for text in completions]
+"""
+
+
+def test_each_reward_is_logged_by_its_name(world, tmp_path, capfd):
+    """Before its weight; what is sampled with top-k is said to have log-probs of the full vocabulary."""
+    file, out = tmp_path / "f.py", tmp_path / "run"
+    file.write_text(SUM)
+    more = ("--reward", f"{file}:vowels", f"2*{file}:length", "--sampling.top-k", "50")
+    assert main(flags(world, out, *more, mode="group", steps=4)) == 0
+    said = capfd.readouterr().err
+    assert "top-k or top-p, but old log-probs, ratios and KL are those of the full vocabulary" in said
+    for line in lines(out):
+        assert line["reward"] == pytest.approx(line["rewards/f:vowels/mean"] + 2 * line["rewards/f:length/mean"])
+        assert line["rewards/f:vowels/std"] > 0 and line["rewards/f:length/std"] > 0
+        assert f"reward {line['reward']:.4g}  KL {line['kl']:.4g}  length {line['length']:.4g}  grad_norm" in said
+        assert line["sampler_difference_max"] < 1  # in bfloat16; log-probs after top-k would be some nats higher
+    assert short_names(["a/f.py:g", "b/f.py:g", "runs/reward"]) == {
+        "a/f.py:g": "a/f.py:g", "b/f.py:g": "b/f.py:g", "runs/reward": "reward",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, tmp_path_factory):
+    """A run with held-out prompts, evaluated after every round (of two steps)."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    (world / "eval.jsonl").write_text("".join(json.dumps({"prompt": f"Where is {n}?"}) + "\n" for n in "ABCDEFGH"))
+    assert main(flags(world, out, *HELDOUT(world), mode="group")) == 0
+    return out
+
+
+HELDOUT = lambda world: ("--data.eval", f"{world}/eval.jsonl", "--rollout.eval-every", "1", "--ppo.epochs", "1")  # noqa: E731
+
+
+def test_held_out_prompts_choose_the_weights_by_reward(world, evaluated, capfd):
+    """The adapter is that of the step with the highest mean reward of the held-out prompts, and has that reward."""
+    rewards = {line["step"]: line["eval/reward"] for line in lines(evaluated) if "eval/reward" in line}
+    assert list(rewards) == [0, 2, 4, 6, 8] and len(set(rewards.values())) > 2
+    best = max(rewards, key=rewards.get)
+    assert checkpoint.read_best(evaluated)[0] == best
+    meta = json.loads((evaluated / "adapter" / "lowalign.json").read_text())
+    assert meta["step"] == best and meta["metrics"]["eval/reward"] == rewards[best]
+    base = Base.load(world / "model", device="cpu", quiet=True)
+    host, chat = Host(base), Chat(base.tokenizer)
+    base.end_at(chat.end_of_turn)
+    prompts = [chat.text_ids(f"Where is {n}?") for n in "ABCDEFGH"]
+    with host.use(*load_stack(host, "a", str(evaluated))):
+        samples = host.generate(prompts, 1, Sampling(max_new_tokens=8), seeds=range(8))
+    texts = [base.tokenizer.decode(group[0].ids, skip_special_tokens=True) for group in samples]
+    want = sum(sum(c in "aeiou" for c in text) - 0.1 * len(text) for text in texts) / 8
+    assert rewards[best] == pytest.approx(want, abs=1e-9)
+
+
+def test_killed_with_held_out_prompts(world, evaluated, tmp_path):
+    out = tmp_path / "run"
+    arguments = flags(world, out, *HELDOUT(world), mode="group")
+    assert child.run(arguments, LOWALIGN_KILL_AT="metrics-line:7") == -signal.SIGKILL
+    assert main([*arguments, "--resume"]) == 0
+    assert_same(out, evaluated)
+    assert checkpoint.read_best(out)[0] == checkpoint.read_best(evaluated)[0]
+
+
+def test_rows_held_out_of_the_prompts(world, tmp_path):
+    """No prompt is on both sides."""
+    out = tmp_path / "run"
+    arguments = flags(world, out, "--data.eval-rows", "2", "--rollout.log-samples", "4", mode="group", steps=6)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "evaluate", lambda self, prompts: seen.append(list(map(tuple, prompts))) or {"reward": 0.0})
+        assert main(arguments) == 0
+    assert len(seen[0]) == 2 and all(prompts == seen[0] for prompts in seen)
+    trained = {json.loads(line)["prompt"] for line in (out / "samples.jsonl").read_text().split("\n")[:-1]}
+    chat = Chat(AutoTokenizer.from_pretrained(world / "model"))
+    assert len(trained) == 4 and not {tuple(chat.text_ids(prompt)) for prompt in trained} & set(seen[0])
+
+
 # -- interrupted ------------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +428,12 @@ WRONG = {
     ("--ppo.dual-clip", "0.9"): "--ppo.dual-clip must be 0, or above 1",
     ("--ppo.advantage", "group", "--value.share"): "--value.share must be off: only gae has a value function",
     ("--ppo.kl", "0"): "--ppo.kl-target with --ppo.kl must be a coefficient to begin with, above 0",
-    ("--data.eval-rows", "2"): "ppo holds no rows out, its rewards are measured on its samples: remove --data.eval "
-    "and --data.eval-rows",
+    ("--data.eval-rows", "6"): "--data.eval-rows 6 of 6 prompts leaves none to train on; hold out fewer",
+    ("--data.eval", "nowhere.jsonl"): "nowhere.jsonl: no such file",
+    ("--ppo.clip-high", "-0.1"): "--ppo.clip-high must be above 0",
+    ("--rollout.eval-every", "-1"): "--rollout.eval-every must be 0 or more",
+    ("--rollout.eos-score", "nan"): "--rollout.eos-score must be a finite number",
+    ("--train.eps", "0"): "--train.eps must be above 0",
     ("--data.max-length", "3"): "no prompt of {world}/prompts.jsonl is left (6 prompts, 6 of them longer than 3 tokens "
     "and left out); see --data.max-length",
 }

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,6 +99,49 @@ def test_clipped_surrogate(dual):
     assert logp.grad.tolist() == pytest.approx([slope for _, slope in want], rel=1e-12)
 
 
+def test_the_upper_bound_of_its_own():
+    """DAPO's clip-higher, by cases: a ratio between 1.2 and 1.5 is clipped only where the bound is 1.2."""
+    ratios = [0.5, 0.79, 0.81, 1.0, 1.21, 1.4, 1.49, 1.51, 3.0]
+    cells = [(r, a) for r in ratios for a in (-2.0, 0.7)]
+    old = draw(len(cells))
+    logp = (old + torch.tensor([r for r, _ in cells], dtype=torch.float64).log()).requires_grad_()
+    advantage = torch.tensor([a for _, a in cells], dtype=torch.float64)
+    loss = losses.clipped_surrogate(logp, old, advantage, 0.2, clip_high=0.5)
+    loss.sum().backward()
+    want = [-min(r * a, min(max(r, 0.8), 1.5) * a) for r, a in cells]
+    slope = [0.0 if (a > 0 and r > 1.5) or (a < 0 and r < 0.8) else -r * a for r, a in cells]
+    assert loss.tolist() == pytest.approx(want, rel=1e-12)
+    assert logp.grad.tolist() == pytest.approx(slope, rel=1e-12)
+
+
+def test_the_ratio_of_a_sequence():
+    """GSPO: with one advantage a completion, value and gradient are those of s = (π(y)/π_old(y))^(1/|y|), as its section 4.1 has it;
+    with one for each token, a token's gradient is s A ∇log π of its own (section 4.3)."""
+    lengths = [3, 1, 4]
+    new, old = draw(8).requires_grad_(), draw(8, seed=1)
+    log_ratio = losses.sequence_log_ratio(new - old, torch.tensor(lengths))
+    starts = [0, 3, 4, 8]
+    parts = [slice(a, b) for a, b in pairwise(starts)]
+    s = [math.exp(sum((new[t] - old[t]).item() for t in range(a, b)) / (b - a)) for a, b in pairwise(starts)]
+    per_token = [value for value, n in zip(s, lengths, strict=True) for _ in range(n)]
+    assert log_ratio.exp().tolist() == pytest.approx(per_token, rel=1e-12)
+    advantages = torch.tensor([0.3] * 3 + [-2.0] + [1.7] * 4, dtype=torch.float64)
+    (got,) = torch.autograd.grad(losses.sequence_mean(log_ratio.exp() * advantages, torch.tensor(lengths), 3), new)
+    other = new.detach().clone().requires_grad_()
+    whole = sum((other[p] - old[p]).mean().exp() * advantages[p][0] for p in parts) / 3
+    (want,) = torch.autograd.grad(whole, other)
+    assert got.tolist() == pytest.approx(want.tolist(), rel=1e-12)
+    own = draw(8, seed=2)
+    (got,) = torch.autograd.grad((losses.sequence_log_ratio(new - old, torch.tensor(lengths)).exp() * own).sum(), new)
+    assert got.tolist() == pytest.approx([x * a for x, a in zip(per_token, own.tolist(), strict=True)], rel=1e-12)
+
+
+def test_the_mean_of_sequences():
+    values, lengths = draw(8), [3, 1, 4]
+    want = (sum(values[:3].tolist()) / 3 + values[3].item() + sum(values[4:].tolist()) / 4) / 5
+    assert losses.sequence_mean(values, torch.tensor(lengths), 5).item() == pytest.approx(want, rel=1e-12)
+
+
 def test_clipped_value():
     # V_old = 0, R = 1: within ±0.2 the error itself; beyond, the worse of it and of the clipped value's.
     cases = {0.1: 0.9**2, 0.5: 0.8**2, 1.0: 0.8**2, 2.5: 1.5**2, -0.5: 1.5**2}
@@ -178,6 +222,9 @@ def test_what_completions_earn():
     assert r.rewards == pytest.approx([1.5 - 0.2, 0.0 - 0.25 - 0.3])
     ppo_round.shape_rewards([r], [[4.0, 0.0]], config({"missing_eos": "keep"}), moments)
     assert r.rewards == [4.0, 0.0] and moments.count == 2
+    fixed = options | {"missing_eos": "replace", "eos_score": -0.7}  # instead of score and penalties
+    ppo_round.shape_rewards([r], [[4.0, 9.0]], config(fixed), RunningMoments(2, 0.0, 8.0))
+    assert r.rewards == pytest.approx([min(1.5, 4 / statistics.pstdev([2.0, -2.0, 4.0, 9.0])) - 0.2, -0.7])
 
 
 KL = {
@@ -258,7 +305,15 @@ def test_a_round_in_numbers():
     assert metrics == pytest.approx(
         {"reward": 8, "reward_earned": 1.5, "kl": 0.25, "kl_coef": 0.3, "entropy": 1.5, "length": 2.5}
         | {"eos_share": 0.5, "truncated_share": 0.5, "explained_variance": 1 - 6 / 6.8}
+        | {"reward_std": 2**0.5, "group_std": 0.5**0.5, "zero_std_share": 0}
     )
+    same = rollout(rewards=[4.0, 4.0], returns=[], sampler_logps=[torch.tensor([-1.5, -2.0]), torch.zeros(3)], **KL)
+    r.sampler_logps, r.returns = [old + 0.25 for old in r.old], []
+    metrics = ppo_round.round_metrics([r, same], [[7.0, 9.0], [7.0, 7.0]], 0.3, 1.5)
+    assert metrics["zero_std_share"] == 0.5 and metrics["group_std"] == pytest.approx(0.5**0.5 / 2)
+    apart = [0.25] * 5 + [abs(a - b) for a, b in zip([-1.5, -2.0, 0, 0, 0], torch.cat(r.old).tolist(), strict=True)]
+    assert metrics["sampler_difference"] == pytest.approx(sum(apart) / 10)
+    assert metrics["sampler_difference_max"] == pytest.approx(max(apart))
     # A masked completion has no log-probs, so it does not count in the KL.
     r.masks = [[True, True], [False] * 3]
     assert ppo_round.round_metrics([r], [[7.0, 9.0]], 0.3, 1.5)["kl"] == pytest.approx(0.5)

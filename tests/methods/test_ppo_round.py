@@ -97,6 +97,60 @@ def test_a_round_is_epochs_over_its_minibatches(host):
     assert sorted(first + second[:2]) == list(range(6))  # a pass over the prompts, then the next
 
 
+def test_reshuffled_minibatches(host):
+    """The first epoch is as without; in the others every rollout comes once, in minibatches of its own."""
+    plain, method = ppo(host, epochs=6), ppo(host, epochs=6, reshuffle=True)
+    first = place(method, method.batch(0))
+    steps = [first, *(place(method, method.batch(step)) for step in range(1, 12))]
+    assert steps[:2] == [place(plain, plain.batch(step)) for step in range(2)]
+    epochs = [steps[k : k + 2] for k in range(0, 12, 2)]
+    assert all(sorted(i for batch in epoch for i in batch) == [0, 1, 2, 3] for epoch in epochs)
+    divisions = {frozenset(map(frozenset, epoch)) for epoch in epochs}
+    assert len(divisions) > 1 and frozenset({frozenset({0, 1}), frozenset({2, 3})}) in divisions
+    other = ppo(host, epochs=6, reshuffle=True)  # in the middle of a round
+    other.load_state(method.state())
+    assert place(other, other.batch(7)) == steps[7]
+
+
+def place(method: PPO, batch) -> list[int]:
+    """The numbers of a minibatch's rollouts in their round."""
+    return [next(i for i, r in enumerate(method.rollouts) if r is e) for e in batch]
+
+
+def test_held_out_prompts_are_evaluated_after_every_so_many_rounds(host):
+    """One completion of each, with the same random numbers every time; its score is asked for by the numbers that follow
+    those of the training prompts."""
+    asked = []
+
+    def score(numbers, completions):
+        asked.append((list(numbers), completions))
+        return even(numbers, completions)
+
+    method = ppo(host, score, rollout={"eval_every": 2})
+    heldout = [[61, 62], [63, 64, 65], [66]]
+    first = method.evaluate(heldout)
+    assert not method.evaluation_due(0)  # the engine itself evaluates before the first step
+    numbers, completions = asked.pop()
+    assert numbers == [6, 7, 8] and [len(group) for group in completions] == [1, 1, 1]
+    with host.use("policy"):
+        want = [g[0] for g in host.generate(heldout, 1, method.config.sampling, seeds=range(3))]
+    assert [group[0] for group in completions] == [c.ids for c in want]
+    rewards = [sum(t % 2 == 0 for t in c.ids) / len(c.ids) for c in want]
+    mean = sum(rewards) / 3
+    assert first == pytest.approx({
+        "reward": mean, "reward_std": (sum((r - mean) ** 2 for r in rewards) / 2) ** 0.5,
+        "length": sum(len(c.ids) for c in want) / 3, "eos_share": sum(c.stopped for c in want) / 3,
+    })  # fmt: skip
+    due = []
+    for step in range(17):
+        due += [step] * method.evaluation_due(step)
+        before = json.dumps({k: v for k, v in method.state().items() if not isinstance(v, torch.Tensor)})
+        assert method.evaluate(heldout) == first  # the weights are the same
+        assert json.dumps({k: v for k, v in method.state().items() if not isinstance(v, torch.Tensor)}) == before
+        method.batch(step)
+    assert due == [8, 16]  # a round is four steps
+
+
 def test_few_prompts_are_sampled_twice_with_other_draws(host):
     method = ppo(host, prompts=1)
     seen = []

@@ -41,6 +41,27 @@ def test_tokens_per_second_counts_all_tokens_since_the_last_line(tmp_path, monke
     assert seconds == int(seconds) and 2 <= seconds <= 8
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_line_of_a_step_says_what_its_method_is_about(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    more = {
+        "ppo": {"reward": 0.53125, "kl": 1.25, "length": 47.5, "rewards/short/mean": 9.0},
+        "dpo": {"rewards/accuracies": 0.75, "rewards/margins": 0.0312, "rewards/chosen": 9.0},
+    }
+    said = {"ppo": "reward 0.5312  KL 1.25  length 47.5", "dpo": "accuracy 0.75  margin 0.0312"}
+    for name, metrics in more.items():
+        with MetricsLog(tmp_path, "none", 3, None) as metrics_log:
+            metrics_log.step(1, STEP | metrics, log_due=True)
+            metrics_log.step(2, STEP | metrics, log_due=True)
+        text = capsys.readouterr().err
+        line = (
+            f"loss 1.5, {said[name].replace('  ', ', ')}, 1,234"
+            if terminal
+            else f"loss 1.5000  {said[name]}  grad_norm"
+        )
+        assert line in text and "9" not in said[name]
+
+
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
     with MetricsLog(tmp_path, "none", 3, None) as metrics_log:
         metrics_log.step(1, STEP | {"explained_variance": float("nan"), "kl": float("inf")}, log_due=True)

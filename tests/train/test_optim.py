@@ -217,3 +217,15 @@ def test_paged_state_waits_for_the_device(monkeypatch):
     events.clear()
     read_state(optimizer)
     assert events[0] == "wait" and events.count("wait") == 1 and events.count("read") >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eps(kind):
+    """After its first step Adam has moved each weight by lr · g / (|g| + ε)."""
+    master = nn.Parameter(torch.zeros(500))
+    config = TrainConfig(optimizer=kind, learning_rate=0.1, eps=0.5)
+    optimizer = make_optimizer({"policy": master}, config)
+    master.grad = torch.linspace(-2, 2, 500)
+    optimizer.step()
+    want = [-0.1 * g / (abs(g) + 0.5) for g in master.grad.tolist()]
+    assert master.tolist() == pytest.approx(want, rel=1e-4, abs=1e-6)
