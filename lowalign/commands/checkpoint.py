@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lowalign.config import recipe
-from lowalign.config.commands import CheckpointConfig
+from lowalign.config.export import CheckpointConfig
 from lowalign.config.training import RunConfig
 from lowalign.config.verbs import verbs
 from lowalign.config.yaml_flags import verb_in

@@ -1,6 +1,6 @@
 """`lowalign merge`: base + adapters → a model folder that plain transformers loads."""
 
-from lowalign.config.commands import MergeConfig
+from lowalign.config.export import MergeConfig
 from lowalign.export.merge import write_merged
 from lowalign.model.base.base import Base
 

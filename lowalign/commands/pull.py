@@ -1,6 +1,6 @@
 """`lowalign pull`: an adapter or a model of the Hub → a folder."""
 
-from lowalign.config.commands import PullConfig
+from lowalign.config.export import PullConfig
 from lowalign.hub import pull as export
 
 

@@ -1,6 +1,6 @@
 """`lowalign push`: an adapter or a model → the Hub."""
 
-from lowalign.config.commands import PushConfig
+from lowalign.config.export import PushConfig
 from lowalign.hub import push as export
 
 

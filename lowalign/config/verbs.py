@@ -6,19 +6,16 @@ from lowalign.config.bitdelta import CompressConfig, DistilConfig
 from lowalign.config.commands import (
     BestOfNConfig,
     ChatConfig,
-    CheckpointConfig,
     CopyRecipeConfig,
     DataCheckConfig,
     GenerateConfig,
     JudgeConfig,
-    MergeConfig,
     PipelineConfig,
-    PullConfig,
-    PushConfig,
     ScoreConfig,
     ShowRecipeConfig,
 )
 from lowalign.config.evaluation import CompareConfig, EvalConfig
+from lowalign.config.export import CheckpointConfig, MergeConfig, PullConfig, PushConfig
 from lowalign.config.plan import PlanOptions
 from lowalign.config.report import ReportConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig

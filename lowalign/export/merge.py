@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from lowalign.config.commands import MergeConfig
+from lowalign.config.export import MergeConfig
 from lowalign.durable import new_folder, write_json
 from lowalign.errors import UserError
 from lowalign.export.agreement import TrainedModel, check_predictions, check_prompts, check_scores, run_trained
@@ -40,7 +40,7 @@ def merge(adapters: Sequence[str], out: str | Path, **options: Any) -> dict[str,
     """Write base + adapters as plain weights to a new folder. Returns what its lowalign.json holds under "merge".
 
     adapters: runs, adapter folders or Hub ids, in the order they stack; each brings the adapters it was trained on top of.
-    options: those of `lowalign merge` (lowalign.config.commands.MergeConfig), such as onto="original" or verify=False.
+    options: those of `lowalign merge` (lowalign.config.export.MergeConfig), such as onto="original" or verify=False.
     Raises UserError when the merge is not possible or not the trained model; then nothing is left of it.
     """
     return write_merged(MergeConfig(tuple(map(str, adapters)), Path(out), **options))

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from lowalign.config.commands import MergeConfig
+from lowalign.config.export import MergeConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
 from lowalign.export.bitdelta_update import BitDeltaUpdate
