@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from lowalign.config.commands import JudgeConfig
+from lowalign.config.evaluation import JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formats_of, formatted
 from lowalign.data.rows.answers import Answers, read_answers

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lowalign.config.commands import ScoreConfig
+from lowalign.config.evaluation import ScoreConfig
 from lowalign.data.any_rows import load_any
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lowalign.config.sections import BaseConfig, OutDir, PromptFormat, Sampling
+from lowalign.config.sections import BaseConfig, Model, OutDir, PromptFormat, Sampling
 from lowalign.errors import UserError
 
 Policy = Annotated[str, tyro.conf.arg(metavar="POLICY")]
@@ -125,3 +125,81 @@ class EvalConfig:
             raise UserError("nothing to measure: give --adapter RUN, or --model M for the base alone")
         if not 0 < self.beta < float("inf"):
             raise UserError(f"--beta is {self.beta}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Compare answers in pairs with a judge model, in both orders. Verdicts that agree become preferences."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+    """Rows with prompt and completions; or prompt, completion_a and completion_b; or prompt and completion, one answer
+    per row."""
+    out: OutDir
+    """Folder of the run. The preferences are written to OUT/pairs.jsonl."""
+    model: str | None = None
+    """The judge, or the base of the reward run: a folder or a Hub id. Not needed for a Python function."""
+    adapter: str | None = None
+    """The judge's adapter: a run, an adapter folder or a Hub id."""
+    reward: tuple[str, ...] = ()
+    """Compare the answers by their scores instead: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python
+    function of prompts and completions that returns numbers. Several: their weighted sum."""
+    template: Path | None = None
+    """The judge's prompt: a Jinja file with the variables prompt, a and b. The judge must answer with the letter A or B."""
+    prompt_format: PromptFormat | None = None
+    """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
+    assistant."""
+    margin: float = 0.0
+    """A mean log-odds (or difference of scores) below this is a tie."""
+    max_length: int = 4096
+    """Maximum tokens of one judge prompt. Pairs that need more are skipped."""
+    token_budget: int = 8192
+    """Maximum tokens of a forward: memory and speed."""
+    allow_base_mismatch: bool = False
+    """Accept adapters that were trained on another base."""
+    allow_training_spread: bool = False
+    """In a sum of rewards, accept a reward run whose mean and spread were measured on the rows it was trained on."""
+    resume: bool = False
+    """Resume from the verdicts in OUT."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise UserError(f"--margin is {self.margin}; it must be 0 or more")
+        if not self.reward and self.model is None:
+            raise UserError("no judge: give --model M, or --reward SPEC")
+        if self.reward and (self.adapter or self.template):
+            raise UserError("--adapter and --template are options of a judge model; with --reward there is none")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score completions with a reward run: one line of JSON per completion; for preferences, also the accuracy."""
+
+    model: Model
+    """Base model, a folder or a Hub id."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="RUN")]
+    """Reward run, an adapter folder or a Hub id."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+    """Rows of sft or of preferences."""
+    prompt_format: PromptFormat | None = None
+    """Prompts and answers that are strings. text (default): plain text, without the chat template. chat: turns of user and
+    assistant."""
+    out: Path | None = None
+    """Output file, which grows block by block. It must not exist, unless with --resume. Default: standard output."""
+    max_length: int = 2048
+    """Maximum tokens of a prompt with its completion. Longer prompts are cut from the left."""
+    limit: int | None = None
+    """Use only the first N rows of each file, for a trial."""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """Bad rows: refuse to start, or skip them."""
+    token_budget: int = 8192
+    """Maximum tokens of a forward: memory and speed."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    resume: bool = False
+    """Resume from the scores in the output file."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise UserError("--resume goes on with a file: give it with --out FILE")

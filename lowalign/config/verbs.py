@@ -9,12 +9,10 @@ from lowalign.config.commands import (
     CopyRecipeConfig,
     DataCheckConfig,
     GenerateConfig,
-    JudgeConfig,
     PipelineConfig,
-    ScoreConfig,
     ShowRecipeConfig,
 )
-from lowalign.config.evaluation import CompareConfig, EvalConfig
+from lowalign.config.evaluation import CompareConfig, EvalConfig, JudgeConfig, ScoreConfig
 from lowalign.config.export import CheckpointConfig, MergeConfig, PullConfig, PushConfig
 from lowalign.config.plan import PlanOptions
 from lowalign.config.report import ReportConfig

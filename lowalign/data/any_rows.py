@@ -1,7 +1,6 @@
 """Rows of sft or of preferences, whichever a file holds, for commands that measure on both."""
 
-from lowalign.config.commands import ScoreConfig
-from lowalign.config.evaluation import EvalConfig
+from lowalign.config.evaluation import EvalConfig, ScoreConfig
 from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import Dataset, load_examples

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowalign.config.commands import JudgeConfig
-from lowalign.config.evaluation import CompareConfig
+from lowalign.config.evaluation import CompareConfig, JudgeConfig
 from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example

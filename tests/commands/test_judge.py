@@ -15,7 +15,7 @@ import lowalign.rewards.pairwise
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.commands.judge import judge
-from lowalign.config.commands import JudgeConfig
+from lowalign.config.evaluation import JudgeConfig
 from lowalign.config.sections import BaseConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
