@@ -13,6 +13,7 @@ from lowalign.commands.ppo import ppo
 from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.demo import configs as demo
+from lowalign.demo import world
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
 from lowalign.model.adapters.kinds import peft_config
@@ -94,3 +95,37 @@ def test_a_soft_prompt_on_the_bare_base_earns_more(tmp_path, kind):
     assert ppo(config, Base.load(demo.BASE, device="cpu", quiet=True)) == 0
     rewards = [json.loads(line)["reward"] for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert rewards[-1] > rewards[0] + 0.05
+
+
+EXACT = """
+from lowalign.demo import world
+
+def exact(prompts, completions, *, number, stopped):
+    assert all(isinstance(n, int) for n in number)
+    return [world.score(p, c, stopped=s).total for p, c, s in zip(prompts, completions, stopped, strict=True)]
+"""
+
+
+@pytest.mark.slow
+def test_the_best_weights_by_the_reward_of_held_out_prompts(tmp_path):
+    """On the tiny world's bare base: held-out prompts earn more too (measured: 0.26 to 0.40), and the adapter is
+    that of the best evaluation."""
+    (tmp_path / "reward.py").write_text(EXACT)
+    rows = [{"prompt": messages, "number": i} for i, messages in enumerate(world.prompts(96, seed=5))]
+    config = demo.ppo_config(tmp_path)
+    config = replace(
+        config,
+        init=None,
+        data=replace(config.data, files=(demo.write(tmp_path / "rows.jsonl", rows),), eval_rows=32),
+        reward=(f"{tmp_path}/reward.py:exact",),
+        train=replace(config.train, steps=16, batch_size=16, schedule="constant", clip=1.0, log_every=1),
+        rollout=replace(config.rollout, prompts=32, samples=4, normalise="none", eval_every=1),
+        ppo=replace(config.ppo, advantage="group", kl=0.05),
+    )
+    assert ppo(config, Base.load(demo.BASE, device="cpu", quiet=True)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    rewards = {line["step"]: line["eval/reward"] for line in lines if "eval/reward" in line}
+    assert list(rewards) == [0, 4, 8, 12, 16]
+    best = max(rewards, key=rewards.get)
+    assert rewards[best] > rewards[0] + 0.01
+    assert json.loads((tmp_path / "ppo" / "adapter" / "lowalign.json").read_text())["step"] == best
