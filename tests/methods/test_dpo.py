@@ -76,9 +76,10 @@ def plain_loss(host, name, config, examples) -> torch.Tensor:
             ref = row_logps(host, (), e)
         k = range(len(pi))
         each = [plain_pair(name, config, pi[i], pi[j], ref[i], ref[j]) for i in k for j in k if e.rank[i] < e.rank[j]]
-        nll = -pi[e.rank.index(0)].mean()
-        total = total + torch.stack(each).mean() + {"rpo": 0.7, "orpo": 1.0}.get(name, 0.0) * nll
-    return total / len(examples)
+        best = [i for i in k if e.rank[i] == min(e.rank)]
+        nll = -sum(pi[i].mean() for i in best) / len(best)
+        total = total + e.weight * (torch.stack(each).mean() + {"rpo": 0.7, "orpo": 1.0}.get(name, 0.0) * nll)
+    return total / sum(e.weight for e in examples)
 
 
 def test_the_rows_are_the_models_own(folder):
@@ -97,6 +98,7 @@ def test_the_rows_are_the_models_own(folder):
 def test_packed_equals_separate_rows(folder, name, kind):
     config = DPOLossConfig(**({"loss": "sigmoid"} | LOSSES[name]))
     host, examples = host_with(folder, kind, noise=0.05), rankings((2, 4, 2), masked=True)
+    examples[0].weight, examples[1].weight, examples[1].rank = 0.5, 3.0, [1, 0, 0, 2]  # two are the best
     want = plain_loss(host, name, config, examples)
     want.backward()
     want_gradient = gradient(host)
@@ -109,6 +111,35 @@ def test_packed_equals_separate_rows(folder, name, kind):
         assert abs(sum(parts) - want) <= 1e-5 * abs(want)
         assert relative(gradient(host), want_gradient) <= 5e-5  # 1.4e-6 seen
     host.training(None)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_metrics_are_those_of_the_pairs(folder, loss):
+    """Means over all pairs, whatever their weight; a reward is β log π/π_ref, without a reference β log π a token."""
+    host, examples = host_with(folder), rankings((2, 3), masked=True)
+    examples[0].weight, beta = 4.0, 0.3
+    method = DPO(host, examples, ("policy",), (), DPOLossConfig(loss=loss, beta=beta), TrainConfig(batch_size=2))
+    pairs = []
+    with torch.no_grad():
+        _, metrics = method.loss(examples, method.normalizers(examples))
+        for e in examples:
+            pi, ref = (row_logps(host, stack, e) for stack in (("policy",), ()))
+            logp = [float(p.sum()) for p in pi]
+            reward = [
+                beta * float(p.mean() if loss == "simpo" else (p - r).sum()) for p, r in zip(pi, ref, strict=True)
+            ]
+            k = range(len(pi))
+            pairs += [(logp[i], logp[j], reward[i], reward[j]) for i in k for j in k if e.rank[i] < e.rank[j]]
+    chosen, rejected, up, down = (torch.tensor(column).double() for column in zip(*pairs, strict=True))
+    want = {
+        "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(), "rewards/chosen": up.mean(),
+        "rewards/rejected": down.mean(), "rewards/margins": (up - down).mean(),
+        "rewards/accuracies": (up > down).double().mean(),
+    }  # fmt: skip
+    assert len(pairs) == 4 and float(want["rewards/accuracies"]) != 0.5  # inverted it would be another number
+    assert {name: float(metrics[name]) for name in want} == pytest.approx(
+        {name: float(value) for name, value in want.items()}, rel=1e-4, abs=1e-5
+    )
 
 
 def test_every_name_of_the_option_has_a_loss():
@@ -166,6 +197,7 @@ def thumbs() -> list[Example]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_kto(folder, kind):
     host, examples = host_with(folder, kind, noise=0.05), thumbs()
+    examples[0].weight, examples[4].weight = 2.0, 0.25
     config = DPOLossConfig(loss="kto", beta=0.5, desirable=1.5, undesirable=0.5)
     ratio = lambda e, i: row_logps(host, ("policy",), e)[i].sum() - row_logps(host, (), e)[i].sum().detach()  # noqa: E731
     with torch.no_grad():
@@ -175,13 +207,14 @@ def test_kto(folder, kind):
             for answer in b.completions
         ]
         z0 = max(0.0, sum(ratio(e, 0) for e in others).item() / 6)
-    total = 0.0
+    total, rewards = 0.0, {True: [], False: []}
     for e in examples:
         for i in range(len(e.completions)):
             up = e.label if e.rank is None else e.rank[i] == 0
             lead = 0.5 * (ratio(e, i) - z0)
-            total = total + (1.5 * (1 - torch.sigmoid(lead)) if up else 0.5 * (1 - torch.sigmoid(-lead)))
-    want = total / 6
+            rewards[up].append(lead.item() + 0.5 * z0)
+            total = total + e.weight * (1.5 * (1 - torch.sigmoid(lead)) if up else 0.5 * (1 - torch.sigmoid(-lead)))
+    want = total / (2.0 + 3 + 2 * 0.25)
     want.backward()
     want_gradient = gradient(host)
     rows = [*examples, Example([5] * 40, [[6] * 40], label=True)]  # one that is longer than any mismatch
@@ -195,6 +228,9 @@ def test_kto(folder, kind):
     assert abs(sum(loss for loss, _ in parts) - want) <= 1e-5 * want
     assert relative(gradient(host), want_gradient) <= 1e-5
     assert sum(float(m["kl"]) for _, m in parts) == pytest.approx(z0, rel=1e-4, abs=1e-6)
+    for name, up in (("chosen", True), ("rejected", False)):  # β log π/π_ref
+        mean = sum(rewards[up]) / len(rewards[up])
+        assert sum(float(m[f"rewards/{name}"]) for _, m in parts) == pytest.approx(mean, rel=1e-4, abs=1e-5)
 
 
 def test_kto_labels_and_mismatches():

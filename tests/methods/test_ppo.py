@@ -49,7 +49,9 @@ CASES = {
         budget=50,
     ),
     "gae, k3": Case(policy="prompt", value="prefix", ppo={"kl_in": "loss", "kl": 0.3}, budget=80),
-    "gae, soft value": Case(value="prompt", ptx=True, ppo={"ptx_coef": 0.7}, rollout={"missing_eos": "keep"}),
+    "gae, soft value": Case(
+        value="prompt", ptx=True, ppo={"ptx_coef": 0.7}, rollout={"missing_eos": "keep"}, temperature=0.8
+    ),
     "gae, shared": Case(share=True, ppo={"entropy": 0.02}, ptx=True, budget=60),
     "group": Case(ppo={"advantage": "group", "kl_in": "loss", "entropy": 0.01}, temperature=1.3),
     "group, no spread": Case(policy="prefix", ppo={"advantage": "group", "group_std": False}, budget=60),

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowalign import Base, Host
+from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
 from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.errors import UserError
 from lowalign.methods import ppo_round
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles
+from lowalign.methods.rollout import Rollout
 from lowalign.model.adapters.kinds import peft_config
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.engine import train
@@ -95,6 +96,38 @@ def test_a_round_is_epochs_over_its_minibatches(host):
             assert all({place[id(e)] // 2 for e in batch} in ({0}, {1}) for batch in two)
     first, second = (prompts for _, prompts, _ in rounds)
     assert sorted(first + second[:2]) == list(range(6))  # a pass over the prompts, then the next
+
+
+def test_each_epoch_takes_the_minibatches_in_an_order_of_its_own(host):
+    method = ppo(host, epochs=6)
+    steps = [place(method, method.batch(step)) for step in range(12)]
+    epochs = [steps[k : k + 2] for k in range(0, 12, 2)]
+    assert [0, 1] in epochs[0] and [2, 3] in epochs[0]
+    assert {tuple(map(tuple, epoch)) for epoch in epochs} == {((0, 1), (2, 3)), ((2, 3), (0, 1))}
+
+
+def test_the_pretraining_rows_come_in_turn(host):
+    """Two in each step behind the rollouts, and all six within three steps, in each pass."""
+    method = ppo(host)
+    method.ptx = [Example([60 + i], [[70, 80 + i]]) for i in range(6)]
+    steps = [[e for e in method.batch(step) if not isinstance(e, Rollout)] for step in range(6)]
+    assert [len(rows) for rows in steps] == [2] * 6
+    for once in (steps[:3], steps[3:]):
+        assert sorted(e.prompt[0] for rows in once for e in rows) == [60, 61, 62, 63, 64, 65]
+
+
+def test_the_level_of_the_value_function_is_set_once(host):
+    """With a head of zero the values are that level: in a later round they are still those of the first."""
+    method = ppo(host, whiten=False)
+    method.batch(0)
+    level = method.value_bias
+    assert level != 0
+    shift(host, 0.1)
+    method.batch(4)
+    assert method.round == 1 and method.value_bias == level
+    assert all(torch.equal(v, torch.full_like(v, level)) for r in method.rollouts for v in r.values)
+    again = [replace(r, values=[torch.zeros_like(v) for v in r.values]) for r in method.rollouts]
+    assert abs(ppo_round.value_bias(again, method.config, method.kl.beta) - level) > 0.01  # what it would be now
 
 
 def test_reshuffled_minibatches(host):
@@ -220,6 +253,18 @@ def test_a_round_ends_early_when_the_policy_went_too_far(host):
         engine(host, never).gradients(never.batch(step), 0)
         shift(host, 0.1)
     assert never.round == 0
+
+
+def test_the_limit_of_the_divergence_is_on_its_mean_over_the_steps_tokens(host):
+    method = ppo(host, target_kl=1.0)
+    run = engine(host, method)
+    run.gradients(method.batch(0), 0)
+    shift(host, 0.1)
+    mean = float(run.gradients(method.batch(1), 0)["approx_kl"])
+    assert len(method.kl_by_example) == 2 and min(method.kl_by_example.values()) > 0.02 * mean
+    for limit, over in ((0.99 * mean, True), (1.01 * mean, False)):
+        method.config = replace(method.config, ppo=replace(method.config.ppo, target_kl=limit))
+        assert method.round_over(2) == over
 
 
 def test_what_is_done_again_counts_once(host):

@@ -91,6 +91,17 @@ def test_plackett_luce_and_centring_reach_the_loss(folder):
     assert (centred - plain).item() == pytest.approx(0.3 * sum(squares).item() / 2, rel=1e-4)
 
 
+def test_plackett_luce_weighs_the_examples(folder):
+    """The loss of two rankings with weights 3 and ½ is (3 a + ½ b) / 3.5, of the losses that each has alone."""
+    host, examples = host_with(folder, head=True), rankings((3, 2))
+    method = method_on(host, examples, loss="plackett-luce")
+    a, b = (method.loss([e], method.normalizers([e]))[0].item() for e in examples)
+    examples[0].weight, examples[1].weight = 3.0, 0.5
+    loss, _ = method.loss(examples, method.normalizers(examples))
+    assert abs(a - b) > 0.01
+    assert loss.item() == pytest.approx((3 * a + 0.5 * b) / 3.5, rel=1e-5)
+
+
 def test_plackett_luce_does_not_ignore_margins(folder):
     host, examples = host_with(folder, head=True), rankings((2, 2))
     examples[0].margin = 1.5
@@ -121,6 +132,8 @@ def test_metrics_are_those_of_the_pairs(folder):
     assert len(lead) == 4
     assert metrics["rewards/accuracies"] == pytest.approx(sum(d > 0 for d in lead) / 4)
     assert metrics["rewards/margins"] == pytest.approx(sum(lead) / 4, rel=1e-5)
+    assert sum(d > 0 for d in lead) != 2  # inverted it would be another number
+    assert metrics["rewards/mean"].item() == pytest.approx(torch.cat(r).mean().item(), rel=1e-5)  # of 5 completions
 
 
 def test_pairs_of_a_ranking_with_ties():
