@@ -1,0 +1,73 @@
+"""What the roles of a `lowalign ppo` run are: the reference that --reference names, and what a fresh value function is on."""
+
+import json
+
+import pytest
+import torch
+
+from lowalign import Base, Host
+from lowalign.cli import main
+from lowalign.commands import ppo as command
+from lowalign.methods.ppo import PPO
+from lowalign.model.policy import load_stack
+from tests.tiny import tiny_folder
+
+FP32 = ("--base.quantization", "none", "--base.dtype", "float32", "--base.device", "cpu", "--data.no-cache")
+SFT = ("--train.steps", "2", "--train.batch-size", "2", "--train.learning-rate", "5e-2", "--adapter.r", "4")
+ROUND = (
+    "--rollout.prompts", "4", "--rollout.samples", "2", "--train.batch-size", "2", "--train.steps", "1", "--adapter.r",
+    "4", "--value.adapter.r", "4", "--sampling.max-new-tokens", "6", "--rollout.missing-eos", "keep",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, two sft runs that are not alike, prompts and a reward function."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_folder(folder / "model", "llama")
+    (folder / "f.py").write_text("def f(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    prompts = [{"prompt": f"Where is {name}?"} for name in "ABCD"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    for name, text in (("one", "jumps over the lazy dog"), ("two", "Paris is the capital")):
+        rows = [{"prompt": f"What is {i}?", "completion": text} for i in range(4)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = ("--model", f"{folder}/model", "--data", f"{folder}/{name}.jsonl", "--out", f"{folder}/{name}")
+        assert main(["sft", *files, *SFT, *FP32]) == 0
+    return folder
+
+
+def method_of(world, out, monkeypatch, *more: str) -> PPO:
+    """The method of a run, after its only step."""
+    methods = []
+
+    class Kept(PPO):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            methods.append(self)
+
+    monkeypatch.setattr(command, "PPO", Kept)
+    files = ("--model", f"{world}/model", "--data", f"{world}/prompts.jsonl", "--out", str(out))
+    assert main(["ppo", *files, "--reward", f"{world}/f.py:f", *ROUND, *FP32, *more]) == 0
+    return methods[0]
+
+
+@pytest.mark.parametrize("reference", ["start", "base", "two"])
+def test_the_reference_is_the_one_that_is_named(world, tmp_path, monkeypatch, reference):
+    """Its log-probs of the sampled completions are those of that run, or of the bare base, loaded alone."""
+    name = f"{world}/two" if reference == "two" else reference
+    method = method_of(world, tmp_path / "run", monkeypatch, "--init", f"{world}/one", "--reference", name)
+    host = Host(Base.load(world / "model", quantization="none", dtype="float32", device="cpu", quiet=True))
+    stacks = {"start": load_stack(host, "one", f"{world}/one"), "base": (), "two": load_stack(host, "two", f"{world}/two")}  # fmt: skip
+    logps = {}
+    for stack_name, stack in stacks.items():
+        with host.use(*stack), torch.no_grad():
+            logps[stack_name] = torch.cat([t for row in host.logprobs(method.rollouts) for t in row])
+    got = torch.cat([t for r in method.rollouts for t in r.reference_logps])
+    torch.testing.assert_close(got, logps.pop(reference), rtol=1e-4, atol=1e-4)
+    assert all((got - other).abs().max() > 0.05 for other in logps.values())
+
+
+def test_a_fresh_value_function_is_on_what_the_policy_starts_from(world, tmp_path, monkeypatch):
+    """Not on the policy, whose updates would change the values under it."""
+    roles = method_of(world, tmp_path / "run", monkeypatch, "--init", f"{world}/one").roles
+    assert (roles.policy, roles.reference, roles.value) == (("init", "policy"), ("init",), ("init", command.VALUE))
