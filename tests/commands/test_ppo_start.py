@@ -1,6 +1,7 @@
 """What the roles of a `lowalign ppo` run are: the reference that --reference names, and what a fresh value function is on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.commands import ppo as command
+from lowalign.config.sections import TrainConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
 from lowalign.methods.ppo import PPO
 from lowalign.model.policy import load_stack
 from tests.tiny import tiny_folder
@@ -71,3 +74,10 @@ def test_a_fresh_value_function_is_on_what_the_policy_starts_from(world, tmp_pat
     """Not on the policy, whose updates would change the values under it."""
     roles = method_of(world, tmp_path / "run", monkeypatch, "--init", f"{world}/one").roles
     assert (roles.policy, roles.reference, roles.value) == (("init", "policy"), ("init",), ("init", command.VALUE))
+
+
+def test_the_steps_of_a_run_are_whole_rounds():
+    """3 passes over 6 prompts are 18, in rounds of 4: five rounds, each with 2 epochs of 2 minibatches."""
+    train, rollout = TrainConfig(epochs=3, batch_size=2), RolloutConfig(prompts=4, samples=2)
+    config = PPOConfig("", Path(), train=train, rollout=rollout, ppo=PPOLossConfig(epochs=2))
+    assert command.PPOSetup(config).steps(6) == 20

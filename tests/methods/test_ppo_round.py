@@ -10,7 +10,7 @@ import torch
 
 from lowalign import Base, Example, Host
 from lowalign.config.sections import AdapterConfig, Sampling, TrainConfig
-from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig
+from lowalign.config.training import PPOConfig, PPOLossConfig, RolloutConfig, ValueConfig
 from lowalign.errors import UserError
 from lowalign.methods import ppo_round
 from lowalign.methods.ppo import PPO
@@ -128,6 +128,12 @@ def test_the_level_of_the_value_function_is_set_once(host):
     assert all(torch.equal(v, torch.full_like(v, level)) for r in method.rollouts for v in r.values)
     again = [replace(r, values=[torch.zeros_like(v) for v in r.values]) for r in method.rollouts]
     assert abs(ppo_round.value_bias(again, method.config, method.kl.beta) - level) > 0.01  # what it would be now
+
+
+def test_the_value_function_has_a_learning_rate_of_its_own(host):
+    method = ppo(host)
+    config = replace(method.config, value=ValueConfig(learning_rate=3.0))
+    assert PPO(host, method.roles, method.prompts, even, config).lr_multipliers == {"policy": 1.0, "value": 3.0}
 
 
 def test_reshuffled_minibatches(host):

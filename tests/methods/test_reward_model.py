@@ -157,6 +157,19 @@ def test_a_tie_draws_scores_together(folder):
     assert loss.item() == pytest.approx(-0.5 * (F.logsigmoid(a - b) + F.logsigmoid(b - a)).item(), rel=1e-6)
 
 
+def test_a_tie_in_a_ranking_counts_as_each_of_its_pairs(folder):
+    """Of three pairs one is tied: the mean of the three, whatever the weight of the only ranking."""
+    host = host_with(folder, head=True, noise=0.5)
+    example = Example([5, 6], [[7, 8], [9, 10, 11], [12]], rank=[0, 1, 1], weight=6.0)
+    with host.use("policy"):
+        a, b, c = host.scores([example], "policy")[0].detach()
+    method = method_on(host, [example], ties=True)
+    loss, _ = method.loss([example], method.normalizers([example]))
+    tie = -0.5 * (F.logsigmoid(b - c) + F.logsigmoid(c - b))
+    want = (-F.logsigmoid(a - b) - F.logsigmoid(a - c) + tie) / 3
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
 def test_completions_are_cut_behind_their_last_supervised_token():
     e = Example([1], [[2, 3, 4], [5, 6]], [[True, True, False], [False, True]], [0, 1])
     assert scored(e).completions == [[2, 3], [5, 6]]
