@@ -76,6 +76,14 @@ def test_a_fresh_value_function_is_on_what_the_policy_starts_from(world, tmp_pat
     assert (roles.policy, roles.reference, roles.value) == (("init", "policy"), ("init",), ("init", command.VALUE))
 
 
+def test_a_shown_sample_has_its_own_reward(world, tmp_path, monkeypatch):
+    """The reward of these runs is the length of the text."""
+    method = method_of(world, tmp_path / "run", monkeypatch, "--rollout.log-samples", "4")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().split("\n")[:-1]]
+    assert len(lines) == 4 and [line["reward"] for line in lines] == [len(line["completion"]) for line in lines]
+    assert any(r.rewards[0] != r.rewards[1] for r in method.rollouts)
+
+
 def test_the_steps_of_a_run_are_whole_rounds():
     """3 passes over 6 prompts are 18, in rounds of 4: five rounds, each with 2 epochs of 2 minibatches."""
     train, rollout = TrainConfig(epochs=3, batch_size=2), RolloutConfig(prompts=4, samples=2)
