@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import load_examples
+from lowalign.data.dataset import heldout_count, load_examples
 from lowalign.data.pack import Example
 from lowalign.data.prompt_format import formats_of
 from lowalign.data.prompts import Prompts, distinct_prompts
-from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.methods.ppo import PPO
 from lowalign.methods.ppo_round import Roles, std
@@ -154,12 +153,9 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
 
 
-def _split(prompts: Prompts, rows: int, seed: int) -> tuple[Prompts, Prompts]:
-    """The prompts to train on, and `rows` held-out ones, both in their order. Raises UserError when none is left to train on."""
-    if rows >= len(prompts):
-        raise UserError(
-            f"--data.eval-rows {rows:,} of {len(prompts):,} prompts leaves none to train on; hold out fewer"
-        )
+def _split(prompts: Prompts, eval_rows: float, seed: int) -> tuple[Prompts, Prompts]:
+    """The prompts to train on, and the held-out ones, both in their order. Raises UserError when none is left to train on."""
+    rows = heldout_count(eval_rows, len(prompts))
     heldout = set(random.Random(seed).sample(range(len(prompts)), rows))
     return [p for i, p in enumerate(prompts) if i not in heldout], [p for i, p in enumerate(prompts) if i in heldout]
 

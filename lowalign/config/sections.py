@@ -40,8 +40,9 @@ class DataConfig:
     """JSON or JSONL files, or Hub dataset ids (NAME or NAME:SPLIT). The flag is --data FILE …"""
     eval: tuple[str, ...] = ()
     """Held-out files, for evaluation. With these or eval_rows, the adapter is the best one: see train.result."""
-    eval_rows: int = 0
-    """Number of rows to hold out, if `eval` names no files. They are chosen at random, by train.seed."""
+    eval_rows: float = 0
+    """Number of rows to hold out, if `eval` names no files. Below 1: that share of the rows, at most 200 of them. They are
+    chosen at random, by train.seed."""
     shape: ShapeName = "auto"
     """Row format. auto: recognised from the columns."""
     ignore: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from lowalign.durable import file_hash, write_jsonl
 from lowalign.errors import UserError
 
 LISTED = 20  # bad rows shown before training is refused
+MOST_HELDOUT = 200  # of a share
 UNUSED = ("files", "eval", "eval_rows", "on_error", "template", "cache")  # options that do not change tokenized rows
 
 
@@ -87,12 +88,19 @@ def list_bad(dataset: Dataset) -> list[str]:
     return [count, *listed, *([f"  … and {more:,} more"] if more else [])]
 
 
-def split_heldout(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """-> the Examples to train on, and those of `rows` rows held out from the end of a seeded shuffle. Both keep their
-    order; all Examples of a row go to one side. Raises UserError when nothing would be left to train on."""
+def heldout_count(eval_rows: float, total: int) -> int:
+    """How many of `total` rows --data.eval-rows holds out. Raises UserError when none would be left to train on."""
+    rows = int(eval_rows) if eval_rows >= 1 else min(MOST_HELDOUT, int(eval_rows * total))
+    if rows and rows >= total:
+        raise UserError(f"--data.eval-rows {rows:,} of {total:,} rows leaves none to train on; hold out fewer")
+    return rows
+
+
+def split_heldout(examples: Sequence[Example], eval_rows: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """-> the Examples to train on, and those of the rows held out from the end of a seeded shuffle. Both keep their order;
+    all Examples of a row go to one side. Raises UserError when nothing would be left to train on."""
     sources = list(dict.fromkeys(example.source for example in examples))
-    if rows >= len(sources):
-        raise UserError(f"--data.eval-rows {rows:,} of {len(sources):,} rows leaves none to train on; hold out fewer")
+    rows = heldout_count(eval_rows, len(sources))
     random.Random(seed).shuffle(sources)
     heldout = set(sources[len(sources) - rows :])
     return [e for e in examples if e.source not in heldout], [e for e in examples if e.source in heldout]

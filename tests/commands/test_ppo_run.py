@@ -428,7 +428,7 @@ WRONG = {
     ("--ppo.dual-clip", "0.9"): "--ppo.dual-clip must be 0, or above 1",
     ("--ppo.advantage", "group", "--value.share"): "--value.share must be off: only gae has a value function",
     ("--ppo.kl", "0"): "--ppo.kl-target with --ppo.kl must be a coefficient to begin with, above 0",
-    ("--data.eval-rows", "6"): "--data.eval-rows 6 of 6 prompts leaves none to train on; hold out fewer",
+    ("--data.eval-rows", "6"): "--data.eval-rows 6 of 6 rows leaves none to train on; hold out fewer",
     ("--data.eval", "nowhere.jsonl"): "nowhere.jsonl: no such file",
     ("--ppo.clip-high", "-0.1"): "--ppo.clip-high must be above 0",
     ("--rollout.eval-every", "-1"): "--rollout.eval-every must be 0 or more",

@@ -108,10 +108,16 @@ def test_the_figures_of_a_reward_run_say_what_they_were_measured_on(world, tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_of_a_reward_model_holds_rows_out(world, tmp_path, capsys, kind):
-    command = ["reward", f"{kind}/reward", "--model", f"{world}/model", "--data", f"{world}/pairs.jsonl"]
-    assert "--data.eval-rows 200 of 24 rows leaves none to train on; hold out fewer" in refused(
-        capsys, [*command, "--out", str(tmp_path / "a")]
-    )
+    """A tenth of 24 rows. A file of a few rows trains too, and its figures are marked."""
+    out, few = tmp_path / "a", tmp_path / "few.jsonl"
+    options = ["--train.steps", "1", "--train.batch-size", "4", "--data.no-cache"]
+    command = ["reward", f"{kind}/reward", "--model", f"{world}/model", *options, "--data"]
+    assert main([*command, f"{world}/pairs.jsonl", "--out", str(out)]) == 0
+    assert json.loads((out / "adapter" / "lowalign.json").read_text())["reward"]["pairs"] == 2
+    few.write_text("".join((world / "pairs.jsonl").read_text().splitlines(keepends=True)[:6]))
+    assert main([*command, str(few), "--out", str(tmp_path / "b")]) == 0
+    meta = json.loads((tmp_path / "b" / "adapter" / "lowalign.json").read_text())
+    assert meta["reward"]["measured_on"] == "training rows"
 
 
 def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
@@ -226,6 +232,7 @@ def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, 
         verb, f"{kind}/{verb}", "--model", str(small_base), "--data", str(shared / "data" / file), "--out", str(out),
         "--train.steps", "8", "--train.batch-size", str(rows), "--train.learning-rate", LEARNING_RATE[kind],
         "--train.checkpointing", "off", "--data.max-length", "64", "--data.limit", str(rows), "--train.schedule", "constant",
+        "--data.eval-rows", "0",
     ]  # fmt: skip
     assert main(arguments) == 0
     log = lines(out)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache, dataset
 from lowalign.data.chat import Chat
-from lowalign.data.dataset import load_examples, split_heldout
+from lowalign.data.dataset import heldout_count, load_examples, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.rendering.variants import TOOLS_NOTE
 from lowalign.data.report import report_lines, spread
@@ -222,6 +222,9 @@ def test_heldout_rows_stay_whole() -> None:
     assert [e.completions for e in train] == sorted(e.completions for e in train)
     assert split_heldout(examples, 5, seed=1) == (train, heldout)
     assert split_heldout(examples, 5, seed=2)[1] != heldout
+    assert [heldout_count(*case) for case in ((0.1, 24), (0.1, 6), (0.1, 50_000), (7, 8), (0, 3))] == [2, 0, 200, 7, 0]
+    with pytest.raises(UserError, match=r"--data.eval-rows 8 of 8 rows leaves none to train on; hold out fewer"):
+        heldout_count(8, 8)
     with pytest.raises(UserError, match="20 of 20 rows leaves none"):
         split_heldout(examples, 20, seed=1)
 
