@@ -79,7 +79,7 @@ def exact(prompts, completions):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_soft_prompt_on_the_bare_base_earns_more(tmp_path, kind):
-    """Of the tiny world's exact score, in ten rounds; measured: 0.37 to 0.54, and 0.38 to 0.49."""
+    """Of the tiny world's exact score, in sixteen rounds. In ten the prompt went from 0.37 to 0.41 only."""
     (tmp_path / "reward.py").write_text(REWARD)
     config = demo.ppo_config(tmp_path)
     config = replace(
@@ -87,7 +87,7 @@ def test_a_soft_prompt_on_the_bare_base_earns_more(tmp_path, kind):
         init=None,
         reward=(f"{tmp_path}/reward.py:exact",),
         adapter=AdapterConfig(kind=kind),
-        train=replace(config.train, learning_rate=0.1, steps=40, batch_size=16, schedule="constant", clip=1.0),
+        train=replace(config.train, learning_rate=0.1, steps=64, batch_size=16, schedule="constant", clip=1.0),
         rollout=replace(config.rollout, prompts=32),
         value=replace(config.value, learning_rate=0.06),
         ppo=replace(config.ppo, kl=0.05),
