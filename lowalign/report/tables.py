@@ -138,14 +138,15 @@ def recipe_text(run: RunFiles) -> str:
     return yaml.safe_dump(options, sort_keys=False, allow_unicode=True) if options else ""
 
 
-def command(run: RunFiles) -> str | None:
-    """The command that repeats the run, in another folder; None for a folder without a recipe."""
+def command(run: RunFiles) -> tuple[str, bool] | None:
+    """The command that repeats the run, in another folder, and whether it can be typed as it is: a verb that takes no recipe
+    gets its options, with names instead of paths. None for a folder without a recipe."""
     verb = next((verb for verb in verbs() if verb.name == run.verb), None)
     if verb is None or not run.recipe:
         return None
     again = shlex.quote(f"{run.folder}-again")
     if verb.takes_recipe:
-        return f"lowalign {verb.name} {shlex.quote(str(run.folder / 'recipe.yaml'))} --out {again}"
+        return f"lowalign {verb.name} {shlex.quote(str(run.folder / 'recipe.yaml'))} --out {again}", True
     words = []
     for name, value in _flat(changed(run.recipe)):
         values = option_without_paths(value if isinstance(value, list) else [value])
@@ -153,7 +154,7 @@ def command(run: RunFiles) -> str | None:
             words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
         elif value is not None and _is_flag(name):
             words += [flag_of(name), *(shlex.quote(str(item)) for item in values)]
-    return " ".join(["lowalign", verb.name, *words, "--out", again])
+    return " ".join(["lowalign", verb.name, *words, "--out", again]), False
 
 
 def _is_flag(name: str) -> bool:
@@ -165,12 +166,28 @@ def results(run: RunFiles) -> list[tuple[str, Figure]]:
     """The entries of report.json or result.json, and of a merge, with dotted names."""
     merged = run.meta.get("merge")
     both = {**run.results, **(merged if isinstance(merged, dict) else {})}
+    both = {name: value for name, value in both.items() if not _is_table(value)}
     entries = [
         (name, figure(option_without_paths(value)))
         for name, value in _flat(both)
         if name.split(".")[0] not in NOT_FACTS
     ]
     return entries[:FACTS]
+
+
+def result_tables(run: RunFiles) -> list[tuple[str, list[str], list[list[Figure]]]]:
+    """The entries of result.json that are lists of objects, such as the ratings of compare: name, columns, rows."""
+    lists = []
+    for name, value in run.results.items():
+        if _is_table(value):
+            columns = list(dict.fromkeys(key for row in value for key in row))
+            rows = [[figure(option_without_paths(row.get(key))) for key in columns] for row in value[:FACTS]]
+            lists.append((name, columns, rows))
+    return lists
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -162,7 +162,7 @@ def test_everything_is_escaped(tmp_path):
     jsonl(run / "samples.jsonl", [{"round": 0, "prompt": chat, "completion": EVIL, "reward": 1}])
     jsonl(run / "candidates.jsonl", [{"prompt": EVIL, "completions": [{"completion": EVIL, "score": 1.0}]}])
     jsonl(run / "pairs.jsonl", [{"prompt": EVIL, "chosen": EVIL, "rejected": chat}])
-    (run / "result.json").write_text(json.dumps({EVIL: EVIL, "list": [EVIL], "win_rate": 0.5}))
+    (run / "result.json").write_text(json.dumps({EVIL: EVIL, "list": [EVIL], "rows": [{EVIL: EVIL}], "win_rate": 0.5}))
     stage = {EVIL: {"verb": EVIL, "seconds": EVIL, "figures": {EVIL: EVIL}}}
     (run / "pipeline.json").write_text(json.dumps({"stages": stage}))
     page = page_of(run, out=tmp_path / "page.html")  # Page knows the tags, and asserts that no data made one
@@ -235,11 +235,19 @@ def test_results_of_other_verbs(tmp_path):
     jsonl(best / "candidates.jsonl", [{"prompt": "why?", "completions": completions}])
     compared, merged = tmp_path / "compared", tmp_path / "merged"
     compared.mkdir()
-    (compared / "result.json").write_text(json.dumps({"win_rate": 0.625, "interval": [0.5, 0.71234567], "ties": 2}))
+    result = {"win_rate": 0.625, "interval": [0.5, 0.71234567], "ties": 2}
+    ratings = [{"policy": "/home/x/dpo", "rating": 51.25}, {"policy": "base", "interval": [-3, 4.5]}]
+    (compared / "result.json").write_text(json.dumps(result | {"ratings": ratings}))
+    (compared / "recipe.yaml").write_text("verb: compare\na: /home/x/dpo\nb: base\ndata: [p q.jsonl]\njudge: 'it$'\n")
     merged.mkdir()
     (merged / "lowalign.json").write_text(json.dumps({"merge": {"kl": 1.5e-6, "verified": True, "onto": "original"}}))
     page = page_of(best, compared, merged, out=tmp_path / "page.html")
     assert page.row("acceptance") == ["acceptance", "0.75"] and page.row("interval") == ["interval", "0.5, 0.7123"]
+    assert [page.row(name) for name in ("policy", "dpo")] == [["policy", "rating", "interval"], ["dpo", "51.25", "–"]]
+    assert ["base", "–", "-3, 4.5"] in page.cells
+    (line,) = [line for line in page.text.split("\n") if line.strip().startswith("lowalign compare")]
+    words = ["lowalign", "compare", "--a", "dpo", "--b", "base", "--data", "p q.jsonl", "--judge", "it$"]
+    assert shlex.split(line) == [*words, "--out", f"{compared}-again"]
     assert page.row("kl") == ["kl", "1.5e-06"] and page.row("win_rate")[1] == "0.625"
     assert "text 2.0" in page.text and "text -1.0" in page.text and "text 0.5" not in page.text
     (line,) = drawn(page, "mean reward by n")

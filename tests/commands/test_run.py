@@ -110,8 +110,11 @@ def test_the_base_is_loaded_once(world, tmp_path, monkeypatch, capsys):
     kl = report["merge"]["figures"]["kl"]
     assert ["kl", f"{kl:.4g}"] in rows
 
+    (tmp_path / "out" / "report.html").write_text("mine")
     assert main(command(world, tmp_path / "out")) == 0  # again: nothing is left to do
-    assert capsys.readouterr().err.count("finished before") == 3 and len(loads) == 1
+    error = capsys.readouterr().err
+    assert error.count("finished before") == 3 and len(loads) == 1
+    assert "no report: " in error and (tmp_path / "out" / "report.html").read_text() == "mine"
 
 
 def test_the_stages_equal_their_verbs(world, finished, tmp_path):
