@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all lint format docs bench clean
+.PHONY: install demo test test-all lint format docs gpu clean
 
 install: $(VENV)/installed
 
@@ -36,10 +36,12 @@ format: install
 
 docs: install
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[docs]'
+	$(BIN)/python scripts/reference.py
 	$(BIN)/zensical build --clean --strict
 
-bench: install
-	$(BIN)/python benchmarks/gpu.py --out gpu.json
+# Needs a CUDA device; `make gpu GPU=--tiny` runs the same on the CPU, as `make test` does.
+gpu: install
+	$(BIN)/python benchmarks/gpu.py --out gpu.jsonl $(GPU)
 
 clean:
 	rm -rf $(VENV) site dist .pytest_cache .ruff_cache

@@ -8,6 +8,9 @@ lowalign      the engine and methods of `lowalign`; DPO with the reference's log
 trl           SFTTrainer (padding_free: faster than padded, same loss), DPOTrainer (precompute_ref_log_probs; its
               padding_free is switched off in 1.16) and RewardTrainer, with bf16 autocast. It has no loss for rankings
               and gets each pair of a ranking as a row.
+lowalign-exact, lowalign-lora, lowalign-compiled
+              with stock LoRA layers, norms, rotary embeddings and MLPs (--base.exact); with LoRA layers fused alone; with
+              norms, rotary embeddings and MLPs compiled too (--base.compile on).
 plain         transformers and peft, padded batches and full logits, bf16 autocast; DPO with the reference by
               disable_adapter at each step, rankings as K rows each and the loss of all their pairs.
 plain-cached  plain with the reference's log-probs computed beforehand (DPO).
@@ -19,6 +22,7 @@ one base) and trl (stock_ppo.py).
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +49,7 @@ class Paced:
     def __init__(self, method, meter: Meter, every: int = 1) -> None:
         self.method, self.meter, self.every = method, meter, every
         self.lr_multipliers, self.normalizers = method.lr_multipliers, method.normalizers
+        self.epoch = method.epoch
 
     def batch(self, step: int) -> list[Example]:
         if step % self.every == 0:
@@ -69,9 +74,25 @@ class PacedInOrder(Paced):
         return self.method.examples[step * size : (step + 1) * size]
 
 
-def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, settings: Settings, meter: Meter) -> None:
+def load_base(folder: Path, variant: str) -> Base:
+    """The base, with the parts fused that a name of ours means."""
+    compile = "on" if variant == "lowalign-compiled" else "auto"
+    base = Base.load(folder, exact=variant in ("lowalign-exact", "lowalign-lora"), compile=compile, quiet=True)
+    base.exact = variant == "lowalign-exact"
+    return base
+
+
+def run_lowalign(
+    case: str,
+    folder: Path,
+    rows: list[Example],
+    steps: int,
+    settings: Settings,
+    meter: Meter,
+    variant: str = "lowalign",
+) -> None:
     """`lowalign sft`, `dpo` or `reward`, from the loaded base on."""
-    host, config = Host(Base.load(folder, quiet=True)), loop(steps, CASES[case].batch, CLIP, settings)
+    host, config = Host(load_base(folder, variant)), loop(steps, CASES[case].batch, CLIP, settings)
     host.add("policy", lora("CAUSAL_LM"))
     if case == "sft":
         method = SFT(host, rows, ("policy",), config)
@@ -87,9 +108,11 @@ def run_lowalign(case: str, folder: Path, rows: list[Example], steps: int, setti
         train(host, PacedInOrder(method, meter), config, Path(out))
 
 
-def run_lowalign_ppo(shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter) -> None:
+def run_lowalign_ppo(
+    shape: str, folder: Path, prompts: list[list[int]], settings: Settings, meter: Meter, variant: str = "lowalign"
+) -> None:
     """`lowalign ppo`, from the loaded base on; the settings equal those of trl."""
-    host, r = Host(Base.load(folder, quiet=True)), ROUNDS[shape]
+    host, r = Host(load_base(folder, variant)), ROUNDS[shape]
     for role in ("policy", "value", "reward"):
         host.add(role, lora("CAUSAL_LM"))
         if role == "reward":
@@ -116,7 +139,7 @@ def loop(steps: int, batch: int, clip: float, settings: Settings) -> TrainConfig
     """One step more than measured: a step is reported when the next one begins."""
     return TrainConfig(
         steps=steps + 1, batch_size=batch, learning_rate=LEARNING_RATE, schedule="constant", warmup=0.0, clip=clip,
-        optimizer="adamw", checkpointing=settings.checkpointing, save_every=0,
+        optimizer="adamw", checkpointing=settings.checkpointing, save_every=steps + 2,
     )  # fmt: skip
 
 
@@ -127,10 +150,12 @@ def main() -> None:
         if name == "trl":
             from stock_ppo import run_trl_ppo as run
         else:
-            run = run_lowalign_ppo
+            run = partial(run_lowalign_ppo, variant=name)
         return run(shape, Path(folder), make_prompts(shape, int(steps)), Settings(*settings), Meter())
     meter, rows = Meter(), make_rows(case, shape, int(steps))
-    contestants = {"lowalign": run_lowalign, "trl": run_trl, "plain": run_plain, "plain-cached": run_plain}
+    contestants = {"trl": run_trl, "plain": run_plain, "plain-cached": run_plain}
+    if name.startswith("lowalign"):
+        return run_lowalign(case, Path(folder), rows, int(steps), Settings(*settings), meter, variant=name)
     options = {"cached": True} if name == "plain-cached" else {}
     contestants[name](case, Path(folder), rows, int(steps), Settings(*settings), meter, **options)
 

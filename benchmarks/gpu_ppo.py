@@ -23,12 +23,30 @@ PROMPTS, SAMPLES = 2, 4  # of a round; a step trains on one prompt with its samp
 ROUNDS, EPOCHS = 3, 2
 
 
+ADAPTER = AdapterConfig(kind="lora", r=16)
+
+
+def ppo_config(tiny: bool) -> PPOConfig:
+    """Some rounds of 8 completions of full length."""
+    new = 16 if tiny else 512
+    return PPOConfig(
+        model="", out=Path(), train=TrainConfig(steps=ROUNDS * EPOCHS * PROMPTS, batch_size=1, save_every=0, warmup=0.0),
+        sampling=Sampling(max_new_tokens=new, min_new_tokens=new), ppo=PPOLossConfig(epochs=EPOCHS),
+        rollout=RolloutConfig(prompts=PROMPTS, samples=SAMPLES, missing_eos="keep"),
+    )  # fmt: skip
+
+
+def score_completions(host: Host, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[float]]:
+    """What the adapter "reward" gives them."""
+    return score_examples(host, ("reward",), [Example(p, group) for p, group in zip(prompts, completions, strict=True)])
+
+
 def measure_ppo(base: Base, tiny: bool) -> dict:
-    """Measure some rounds of 8 completions of full length; the first does not count for the speed."""
-    prompt, new = (32, 16) if tiny else (512, 512)
+    """Measure some rounds; the first does not count for the speed. tiny: short prompts and completions."""
+    config, prompt = ppo_config(tiny), 32 if tiny else 512
     host = Host(base)
     for role in ("policy", "value", "reward"):
-        host.add(role, peft_config(AdapterConfig(kind="lora", r=16)))
+        host.add(role, peft_config(ADAPTER))
     host.add_scalar_head("value", zero=True)
     host.add_scalar_head("reward")
     generator = torch.Generator().manual_seed(0)
@@ -36,16 +54,10 @@ def measure_ppo(base: Base, tiny: bool) -> dict:
     prompts = torch.randint(4, base.model.config.vocab_size, size, generator=generator).tolist()
 
     def score(numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
-        examples = [Example(prompts[i], group) for i, group in zip(numbers, completions, strict=True)]
-        return score_examples(host, ("reward",), examples)
+        return score_completions(host, [prompts[i] for i in numbers], completions)
 
-    config = PPOConfig(
-        model="", out=Path(), train=TrainConfig(steps=ROUNDS * EPOCHS * PROMPTS, batch_size=1, save_every=0, warmup=0.0),
-        sampling=Sampling(max_new_tokens=new, min_new_tokens=new), ppo=PPOLossConfig(epochs=EPOCHS),
-        rollout=RolloutConfig(prompts=PROMPTS, samples=SAMPLES, missing_eos="keep"),
-    )  # fmt: skip
     method = PPO(host, Roles(("policy",), (), ("value",)), prompts, score, config)
-    result = {"rollouts": PROMPTS * SAMPLES, "prompt_tokens": prompt, "new_tokens": new}
+    result = {"rollouts": PROMPTS * SAMPLES, "prompt_tokens": prompt, "new_tokens": config.sampling.max_new_tokens}
     release()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ allocator glibc: the default. tuned: memory is never returned to the system (MAL
 faults take a large part of every contestant's CPU time.
 The peers use transformers' eager attention, on the CPU faster than the default sdpa (by 10 to 20 % of a step, as the
 backward of the flash kernel is slow there); --attention sdpa uses the default.
+--against lowalign-exact lowalign-lora: what each of our fused parts is worth (contestants.py).
 Quote the ratio to the fastest peer: "to_fastest_peer".
 
 In the case ppo a step is a whole round: 8 prompts of 300 tokens, 4 samples of 64 tokens each, 2 epochs of 4 minibatches.
@@ -41,6 +42,7 @@ from cases import CASES, SHAPES, Settings, make_model
 
 CONTESTANTS = Path(__file__).with_name("contestants.py")
 NAMES = ("lowalign", "trl", "plain", "plain-cached")
+VARIANTS = ("lowalign-exact", "lowalign-lora", "lowalign-compiled")
 ALLOCATORS = {
     "glibc": {},
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"},
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that trl runs in"
     )
+    parser.add_argument("--against", nargs="+", choices=[*NAMES, *VARIANTS], help="compare with these alone")
     options = parser.parse_args()
     shape = "tiny" if options.tiny else "full"
     report = {
@@ -156,7 +159,9 @@ def main() -> None:
 def compare(case: str, shape: str, folder: Path, options: argparse.Namespace, allocator: str) -> dict:
     """All contestants on one case, in turns."""
     names = ["lowalign", "trl"] if case == "ppo" else [n for n in NAMES if n != "plain-cached" or case == "dpo"]
-    if options.tiny and case != "ppo":
+    if options.against:
+        names = ["lowalign", *options.against]
+    if options.tiny and case != "ppo" and "trl" in names:
         names.remove("trl")
     running = []
     try:

@@ -25,7 +25,7 @@ from lowalign.config.commands import BestOfNConfig
 from lowalign.config.sections import AdapterConfig, BaseConfig, PreferenceConfig, Sampling, TrainConfig
 from lowalign.config.training import DPOConfig, DPOLossConfig, PPOConfig, RewardConfig, RolloutConfig, SFTConfig
 from lowalign.plan.dry_run import DryRun
-from lowalign.plan.figures import CONTEXT, GIB, LEFT_FREE
+from lowalign.plan.figures import CONTEXT, GIB
 from lowalign.plan.meta_base import load_config, meta_base
 from lowalign.plan.planner import GRAIN
 from lowalign.plan.search import largest
@@ -118,7 +118,7 @@ def table(options: argparse.Namespace) -> None:
         for method, own in METHODS.items():
             peaks = Peaks(shrunk(config, 2) if options.tiny else config, own, options.full or options.tiny)
             short = peaks(2048 if not options.tiny else 64) / GIB
-            free = CONTEXT + LEFT_FREE
+            free = CONTEXT + int(own.base.leave_free * GIB)
             new = own.sampling.max_new_tokens if isinstance(own, PPOConfig) else 0
             most = GRAIN if options.tiny else config.max_position_embeddings - new
             found = [largest(peaks, size * 10**9 - free, GRAIN, most, GRAIN) for size in CARDS]

@@ -97,7 +97,7 @@ def end_shares(base: Base, chat: Chat, adapter: Path) -> dict[str, float]:
 def one(name: str, seed: int, base: Base, chat: Chat, prepared: Path, out: Path) -> dict:
     """One PPO run: reward and KL of its rounds, and the exact score of its policy."""
     folder = out / f"{name}-{seed}"
-    config = variant(replace(demo.ppo_config(prepared), out=folder), name, seed, prepared / "pages.jsonl")
+    config = variant(replace(demo.stage_config(prepared, "ppo"), out=folder), name, seed, prepared / "pages.jsonl")
     if code := ppo(replace(config, resume=folder.exists()), base):
         raise SystemExit(code)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -156,8 +156,8 @@ def prepare(made: Path, base: Base, seed: int) -> Path:
     """Make the SFT and the reward run of the demo with this seed, if they are not there, and the pages -> `made`."""
     made.mkdir(parents=True, exist_ok=True)
     for train, config, rows in (
-        (sft, demo.sft_config(made), world.sft_rows(1120, seed=seed)),
-        (reward, demo.reward_config(made), world.ranking_rows(768, seed=seed)),
+        (sft, demo.stage_config(made, "sft"), world.sft_rows(1120, seed=seed)),
+        (reward, demo.stage_config(made, "reward"), world.ranking_rows(768, seed=seed)),
     ):
         demo.write(Path(config.data.files[0]), rows)
         if not (config.out / "adapter").exists():

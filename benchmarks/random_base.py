@@ -15,7 +15,10 @@ from transformers import (
 
 from lowalign import Base
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
+from lowalign.model.attention.packed import check_attention
 from lowalign.model.base.base import freeze
+from lowalign.model.base.embedding import move_to_cpu
+from lowalign.model.base.fuse import fuse
 from lowalign.model.base.identity import Identity
 from lowalign.model.base.probe import probe
 
@@ -36,8 +39,11 @@ SHAPES = {
 TINY = {"tiny": LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)}  # fmt: skip
 
 
-def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
-    """A Base of random weights. Each linear layer is made in 16 bit and quantized before the next one is made."""
+def random_base(
+    name: str, config: PretrainedConfig, device: str, embedding: str = "device", stock: bool = False
+) -> Base:
+    """A Base of random weights. Each linear layer is made in 16 bit and quantized before the next one is made. stock: with
+    transformers' own layers and attention, for its peers."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
@@ -54,14 +60,25 @@ def random_base(name: str, config: PretrainedConfig, device: str) -> Base:
     model.is_loaded_in_4bit = True  # peft chooses its LoRA class by it, as with Base.load
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers were on the meta device
+    if embedding == "cpu":
+        move_to_cpu(model)
     freeze(model)
+    if not stock:
+        fuse(model)
     packed, why_not = probe(config)
-    model.set_attn_implementation(ATTN_IMPLEMENTATION)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
-    )
+    if wrong := check_attention(config, torch.device(device), torch.bfloat16):
+        packed, why_not = False, wrong
+    model.set_attn_implementation("sdpa" if stock else ATTN_IMPLEMENTATION)
     identity = Identity(name, None, "random", "random", config.vocab_size, "", "nf4")
-    return Base(model, tokenizer, identity, Path("."), (2,), 0.0, packed, why_not)
+    return Base(model, random_tokenizer(), identity, Path("."), (2,), 0.0, packed, why_not)
+
+
+def random_tokenizer() -> PreTrainedTokenizerFast:
+    """Its words are numbers."""
+    words = {str(i): i for i in range(256)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="2", pad_token="0"
+    )
 
 
 def random_nf4(module: torch.nn.Linear, device: str) -> bnb.nn.Linear4bit:

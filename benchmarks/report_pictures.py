@@ -17,7 +17,7 @@ import torch
 from lowalign.commands.report import report
 from lowalign.commands.sft import sft
 from lowalign.config.report import ReportConfig
-from lowalign.demo.configs import BASE, BASE_CONFIG, sft_config
+from lowalign.demo.configs import BASE, BASE_CONFIG, stage_config
 from lowalign.model.base.base import Base
 
 LEARNING_RATES = ("1e-3", "5e-3", "2e-2")
@@ -51,7 +51,7 @@ def make_runs(out: Path) -> list[Path]:
         if not (run / "adapter" / "lowalign.json").exists():
             shutil.rmtree(run, ignore_errors=True)
             base = base or Base.load(BASE, **vars(BASE_CONFIG))
-            config = sft_config(out)  # writes the rows
+            config = stage_config(out, "sft")  # writes the rows
             train = replace(config.train, learning_rate=float(rate), steps=STEPS, log_every=1, eval_every=15)
             if sft(replace(config, out=run, train=train), base):
                 raise SystemExit("stopped; the same command goes on")

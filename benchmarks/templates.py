@@ -26,9 +26,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
 from lowalign.data.rendering.template import CHATML, DATE
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.rewrite import with_call_form, with_short_ids
 from lowalign.data.rows.turns import Message, Tools, is_supervised, read_tools, read_turns
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 
 SPECIAL = re.compile(

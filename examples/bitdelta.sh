@@ -16,9 +16,8 @@ finetuned=${FINETUNED:-Qwen/Qwen2.5-7B-Instruct}
 [ -d "$out/compressed" ] || lowalign bitdelta compress --base "$base" --finetuned "$finetuned" --out "$out/compressed"
 
 # 2. Distil the scales. Prints KL and loss before and after.
-resume=$([ -d "$out/distilled/checkpoints" ] && echo --resume || true)
 lowalign bitdelta distil bitdelta/distil --model "$base" --delta "$out/compressed" --finetuned "$finetuned" \
-    --data "$data" --out "$out/distilled" $resume
+    --data "$data" --out "$out/distilled" --resume
 
 # 3. Try it: an adapter on the 4-bit base, like a LoRA.
 lowalign generate --model "$base" --adapter "$out/distilled" --prompt "In one sentence: what is a good way to start the day?"

@@ -16,11 +16,10 @@ python "$here/ppo_verifiable.py" "$out/prompts.jsonl"
 
 # 2. Train. The questions are turns of the user (prompt-format chat). 8 answers to each; the advantage of one is its reward
 #    against the others. The KL penalty is a term of the loss, and each round is used for one epoch, as in arXiv 2402.03300.
-resume=$([ -d "$out/ppo/checkpoints" ] && echo --resume || true)
 lowalign ppo lora/ppo --model "$base" --data "$out/prompts.jsonl" --out "$out/ppo" \
     --reward "$here/ppo_verifiable.py:correct" \
     --data.prompt-format chat --ppo.advantage group --rollout.samples 8 --ppo.epochs 1 --ppo.kl 0.04 \
-    --sampling.max-new-tokens 256 --train.learning-rate 2e-5 --train.save-every 2 $resume
+    --sampling.max-new-tokens 256 --train.learning-rate 2e-5 --train.save-every 2 --resume
 
 # 3. Try it. `reward` in metrics.jsonl is the share of correct answers; samples.jsonl has some answers.
 lowalign generate --model "$base" --adapter "$out/ppo" --prompt "What is 4096 + 1905 + 27 + 88123?"

@@ -15,19 +15,16 @@ base=${BASE:-Qwen/Qwen2.5-7B}
 lowalign data check "$prefs" --model "$base"
 
 # 2. DPO on top of the SFT run, which is frozen and is the reference.
-resume=$([ -d "$out/dpo/checkpoints" ] && echo --resume || true)
 lowalign dpo lora/dpo --model "$base" --data "$prefs" --init "$sft" --out "$out/dpo" \
-    --data.eval-rows 100 --train.token-budget 8192 $resume
+    --data.eval-rows 100 --train.token-budget 8192 --resume
 
 # 3. A reward model from the same rows, on the same frozen SFT run.
-resume=$([ -d "$out/reward/checkpoints" ] && echo --resume || true)
 lowalign reward lora/reward --model "$base" --data "$prefs" --init "$sft" --out "$out/reward" \
-    --data.eval-rows 200 --train.token-budget 8192 $resume
+    --data.eval-rows 200 --train.token-budget 8192 --resume
 
 # 4. The best of 8 answers of the DPO policy to each prompt, by that reward model: rows for sft, pairs for dpo.
-resume=$([ -e "$out/best-of-8/candidates.jsonl" ] && echo --resume || true)
 lowalign best-of-n lora/best_of_n --model "$base" --adapter "$out/dpo" --reward "$out/reward" --data "$prefs" \
-    --out "$out/best-of-8" --n 8 $resume
+    --out "$out/best-of-8" --n 8 --resume
 
 # 5. Try the policy.
 lowalign generate --model "$base" --adapter "$out/dpo" --prompt "In one sentence: what is a good way to start the day?"

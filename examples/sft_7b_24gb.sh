@@ -18,10 +18,9 @@ lowalign data check "$data" --model "$base"
 
 # 3. Train. 100 rows are held out; the weights with the lowest loss on them are kept beside the newest checkpoints.
 #    --train.token-budget is the number of tokens on the card at a time; it changes no result.
-resume=$([ -d "$run/checkpoints" ] && echo --resume || true)
 lowalign sft lora/sft --model "$base" --data "$data" --out "$run" \
     --data.eval-rows 100 --train.eval-every 100 \
-    --train.epochs 2 --train.learning-rate 2e-4 --train.token-budget 8192 $resume
+    --train.epochs 2 --train.learning-rate 2e-4 --train.token-budget 8192 --resume
 
 # 4. Try it, with the adapter and without.
 question="In one sentence: what is a good way to start the day?"

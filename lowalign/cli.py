@@ -11,18 +11,22 @@ import sys
 import traceback
 from importlib import import_module
 
-from lowalign import __version__
+from lowalign import __version__, processes
+from lowalign.allocator import keep_freed_memory
 from lowalign.config import recipe
 from lowalign.config.plan import PlanOptions, plan_config
 from lowalign.config.verbs import RECIPE, VERBS, Verb, verbs
 from lowalign.errors import UserError
 
 COLUMN = 51  # where the help texts begin
+SHARED = ("sft", "reward", "dpo", "ppo")  # the verbs that several processes share
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
+        if argv is None:  # a process of its own
+            keep_freed_memory()
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
@@ -32,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
+        _print_error("lowalign: stopped by SIGINT")
         return 130
     except BrokenPipeError:  # `lowalign … | head`: point stdout elsewhere, or Python prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,10 +69,15 @@ def _dispatch(words: list[str]) -> int:
     if family := [verb for verb in verbs() if verb.name.startswith(f"{first} ")]:
         return _usage(family, words)
     near = difflib.get_close_matches(first, [name[0] for name in known], n=1)
-    raise UserError(f"there is no verb {first}{f'; did you mean {near[0]}?' if near else ''}\n\n{_help()}")
+    _print_error(_help())
+    raise UserError(f"there is no verb {first}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _run(verb: Verb, words: list[str]) -> int:
+    if processes.count() > 1 and verb.name not in SHARED:
+        raise UserError(
+            f"{verb.name} runs in one process; start it without a launcher (several share {', '.join(SHARED)})"
+        )
     if verb.config is None:
         if words:
             return _usage([verb], words)
@@ -110,7 +120,11 @@ def _usage(members: list[Verb], words: list[str]) -> int:
     """Answer --help; any other words are a mistake."""
     text = "\n".join(f"usage: lowalign {verb.name} {verb.usage}".rstrip() for verb in members)
     if not {"-h", "--help"} & set(words):
-        raise UserError(text)
+        _print_error(text)
+        names = ", ".join(verb.name for verb in members)
+        raise UserError(
+            f"there is no `lowalign {' '.join(words)}`" if len(members) > 1 else f"{names} takes no {words[0]}"
+        )
     print(text)
     return 0
 
@@ -119,4 +133,5 @@ def _print_error(text: str) -> None:
     """Print to stderr, without access tokens that the message may contain."""
     token = os.environ.get("HF_TOKEN")
     text = text.replace(token, "hf_…") if token else text
-    print(re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_…", text), file=sys.stderr)
+    process = "" if processes.is_main() else f"process {processes.rank()}: "
+    print(process + re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_…", text), file=sys.stderr)

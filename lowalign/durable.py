@@ -1,6 +1,7 @@
 """Atomic writing of files and folders, file hashes, and JSON lines.
 
-Content is written under a temporary name, flushed to the disk, and then renamed. Between these steps are write points. A
+Of several processes of one run only the first writes. Content is written under a temporary name, flushed to the disk,
+and then renamed. Between these steps are write points. A
 test names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is reached), and the process kills itself there,
 like a power cut.
 """
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from lowalign import processes
+from lowalign.errors import UserError
 
 WRITE_POINTS = (
     "save-begin",
@@ -62,6 +66,8 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], object], poin
     content: bytes, text, or a function that writes a file at a path. point: names the write points POINT-written and
     POINT-replaced.
     """
+    if not processes.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".saving-{path.name}-{uuid4().hex[:8]}")  # two processes may write the same file
     try:
@@ -119,6 +125,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
     sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_disk(out: Path, size: int, what: str, instead: str = "another --out") -> None:
+    """Raises UserError when the disk of `out`, which need not exist yet, has no room for `size` bytes. what: "the delta takes"."""
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise UserError(f"{what} {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {parent}; choose {instead}")
 
 
 def remove_folder(folder: Path, point: str) -> None:

@@ -78,7 +78,7 @@ class Fault:
 class HubStub(AbstractContextManager):
     """token: the only one that may write, and read private repositories. theirs: a namespace that it has no rights in."""
 
-    def __init__(self, token: str, lfs_threshold: int = 10 * 1024, part_size: int | None = None) -> None:
+    def __init__(self, token: str, lfs_threshold: int = 20 * 1024, part_size: int | None = None) -> None:
         self.token, self.lfs_threshold, self.part_size = token, lfs_threshold, part_size
         self.theirs = "theirs"
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))

@@ -80,3 +80,27 @@ def test_word_problems_with_their_answer_in_the_row(tmp_path):
     prompts = [row["prompt"] for row in rows]
     assert load_function(GSM8K, "correct")(prompts, None, texts, [], samples) == [[1.0, 0.0, 0.0]] * len(rows)
     assert load_function(GSM8K, "ends")(prompts, None, texts, [], samples) == [[1.0, 0.0, 1.0]] * len(rows)
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells in order, in one namespace: every stage leaves what the next one reads, and training does what it is for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    space: dict = {}
+    assert "la.Base.load(BASE," in cells[0]
+    cells[0] = cells[0].replace("la.Base.load(BASE,", 'la.Base.load(BASE, quantization="none",')  # a third less CPU
+    for cell in cells:
+        exec(compile(cell, "notebook", "exec"), space)
+    assert len(space["losses"]) == 12 and space["losses"][-1] < space["losses"][0] - 0.2
+    assert space["sft"]._repr_html_().count("<polyline") == 2  # training and held out
+    scores = json.loads((tmp_path / "runs/reward/adapter/lowalign.json").read_text())["reward"]
+    assert scores["pairs"] == 24 and scores["measured_on"] == "held-out rows"
+    assert all(
+        json.loads((tmp_path / "runs" / name / "adapter/lowalign.json").read_text())["step"] == 2
+        for name in ("dpo", "ppo")
+    )
+    assert space["report"]["kl"] < 1e-4  # in fp32; seen: below 1e-6

@@ -7,6 +7,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 384
+WORDS = "the quick brown fox jumps over lazy dog what is capital of france paris".split()  # noqa: SIM905  made texts
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
+from lowalign.report.plot import metrics_plot
 from lowalign.rewards.spec import FUNCTIONS
 from lowalign.train import checkpoint
+from lowalign.train.engine import OnStep
 from lowalign.train.method import Method
 from lowalign.train.run import Job, check_and_log_start, load_rows, run
 
@@ -59,6 +62,10 @@ class Run:
             return lines
         return DataFrame(lines)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: its folder, and its curves as SVG."""
+        return f"<code>{escape(str(self.out))}</code><br>{metrics_plot(self.out / 'metrics.jsonl') or ''}"
+
     @property
     def best_step(self) -> int | None:
         """The step with the lowest held-out loss; None without held-out rows."""
@@ -69,6 +76,7 @@ class Run:
         """The answer to each prompt (text is a user's turn). sampling: fields of lowalign.Sampling, such as temperature=0.7."""
         host = Host(self.base)
         chat = Chat(self.base.tokenizer, adapter_template([str(self.out)]))
+        own_ends = self.base.eos_ids
         self.base.end_at(chat.end_of_turn)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -78,25 +86,55 @@ class Run:
             with host.use(*stack):
                 answers = host.generate(ids, 1, Sampling(**sampling))
         finally:
+            self.base.eos_ids = own_ends
             for name in stack:
                 host.delete(name)
         return [self.base.tokenizer.decode(row[0].ids, skip_special_tokens=True) for row in answers]
 
 
-def sft(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
-    """`lowalign sft`. base: loaded, or a folder or Hub id. data: files, a Hub data set, rows, or a datasets.Dataset. recipe: a
-    packaged one or a file. Raises UserError, and KeyboardInterrupt when Ctrl-C stopped it (resume=True goes on)."""
-    return _train("sft", base, out, {"data": data, **options}, recipe)
+def sft(
+    base: Base | str | Path,
+    *,
+    data: Data,
+    out: str | Path,
+    recipe: str | None = None,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Run:
+    """`lowalign sft`.
+
+    base: loaded, or a folder or Hub id. data: files, a Hub data set, rows, or a datasets.Dataset. recipe: a packaged one or a
+    file. on_step: called after each step with its number, counted from 1, and its metrics; those of the last evaluation are
+    eval/…. Where it returns False the run ends with this step; where it raises, a checkpoint is saved first. Raises
+    UserError, and KeyboardInterrupt when Ctrl-C stopped it (resume=True goes on).
+    """
+    return _train("sft", base, out, {"data": data, **options}, recipe, on_step)
 
 
-def reward(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
+def reward(
+    base: Base | str | Path,
+    *,
+    data: Data,
+    out: str | Path,
+    recipe: str | None = None,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Run:
     """`lowalign reward`; as sft."""
-    return _train("reward", base, out, {"data": data, **options}, recipe)
+    return _train("reward", base, out, {"data": data, **options}, recipe, on_step)
 
 
-def dpo(base: Base | str | Path, *, data: Data, out: str | Path, recipe: str | None = None, **options: Any) -> Run:
+def dpo(
+    base: Base | str | Path,
+    *,
+    data: Data,
+    out: str | Path,
+    recipe: str | None = None,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Run:
     """`lowalign dpo`; as sft."""
-    return _train("dpo", base, out, {"data": data, **options}, recipe)
+    return _train("dpo", base, out, {"data": data, **options}, recipe, on_step)
 
 
 def ppo(
@@ -106,12 +144,13 @@ def ppo(
     reward: Reward | Sequence[Reward],
     out: str | Path,
     recipe: str | None = None,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> Run:
     """`lowalign ppo`; as sft. reward: a run, FILE.py:NAME, or a function of prompts, completions and columns of
     the rows that returns numbers."""
     with _specs(reward) as specs:
-        return _train("ppo", base, out, {"data": data, "reward": specs, **options}, recipe)
+        return _train("ppo", base, out, {"data": data, "reward": specs, **options}, recipe, on_step)
 
 
 def best_of_n(
@@ -135,6 +174,7 @@ def train_with(
     data: Data,
     out: str | Path,
     recipe: str | None = None,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> Run:
     """A method of your own on the rows and options of `lowalign sft`, with its loop, checkpoints and adapter folder.
@@ -151,7 +191,7 @@ def train_with(
         return method(host, rows, policy, config.train)
 
     name = getattr(method, "__name__", "own").lower()
-    return _finished(run(config, Job(name, partial(load_rows, config, load_examples), start), base), base, out)
+    return _finished(run(config, Job(name, partial(load_rows, config, load_examples), start), base, on_step), base, out)
 
 
 def LoRA(**options: Any) -> dict[str, Any]:
@@ -169,12 +209,20 @@ def PrefixTuning(**options: Any) -> dict[str, Any]:
     return {"kind": "prefix", **options}
 
 
-def _train(verb: str, base: Base | str | Path, out: str | Path, given: dict[str, Any], recipe_name: str | None) -> Run:
+def _train(
+    verb: str,
+    base: Base | str | Path,
+    out: str | Path,
+    given: dict[str, Any],
+    recipe_name: str | None,
+    on_step: OnStep | None = None,
+) -> Run:
     out = Path(out).expanduser()
     base = base if isinstance(base, Base) else Base.load(base)
     config = _parsed(verb, base, _with_files(given, out), recipe_name)
     module, _, function = next(v.function for v in verbs() if v.name == verb).partition(":")
-    return _finished(getattr(import_module(f"lowalign.{module}"), function)(config, base), base, out)
+    arguments = (base, on_step) if on_step else (base,)  # best-of-n has no steps
+    return _finished(getattr(import_module(f"lowalign.{module}"), function)(config, *arguments), base, out)
 
 
 def _with_files(given: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -207,6 +255,13 @@ def _files(data: Data, file: Path) -> list[str]:
     """The files that hold the data; rows are written to `file`."""
     if isinstance(data, str | Path):
         return [str(data)]
+    if hasattr(data, "to_parquet"):  # a datasets.Dataset, which may be larger than memory; its types are kept
+        file = file.with_suffix(".parquet")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data.to_parquet(str(file))
+        return [str(file)]
+    if isinstance(data, Mapping):
+        raise UserError(f"data has the splits {', '.join(map(str, data))}: give one of them, such as data['train']")
     items = list(data)
     if all(isinstance(item, str | Path) for item in items):
         return [str(item) for item in items]

@@ -12,6 +12,7 @@ continues training its weights; the first continues from --adapter. Llama 2 (arX
 newest policy too.
 """
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from lowalign.data.prompt_format import check_prompt_format, formats_of
 from lowalign.data.prompts import Prompts, distinct_prompts
 from lowalign.durable import write_json
 from lowalign.errors import UserError
-from lowalign.log import log
+from lowalign.log import duration, log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.adapters.kinds import BY_OPTION
@@ -34,30 +35,45 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
+from lowalign.model.room import room
 from lowalign.rewards.function import FunctionReward, Samples, same_columns
-from lowalign.rewards.reward_run import check_prompt_formats
+from lowalign.rewards.reward_run import check_reward_runs
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_functions, load_rewards
 from lowalign.rewards.selection import report, report_lines, write_datasets
 from lowalign.rewards.spec import files_and_runs, require_flags
 from lowalign.train import checkpoint
 from lowalign.train.lock import lock_folder
-from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
+from lowalign.train.run_folder import RECIPE_FILE, Journal, announce_start, check_or_write_inputs, input_hashes
 from lowalign.train.signals import Interrupted, StopSignals
 
-PROMPT_FORMAT = "--prompt-format"
 PROMPTS_PER_BLOCK = 64  # prompts that are sampled, scored and written together
 
 
 def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
     """Run the command; `base` is one that is loaded already. Returns the exit code."""
-    require_flags(prompts=config.data, reward=config.reward)
+    require_flags(prompts=config.data.files, reward=config.reward)
+    started = time.monotonic()
     try:
         # Only the block in progress is lost, so a signal may arrive anywhere.
         with lock_folder(config.out), StopSignals(at_once=True):
-            return _run(config, base)
+            announce_start(config.resume, config.out / RECIPE_FILE)
+            code = _run(config, base)
+            if not code:
+                log(f"{duration(started)} in all. Next: {_next_command(config)}")
+            return code
     except Interrupted as stopped:
         log(f"stopped by {stopped.signal.name}; go on with the same command and --resume")
         return 128 + stopped.signal
+
+
+def _next_command(config: BestOfNConfig) -> str:
+    """What one does with the result."""
+    if config.train:
+        return (
+            f"lowalign generate --model {config.model} --adapter {config.out}/round-{config.rounds}/sft --prompt TEXT"
+        )
+    rows = f"--model {config.model} --data {config.out}"
+    return f"lowalign sft lora/sft {rows}/best.jsonl --out DIR, or lowalign dpo lora/dpo {rows}/pairs.jsonl --out DIR"
 
 
 def _run(config: BestOfNConfig, base: Base | None) -> int:
@@ -67,14 +83,17 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template(config.adapter))
-    prompts = distinct_prompts(config.data, chat, config.limit, config.max_prompt, "--max-prompt", config.prompt_format)
+    _, runs = files_and_runs(config.reward)
+    chat.positions = room(base.folder if base else config.model, config.base.revision, [*config.adapter, *runs])
+    data = config.data
+    prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, data.prompt_format)
     formats = formats_of(row.prompt for row, _ in prompts)
-    if config.prompt_format is None:
+    if data.prompt_format is None:
         for adapter in config.adapter:
-            check_prompt_format(f"--adapter {adapter}", adapter_files.trained_format(adapter), formats, PROMPT_FORMAT)
+            check_prompt_format(f"--adapter {adapter}", adapter_files.trained_format(adapter), formats)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
     files, runs = files_and_runs(config.reward)
-    check_prompt_formats(runs, formats, PROMPT_FORMAT)
+    check_reward_runs(runs, formats)
     columns = same_columns([row.columns for row, _ in prompts])
     functions = load_functions(config.reward, columns[0])
     inputs = {"data": [row.prompt for row, _ in prompts]}
@@ -179,7 +198,7 @@ def _sft_config(config: BestOfNConfig, folder: Path, adapters: tuple[str, ...]) 
         data=DataConfig(
             files=(str(best),),
             max_length=config.sft.max_length,
-            prompt_format=config.prompt_format,
+            prompt_format=config.data.prompt_format,
             template=template if template and template.exists() else None,
             cache=False,
         ),

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
+from lowalign.commands.policies import base_named_by
 from lowalign.config.commands import ChatConfig
 from lowalign.data.chat import Chat
 from lowalign.data.rows.turns import Message
 from lowalign.durable import json_line
 from lowalign.errors import UserError
-from lowalign.export.sources import base_of
 from lowalign.log import log
 from lowalign.model.adapters.files import adapter_template, locate, refuse_reward_runs
 from lowalign.model.base.base import Base
@@ -38,7 +38,7 @@ HELP = """\
 def chat(config: ChatConfig) -> int:
     """Run the command. Returns the exit code."""
     refuse_reward_runs(config.adapters)
-    model = config.model or base_of(config.adapters[-1])
+    model = base_named_by(config.model, config.adapters[::-1])
     session = Session(Host(Base.load(model, **vars(config.base))), config)
     log(
         f"adapters: {', '.join(session.stacks) or 'none'}; answering with {session.active_names}. /help lists the commands"
@@ -56,13 +56,15 @@ class Session:
     def __init__(self, host: Host, config: ChatConfig) -> None:
         self.host, self.sampling = host, config.sampling
         self.stacks: dict[str, Stack] = {}
-        self.sources: dict[str, str] = {}
+        self.templates: dict[str, str | None] = {}
+        self._chats: dict[str | None, Chat] = {}
+        self._own_ends = host.base.eos_ids
         for i, source in enumerate(config.adapters):
             folder = Path(locate(source))
             name = folder.parent.name if folder.name == "adapter" else folder.name
             name = name if name not in (*self.stacks, "off") else f"{name}-{i + 1}"
             self.stacks[name] = load_stack(host, f"adapter{i}", source, config.allow_base_mismatch)
-            self.sources[name] = source
+            self.templates[name] = adapter_template([source])
         self.active: list[str] = list(self.stacks)[:1]
         self.messages: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
         self.answers = 0  # sampled so far; each has its own random numbers
@@ -170,10 +172,9 @@ class Session:
 
     def _sample(self, messages: list[Message], names: list[str], print_it: bool) -> tuple[str, bool]:
         """-> the answer, and whether it ended by itself. Ctrl-C ends it early."""
-        base = self.host.base
-        own = [self.sources[name] for name in names if name in self.sources]
-        template = Chat(base.tokenizer, adapter_template(own))
-        base.end_at(template.end_of_turn)
+        base, chat = self.host.base, self._chat(names)
+        base.eos_ids = self._own_ends  # without the ends of turn of the other templates
+        base.end_at(chat.end_of_turn)
         self.answers += 1
         ids: list[int] = []
         streamer = TextStreamer(base.tokenizer, skip_special_tokens=True)
@@ -184,7 +185,7 @@ class Session:
                 streamer.put(torch.tensor([token]))
 
         with self._using(names):
-            prompt = template.prompt_ids(messages)
+            prompt = chat.prompt_ids(messages)
             try:
                 self.host.generate([prompt], 1, self.sampling, [self.answers], on_token=stream)
             except KeyboardInterrupt:
@@ -192,9 +193,15 @@ class Session:
         if print_it:
             streamer.end()
         stopped = bool(ids) and ids[-1] in base.eos_ids
-        return base.tokenizer.decode(ids, skip_special_tokens=True).strip(), stopped or len(
-            ids
-        ) < self.sampling.max_new_tokens
+        text = base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return text, stopped or len(ids) < self.sampling.max_new_tokens
+
+    def _chat(self, names: list[str]) -> Chat:
+        """With the template of the last of these adapters that has one."""
+        template = next((self.templates[n] for n in reversed(names) if self.templates.get(n)), None)
+        if template not in self._chats:
+            self._chats[template] = Chat(self.host.base.tokenizer, template)
+        return self._chats[template]
 
     @contextlib.contextmanager
     def _using(self, names: list[str]) -> Iterator[None]:

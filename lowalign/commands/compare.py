@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lowalign.commands.judge import preferences_of
-from lowalign.commands.policies import Policy, adapters_of, base_named_by, read_policies
+from lowalign.commands.policies import PolicyAnswers, adapters_of, base_named_by, read_policies
 from lowalign.config.evaluation import CompareConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import check_prompt_format, formats_of
-from lowalign.data.prompts import distinct_prompts, prompt_ids
+from lowalign.data.prompts import distinct_prompts
 from lowalign.data.rows.answers import Answers
 from lowalign.durable import write_file, write_json, write_jsonl
 from lowalign.log import log
@@ -27,17 +27,17 @@ from lowalign.model.adapters.files import adapter_template, common_format, refus
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.policy import Stack, load_stack
+from lowalign.model.room import room
 from lowalign.rewards.comparison import Judged, figures, markdown
 from lowalign.rewards.function import same_columns
 from lowalign.rewards.judge_prompt import JudgePrompt
 from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, Sampled, report, report_lines
-from lowalign.rewards.reward_run import check_prompt_formats
+from lowalign.rewards.reward_run import check_reward_runs
 from lowalign.rewards.rewards import RewardOptions, load_functions, load_rewards
 from lowalign.rewards.spec import RewardSpec
 from lowalign.train.lock import lock_folder
 from lowalign.train.output_file import stoppable
-from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
+from lowalign.train.run_folder import RECIPE_FILE, Journal, announce_start, check_or_write_inputs, input_hashes
 
 PROMPTS_PER_BLOCK = 64  # prompts that all policies answer before these answers are written
 PAIRS_PER_BLOCK = 32  # pairs that are judged and written together, unless a prompt has more
@@ -49,8 +49,10 @@ def compare(config: CompareConfig, base: Base | None = None) -> int:
 
 
 def _run(config: CompareConfig, base: Base | None) -> None:
-    with lock_folder(config.out), contextlib.closing(_Comparison(config, base)) as work:
-        work.run()
+    with lock_folder(config.out):
+        announce_start(config.resume, config.out / RECIPE_FILE)
+        with contextlib.closing(_Comparison(config, base)) as work:
+            work.run()
 
 
 class _Comparison:
@@ -65,14 +67,15 @@ class _Comparison:
         adapters = adapters_of(config.policies)
         refuse_reward_runs(adapters)
         self.tokenizer = base.tokenizer if base else load_tokenizer(self.model, config.base.revision)
-        self.policies = read_policies(config.policies, self.tokenizer)
+        self.positions = room(base.folder if base else self.model, config.base.revision, [*adapters, *self.judge_runs])
+        self.policies = read_policies(config.policies, self.tokenizer, self.positions)
         first = self.policies[0].chat
-        option = config.prompt_format or common_format(adapters)
-        self.prompts = distinct_prompts(config.data, first, config.limit, config.max_prompt, "--max-prompt", option)
+        option = config.data.prompt_format or common_format(adapters)
+        self.prompts = distinct_prompts(config.data.files, first, config.data.limit, config.data.max_length, option)
         formats = formats_of(row.prompt for row, _ in self.prompts)
-        check_prompt_formats(self.judge_runs, formats, "--prompt-format")
-        for adapter in adapters if config.prompt_format is None else ():
-            check_prompt_format(adapter, trained_format(adapter), formats, "--prompt-format")
+        check_reward_runs(self.judge_runs, formats)
+        for adapter in adapters if config.data.prompt_format is None else ():
+            check_prompt_format(adapter, trained_format(adapter), formats)
         self.columns = same_columns([row.columns for row, _ in self.prompts])
         self.functions = load_functions([config.judge] if self.function else [], self.columns[0])
         self._base = base
@@ -97,8 +100,10 @@ class _Comparison:
         starts = range(0, total, PROMPTS_PER_BLOCK)
         if blocks := answers.resume([range(i, min(i + PROMPTS_PER_BLOCK, total)) for i in starts]):
             verdicts.keep(0)  # of answers that may be others now
-            stacks = self._load_policies()
-            answers.fill(blocks, lambda block: self._answer(stacks, block), "prompt")
+            rows = [row for row, _ in self.prompts]
+            mismatch = config.allow_base_mismatch
+            answer = PolicyAnswers(self.host, self.policies, rows, config.n, config.sampling, mismatch)
+            answers.fill(blocks, answer, "prompt")
         pairs = self._pairs(answers.lines)
         size = len(pairs) // total  # pairs of a prompt; an answer is scored once, so they stay together
         size *= max(1, PAIRS_PER_BLOCK // size)
@@ -114,36 +119,6 @@ class _Comparison:
             content["columns"] = self.columns
         return content | input_hashes(files, [*adapters_of(self.config.policies), *self.judge_runs])
 
-    def _load_policies(self) -> list[tuple[Policy, Stack, list[list[int]]]]:
-        """Each with its adapters on the host and the ids of all prompts."""
-        mismatch = self.config.allow_base_mismatch
-        loaded = []
-        for k, policy in enumerate(self.policies):
-            stacks = [load_stack(self.host, f"policy{k}", adapter, mismatch) for adapter in policy.adapters]
-            ids = [prompt_ids(policy.chat, row) for row, _ in self.prompts]
-            loaded.append((policy, sum(stacks, ()), ids))
-        return loaded
-
-    def _answer(self, loaded: Sequence[tuple[Policy, Stack, list[list[int]]]], block: range) -> list[dict[str, Any]]:
-        """The lines of answers.jsonl for the prompts with the numbers in `block`."""
-        base, config = self.host.base, self.config
-        own_ends = base.eos_ids
-        lines = [{"prompt": self.prompts[i][0].prompt, "completions": []} for i in block]
-        for k, (policy, stack, ids) in enumerate(loaded):
-            base.eos_ids = own_ends
-            base.end_at(policy.chat.end_of_turn)
-            # Other random numbers for each policy: two that are alike would give the same answers, all of them ties.
-            seeds = [i * len(loaded) + k for i in block]
-            with self.host.use(*stack):
-                groups = self.host.generate([ids[i] for i in block], config.n, config.sampling, seeds)
-            for line, group in zip(lines, groups, strict=True):
-                for c in group:
-                    text = base.tokenizer.decode(c.ids, skip_special_tokens=True)
-                    answer = {"completion": text, "stopped": c.stopped, "tokens": len(c.ids)}
-                    line["completions"].append({"policy": policy.name} | answer)
-        base.eos_ids = own_ends
-        return lines
-
     def _pairs(self, lines: Sequence[dict[str, Any]]) -> list[Pair]:
         """Answer m of each policy with answer m of each other one, prompt by prompt."""
         n, pairs = self.config.n, []
@@ -156,7 +131,9 @@ class _Comparison:
     def _judge(self, lines: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> ModelJudge | RewardJudge:
         config = self.config
         if config.judge == "model":
-            return ModelJudge(self.host, Chat(self.tokenizer), (), self.question, config)
+            chat = Chat(self.tokenizer)
+            chat.positions = self.positions
+            return ModelJudge(self.host, chat, (), self.question, config)
         options = RewardOptions(config.allow_base_mismatch, token_budget=config.token_budget)
         if self.function:
             rewards = load_rewards((config.judge,), None, None, options, self.functions)
@@ -165,6 +142,7 @@ class _Comparison:
                 rewards, self.policies[0].chat if needs_ids else None, config, self._sampled(lines, pairs)
             )
         chat = Chat(self.tokenizer, adapter_template((config.judge,)))
+        chat.positions = self.positions
         return RewardJudge(load_rewards((config.judge,), self.host, chat, options), chat, config)
 
     def _sampled(self, lines: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> dict[int, Sampled]:

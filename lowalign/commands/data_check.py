@@ -1,8 +1,10 @@
-"""`lowalign data check`: the report on files of rows, and examples with their supervised tokens marked."""
+"""`lowalign data check`: the report on files of rows, what should be cleaned, and examples with their supervised tokens marked."""
 
+import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +16,15 @@ from lowalign.config.commands import AnyDataConfig, DataCheckConfig
 from lowalign.config.sections import PreferenceShapeName
 from lowalign.data.blocks import RowEncoder
 from lowalign.data.chat import load_chat
-from lowalign.data.dataset import SFT_ENCODER, list_bad, read_examples
+from lowalign.data.cleaning.report import cleaning_report
+from lowalign.data.cleaning.text import cleaning_lines, longest_lines, table
+from lowalign.data.dataset import SFT_ENCODER, Dataset, list_bad, read_examples
 from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_ENCODER
-from lowalign.data.report import content_of, report_lines
-from lowalign.data.rows.read import Row, read_rows
+from lowalign.data.report import report_lines
+from lowalign.data.rows.formats import RowFormats
+from lowalign.data.rows.mapping import mappings_of
+from lowalign.data.sources.row import Row
 from lowalign.durable import write_jsonl
 from lowalign.errors import UserError
 from lowalign.model.base.hub import load_tokenizer
@@ -28,16 +34,22 @@ SAMPLE = 100  # rows of each file that decide whether they are preferences
 
 
 def data_check(config: DataCheckConfig) -> int:
-    """Run the command. Returns the exit code: 1 when there are bad rows."""
+    """Run the command. Returns the exit code: 1 when training would refuse the rows."""
     data = replace(config.data, files=(*config.files, *config.data.files))
-    return 1 if check(data, config.model, config.revision, config.rows, config.examples) else 0
+    return check(data, config.model, config.base.revision, config.rows, config.examples, config.json)
 
 
 def check(
-    config: AnyDataConfig, model: str, revision: str | None = None, rows: int = 3, out: Path | None = None
+    config: AnyDataConfig,
+    model: str,
+    revision: str | None = None,
+    rows: int = 3,
+    out: Path | None = None,
+    as_json: bool = False,
 ) -> int:
-    """Print the report on config.files (formats, lengths, dropped and repeated rows) and the first `rows` Examples with
-    their supervised tokens marked; write all Examples to `out`. Returns the number of bad rows.
+    """Print the report on config.files (formats, lengths, dropped rows, what should be cleaned) and the first `rows` Examples
+    with their supervised tokens marked; write all Examples to `out`. config.eval are compared with them. as_json: print the
+    report alone. Returns 1 when training would refuse the rows, else 0.
 
     Of `model` (a folder or a Hub id) only the tokenizer is loaded. Raises UserError when it or a file cannot be read.
     """
@@ -45,25 +57,52 @@ def check(
         raise UserError(f"{out} exists; --examples writes a new file")
     tokenizer = load_tokenizer(model, revision)
     chat = load_chat(tokenizer, config)
-    dataset = read_examples(config.files, chat, replace(config, on_error="skip"), encoder=_encoder(config))
-    print("\n".join(report_lines(dataset.report)))
-    repeated = len(dataset.examples) - len(set(map(content_of, dataset.examples)))
-    if len(config.files) > 1 and repeated:
-        print(f"in all files together {repeated:,} examples repeat an earlier one")
-    if dataset.bad:
-        print("\n".join(list_bad(dataset)))
+    lenient, encoder = replace(config, on_error="skip"), _encoder(config)
+    dataset = read_examples(config.files, chat, lenient, encoder=encoder)
+    heldout = read_examples(config.eval, chat, lenient, heldout=True, encoder=encoder) if config.eval else None
+    cleaning = cleaning_report(dataset.examples, heldout.examples if heldout else (), dataset, tokenizer)
+    parts = [dataset] + ([heldout] if heldout else [])
+    refused = [reason for part in parts if (reason := _refused(part, config))]
+    if as_json:
+        reports = {"train": dataset.report} | ({"eval": heldout.report} if heldout else {})
+        bad = [vars(row) for part in parts for row in part.bad]
+        print(json.dumps({**reports, "cleaning": cleaning, "bad": bad, "refused": refused}, ensure_ascii=False))
+    else:
+        _print_reports(parts, cleaning, refused)
     if out is not None:
         write_jsonl(out, (_as_json(example, tokenizer) for example in dataset.examples))
-        print(f"{len(dataset.examples):,} examples written to {out}")
+        print(f"{len(dataset.examples):,} examples written to {out}", file=sys.stderr if as_json else sys.stdout)
+    if not as_json:
+        _print_examples(dataset.examples[:rows], tokenizer)
+    return 1 if refused else 0
+
+
+def _refused(dataset: Dataset, config: AnyDataConfig) -> str:
+    """Why training would refuse these rows; "" when it would take them."""
+    files = ", ".join(file["file"] for file in dataset.report["files"])
+    if dataset.bad and config.on_error == "refuse":
+        return f"{len(dataset.bad):,} rows of {files} cannot be used; --data.on-error skip leaves them out"
+    return "" if dataset.examples else f"no row of {files} can be used"
+
+
+def _print_reports(parts: Sequence[Dataset], cleaning: dict[str, Any], refused: Sequence[str]) -> None:
+    for part in parts:
+        print("\n".join(report_lines(part.report)))
+        if part.bad:
+            print("\n".join(list_bad(part)))
+    print("\n".join(["", *table(cleaning), "", *cleaning_lines(cleaning), *longest_lines(cleaning)]))
+    print("".join(f"training would refuse: {reason}\n" for reason in refused), end="")
+
+
+def _print_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for example in dataset.examples[:rows]:
+    for example in examples:
         marked = "in green" if colour else "in «…»"
         facts = [f"supervised {marked}: {example.supervised:,} of {example.length:,} tokens"]
         facts += [f"margin {example.margin:g}"] if example.margin else []
         facts += [f"weight {example.weight:g}"] if example.weight != 1 else []
         print(f"\n{example.source} ({', '.join(facts)})")
         print(marked_text(example, tokenizer, colour))
-    return len(dataset.bad)
 
 
 def _as_json(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -76,11 +115,17 @@ def _as_json(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return line | {name: getattr(example, name) for name in defaults if getattr(example, name) != defaults[name]}
 
 
+def row_formats(config: AnyDataConfig) -> RowFormats:
+    """The row formats that fit the first rows of config.files."""
+    return _encoder(config).formats
+
+
 def _encoder(config: AnyDataConfig) -> RowEncoder:
     """The encoder whose formats fit the first rows of the files better; the one for preferences if both fit."""
     if config.shape != "auto":
         return PREFERENCE_ENCODER if config.shape in get_args(PreferenceShapeName) else SFT_ENCODER
-    rows = [row for name in config.files for row in read_rows(name, min(SAMPLE, config.limit or SAMPLE))]
+    mappings, limit = mappings_of(config, len(config.files)), min(SAMPLE, config.limit or SAMPLE)
+    rows = [row for name, own in zip(config.files, mappings, strict=True) for row in own.rows(name, limit)]
     likeness = lambda encoder: sum(encoder.formats.nearest(row.data)[1] for row in rows if isinstance(row, Row))  # noqa: E731
     return max(PREFERENCE_ENCODER, SFT_ENCODER, key=likeness)
 

@@ -12,13 +12,16 @@ from lowalign.methods.kto import KTO
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
+from lowalign.plan.fit import fitted
+from lowalign.train.engine import OnStep
 from lowalign.train.reference_cache import fill_reference_logps
 from lowalign.train.run import Job, check_and_log_start, load_rows, reference_run, reference_stack, run
 from lowalign.train.signals import StopSignals
 
 
-def dpo(config: DPOConfig, base: Base | None = None) -> int:
-    """Run `lowalign dpo`; `base` is one that is loaded already. Returns the exit code."""
+def dpo(config: DPOConfig, base: Base | None = None, on_step: OnStep | None = None) -> int:
+    """Run `lowalign dpo`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit code."""
+    config, predict = fitted(config, base)
     kto = config.dpo.loss == "kto"
 
     def load(*args: Any, **options: Any) -> Dataset:
@@ -38,4 +41,4 @@ def dpo(config: DPOConfig, base: Base | None = None) -> int:
         return method
 
     job = Job("dpo", partial(load_rows, config, load), start, adapters=reference_run(config.reference))
-    return run(config, job, base)
+    return run(config, job, base, on_step, predict)

@@ -7,15 +7,18 @@ from lowalign.config.commands import GenerateConfig
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formatted
 from lowalign.data.prompts import PromptRow, prompt_ids, read_prompts
+from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.adapters.files import adapter_template, common_format, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
-from lowalign.train.output_file import output_of, stoppable
+from lowalign.model.room import room
+from lowalign.train.output_file import announce_start, output_of, stoppable
 from lowalign.train.run_folder import input_hashes
 
+NAMED = 5  # prompts that are too long
 PROMPTS_PER_BLOCK = 64  # prompts whose completions are sampled and written together
 
 
@@ -25,17 +28,22 @@ def generate(config: GenerateConfig) -> int:
 
 
 def _run(config: GenerateConfig) -> None:
-    prompt_format = config.prompt_format or common_format(config.adapter)
-    if config.prompts is None:
+    announce_start(config)
+    data = config.data
+    prompt_format = data.prompt_format or common_format(config.adapter)
+    if config.prompt is not None:
         rows = [PromptRow(formatted(config.prompt, prompt_format), "--prompt")]
     else:
-        rows = list(read_prompts([str(config.prompts)], prompt_format))
-    if config.prompt_format is None and any(isinstance(row.prompt, str) for row in rows):
-        log("prompts that are strings are plain text, without the chat template; --prompt-format chat makes them turns")
+        rows = list(read_prompts(data.files, prompt_format))[: data.limit]
+    if data.prompt_format is None and any(isinstance(row.prompt, str) for row in rows):
+        log(
+            "prompts that are strings are plain text, without the chat template; --data.prompt-format chat makes them turns"
+        )
     # Errors in prompts and adapters are found before a large model is loaded.
     refuse_reward_runs(config.adapter)
     chat = Chat(load_tokenizer(config.model, config.base.revision), adapter_template(config.adapter))
-    ids = [prompt_ids(chat, row) for row in rows]
+    chat.positions = room(config.model, config.base.revision, config.adapter)
+    rows, ids = _fitting(rows, [prompt_ids(chat, row) for row in rows], chat.positions, data.on_error)
     inputs = {"prompts": [row.prompt for row in rows]} | input_hashes((), config.adapter)
     starts = range(0, len(rows), PROMPTS_PER_BLOCK)
     # A block has the numbers of its lines: n for each prompt.
@@ -47,6 +55,26 @@ def _run(config: GenerateConfig) -> None:
             host = Host(base)
             stack = load_policy(host, config.adapter, config.allow_base_mismatch)
             out.fill(blocks, partial(_completions, config, host, stack, rows, ids), "completion")
+
+
+def _fitting(
+    rows: list[PromptRow], ids: list[list[int]], positions: int | None, on_error: str
+) -> tuple[list[PromptRow], list[list[int]]]:
+    """The prompts that leave room for a completion, with their ids; the others are counted and named.
+
+    Raises UserError for these where on_error is "stop", and when no prompt is left.
+    """
+    long = [] if positions is None else [k for k, prompt in enumerate(ids) if len(prompt) >= positions]
+    if not long:
+        return rows, ids
+    named = ", ".join(f"{rows[k].where} ({len(ids[k]):,} tokens)" for k in long[:NAMED])
+    text = f"{len(long):,} of {len(rows):,} prompts leave no room for a completion in {positions:,} positions: {named}"
+    text += f" and {len(long) - NAMED:,} more" if len(long) > NAMED else ""
+    if on_error == "stop" or len(long) == len(rows):
+        raise UserError(f"{text}; shorten them" + ("" if len(long) == len(rows) else ", or --data.on-error skip"))
+    log(f"{text}; they are left out")
+    kept = [k for k in range(len(rows)) if k not in set(long)]
+    return [rows[k] for k in kept], [ids[k] for k in kept]
 
 
 def _completions(

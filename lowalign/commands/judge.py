@@ -22,35 +22,44 @@ from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
+from lowalign.model.room import room
+from lowalign.rewards.function import FunctionReward, same_columns
 from lowalign.rewards.judge_prompt import JudgePrompt
-from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, VerdictLine, report, report_lines
-from lowalign.rewards.reward_run import check_prompt_formats
-from lowalign.rewards.rewards import RewardOptions, load_rewards
+from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, Sampled, VerdictLine, report, report_lines
+from lowalign.rewards.reward_run import check_reward_runs
+from lowalign.rewards.rewards import RewardOptions, load_functions, load_rewards
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
-from lowalign.train.run_folder import Journal, check_or_write_inputs, input_hashes
+from lowalign.train.run_folder import RECIPE_FILE, Journal, announce_start, check_or_write_inputs, input_hashes
 
 PAIRS_PER_BLOCK = 32  # pairs of answers whose verdicts are computed and written together
 
 
 def judge(config: JudgeConfig) -> int:
     """Run the command. Returns the exit code."""
+    announce_start(config.resume, config.out / RECIPE_FILE)
     prompt = JudgePrompt(config.template or Path(__file__).with_name("judge.jinja"))
-    rows = [formatted(row, config.prompt_format) for row in read_answers(config.data)]
+    rows = [formatted(row, config.data.prompt_format) for row in read_answers(config.data.files)]
     pairs = [Pair(row, i, j) for row in rows for i, j in combinations(range(len(row.completions)), 2)]
     if not pairs:
-        raise UserError(f"no two answers to one prompt in {', '.join(config.data)}")
+        raise UserError(f"no two answers to one prompt in {', '.join(config.data.files)}")
     blocks = list(_blocks(pairs, whole_rows=bool(config.reward)))
+    columns = same_columns([row.columns for row in rows])
+    functions = load_functions(config.reward, columns[0])
     with lock_folder(config.out):
         journal = Journal(config.out / "verdicts.jsonl")
         files, runs = files_and_runs(config.reward)
-        check_prompt_formats(runs, formats_of(rows), "--prompt-format")
+        check_reward_runs(runs, formats_of(rows))
         refuse_reward_runs(_adapters(config))
         inputs = input_hashes(files, [*runs, *_adapters(config)])
-        inputs |= {"data": [vars(row) for row in rows], "template": prompt.text}
+        content = [{"prompt": row.prompt, "completions": row.completions, "source": row.source} for row in rows]
+        inputs |= {"data": content, "template": prompt.text}
+        if any(function.parameters.uses_columns for function in functions.values()):
+            inputs["columns"] = columns
         check_or_write_inputs(config, bool(journal.lines), inputs)
         if missing := journal.resume(blocks):
-            compare = _reward_judge(config) if config.reward else _model_judge(config, prompt)
+            sampled = {id(row): Sampled(own, None) for row, own in zip(rows, columns, strict=True)}
+            compare = _reward_judge(config, functions, sampled) if config.reward else _model_judge(config, prompt)
             journal.fill(missing, compare, "pair")
         _write_results(config.out, pairs, journal.lines)
     return 0
@@ -74,14 +83,17 @@ def _model_judge(config: JudgeConfig, prompt: JudgePrompt) -> ModelJudge:
     return ModelJudge(host, chat, stack, prompt, config)
 
 
-def _reward_judge(config: JudgeConfig) -> RewardJudge:
+def _reward_judge(
+    config: JudgeConfig, functions: dict[str, FunctionReward], sampled: dict[int, Sampled]
+) -> RewardJudge:
+    """functions: of --reward. sampled: what they may ask for, by id of the row."""
     _, runs = files_and_runs(config.reward)
     if runs and config.model is None:
         raise UserError(f"--reward {runs[0]} is a reward run; give its base with --model M")
     host, chat = _load(config, runs) if runs else (None, None)
     options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread)
-    rewards = load_rewards(config.reward, host, chat, options)
-    return RewardJudge(rewards, chat, config)
+    rewards = load_rewards(config.reward, host, chat, options, functions)
+    return RewardJudge(rewards, chat, config, sampled)
 
 
 def _adapters(config: JudgeConfig) -> tuple[str, ...]:
@@ -90,7 +102,9 @@ def _adapters(config: JudgeConfig) -> tuple[str, ...]:
 
 def _load(config: JudgeConfig, adapters: Sequence[str]) -> tuple[Host, Chat]:
     base = Base.load(config.model, **vars(config.base))
-    return Host(base), Chat(base.tokenizer, adapter_template(adapters))
+    chat = Chat(base.tokenizer, adapter_template(adapters))
+    chat.positions = room(base.folder, None, adapters)
+    return Host(base), chat
 
 
 def _write_results(out: Path, pairs: Sequence[Pair], lines: Sequence[VerdictLine]) -> None:

@@ -22,7 +22,6 @@ from lm_eval.models.utils import (
 )
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from lowalign.config.evaluation import EvalConfig
 from lowalign.config.sections import Sampling
@@ -30,6 +29,7 @@ from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.log import progress
 from lowalign.model.forward.logprob import LOGIT_ROWS, LMHead
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
@@ -141,7 +141,7 @@ class HostLM(TemplateLM):
             owners.setdefault(tuple(continuation), []).append(i)
         examples = {id(e): (e, owners) for e, owners in map(_example, grouped.items())}
         results: list[Scored] = [(0.0, True)] * len(requests)
-        with tqdm(total=len(requests), unit="request", disable=disable_tqdm or None) as bar:
+        with progress(not disable_tqdm, total=len(requests), unit="request") as bar:
 
             def compute(batch: list[Example]) -> None:
                 for example, scores in zip(batch, self._scored(batch), strict=True):

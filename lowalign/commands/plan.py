@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from lowalign.config import cards
-from lowalign.config.commands import BestOfNConfig
 from lowalign.config.dump import dump
 from lowalign.config.plan import PlanOptions, planned_verb, without_plan
 from lowalign.durable import write_file
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.plan.figures import CONTEXT, GIB, LEFT_FREE, Figures
+from lowalign.plan.figures import CONTEXT, GIB, Figures
+from lowalign.plan.fit import search
 from lowalign.plan.meta_base import load_config
 from lowalign.plan.planner import Config, Planner, Setting
 
@@ -30,9 +30,9 @@ def plan(options: PlanOptions) -> int:
             f"{setting.length:,} tokens: the model has positions for {planner.positions:,}; set --length lower"
         )
     vram = cards.memory(options.vram) if options.vram else card.memory * 10**9
-    figures, search = planner.figures(setting), {}
+    figures, found = planner.figures(setting), {}
     if options.vram:
-        figures, search = _search(planner, setting, vram, options)
+        figures, found = _search(planner, setting, vram, options)
     report = {
         "verb": planned_verb(options),
         "model": config.model,
@@ -44,7 +44,7 @@ def plan(options: PlanOptions) -> int:
         "fits": figures.needed <= vram,
         "max_length": None,
         "token_budget": setting.token_budget or None,
-        **search,
+        **found,
         "predicted_by": "dry run",
     }
     print(json.dumps(report) if options.json else _text(report, figures))
@@ -56,19 +56,15 @@ def plan(options: PlanOptions) -> int:
 def _search(planner: Planner, setting: Setting, vram: int, options: PlanOptions) -> tuple[Figures, dict[str, Any]]:
     """-> the figures of the setting (with checkpoint inputs in CPU memory where it does not fit otherwise), and the largest
     values that fit."""
-    figures, changes = planner.figures(setting), {}
-    trains = not isinstance(planner.config, BestOfNConfig)
-    if figures.needed > vram and figures.checkpointing == "on" and trains:
-        changes = {"checkpointing": "offload"}
-        figures = planner.figures(setting, **changes)
-    longest = planner.longest(vram, **changes)
-    found: dict[str, Any] = {"needs_offload": bool(changes), "max_length": longest}
-    if longest is None:
-        return figures, found | {"token_budget": None}
-    found["token_budget"] = planner.token_budget(vram, min(setting.length, longest), **changes)
+    fit = search(planner, setting, vram)
+    if isinstance(fit, Figures):
+        offloads = fit.checkpointing != planner.figures(setting).checkpointing
+        return fit, {"needs_offload": offloads, "max_length": None, "token_budget": None, "keep_layers": 0}
+    found = {"needs_offload": bool(fit.changes), "max_length": fit.longest, "token_budget": fit.token_budget}
+    found["keep_layers"] = fit.keep_layers
     if options.rank:
-        found["max_rank"] = planner.rank(vram, setting, **changes)
-    return figures, found
+        found["max_rank"] = planner.rank(vram, setting, **fit.changes)
+    return fit.figures, found
 
 
 def _write(options: PlanOptions, config: Config, figures: Figures, report: dict[str, Any]) -> None:
@@ -97,10 +93,9 @@ def _text(report: dict[str, Any], figures: Figures) -> str:
         for name, size in report["components"].items()
         if size >= 0.005 or name == "base"
     ]
-    need = (figures.peak + CONTEXT + LEFT_FREE) / GIB
     verdict = "fits" if report["fits"] else "does not fit"
     lines += [
-        f"with {CONTEXT / GIB:.1f} GiB of CUDA context and {LEFT_FREE / GIB:.1f} left free: {need:.2f} GiB; "
+        f"with {CONTEXT / GIB:.1f} GiB of CUDA context and {figures.left_free / GIB:.1f} left free: {figures.needed / GIB:.2f} GiB; "
         f"it {verdict} in {report['vram_gib']:.2f}",
     ]
     others = {name: size for name, size in report["phases"].items() if name != figures.highest.name}
@@ -123,4 +118,8 @@ def _found(report: dict[str, Any]) -> str:
     )
     if "max_rank" in report:
         text += f"; adapter.r {report['max_rank']}"
+    if report["keep_layers"]:
+        text += (
+            f"; or {report['keep_layers']} layers that keep their activations (--train.keep-layers), which is faster"
+        )
     return text + ("; it needs --train.checkpointing offload" if report["needs_offload"] else "")

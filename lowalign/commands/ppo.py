@@ -6,12 +6,14 @@ OUT/samples.jsonl   some completions of each round with their rewards; the other
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lowalign import processes
 from lowalign.config.training import PPOConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import heldout_count, load_examples
@@ -27,24 +29,27 @@ from lowalign.model.adapters.kinds import BY_OPTION
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, add_fresh, load_stack
+from lowalign.plan.fit import fitted
 from lowalign.rewards.function import Samples, same_columns
-from lowalign.rewards.reward_run import RunReward, check_prompt_formats
+from lowalign.rewards.reward_run import RunReward, check_reward_runs
 from lowalign.rewards.rewards import CompletionScore, RewardOptions, Rewards, load_functions, load_rewards
 from lowalign.rewards.spec import files_and_runs, parse_spec, require_flags
-from lowalign.train.run import PROMPT_FORMAT, Job, RunRows, check_and_log_start, reference_run, reference_stack, run
+from lowalign.train.engine import OnStep
+from lowalign.train.run import Job, RunRows, check_and_log_start, reference_run, reference_stack, run
 from lowalign.train.run_folder import Journal
 
 VALUE = "value"
 
 
-def ppo(config: PPOConfig, base: Base | None = None) -> int:
-    """Run `lowalign ppo`; `base` is one that is loaded already. Returns the exit code."""
+def ppo(config: PPOConfig, base: Base | None = None, on_step: OnStep | None = None) -> int:
+    """Run `lowalign ppo`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit code."""
+    config, predict = fitted(config, base)
     require_flags(prompts=config.data.files, reward=config.reward)
     setup = PPOSetup(config)
     _, runs = files_and_runs(config.reward)  # the files may change: functions can be corrected before --resume
     adapters = (*reference_run(config.reference), *runs)
     job = Job("ppo", setup.read, setup.start, data=config.ppo.ptx_data, adapters=adapters, steps=setup.steps)
-    return run(config, job, base)
+    return run(config, job, base, on_step, predict)
 
 
 class PPOSetup:
@@ -61,7 +66,7 @@ class PPOSetup:
         data, c = self.config.data, self.config
         self.chat = chat
         read = partial(distinct_prompts, chat=chat, limit=data.limit, max_tokens=data.max_length)
-        read = partial(read, option="--data.max-length", prompt_format=data.prompt_format)
+        read = partial(read, prompt_format=data.prompt_format, data=data)
         prompts = read(data.files)
         if data.eval:
             self.heldout = read(data.eval)
@@ -69,11 +74,12 @@ class PPOSetup:
             prompts, self.heldout = _split(prompts, data.eval_rows, c.train.seed)
         rows = [row for row, _ in (*prompts, *self.heldout)]
         formats = formats_of(row.prompt for row in rows)
-        check_prompt_formats(files_and_runs(c.reward)[1], formats, PROMPT_FORMAT)
+        check_reward_runs(files_and_runs(c.reward)[1], formats)
         self.columns = same_columns([row.columns for row in rows])
         self.functions = load_functions(c.reward, self.columns[0])
         if c.ppo.ptx_data:
-            self.ptx = load_examples(c.ppo.ptx_data, chat, data).examples
+            own_columns = replace(data, preset=(), columns=(), prompt=None, completion=None, system=None)
+            self.ptx = load_examples(c.ppo.ptx_data, chat, own_columns).examples
         return RunRows(prompts, [ids for _, ids in self.heldout], formats)
 
     def start(self, host: Host, rows: list, _: list, policy: Stack, initial: Stack) -> PPO:
@@ -116,14 +122,22 @@ class Scoring:
         self.last: list[CompletionScore] = []  # of the last call
 
     def __call__(self, numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[float]]:
-        """The rewards of completions of the prompts with these numbers."""
+        """The rewards of completions of the prompts with these numbers; each process computes its share."""
+        own = processes.share([sum(map(len, group)) for group in completions])
+        scores = self._scores([numbers[i] for i in own], [completions[i] for i in own]) if own else []
+        if processes.count() > 1:
+            plain = [[(s.total, s.parts) for s in group] for group in scores]
+            whole = processes.gather_shares(own, plain, len(numbers))
+            scores = [[CompletionScore(*s) for s in group] for group in whole]
+        self.last = [s for group in scores for s in group]
+        return [[s.total for s in group] for group in scores]
+
+    def _scores(self, numbers: Sequence[int], completions: list[list[list[int]]]) -> list[list[CompletionScore]]:
         prompts, ids = zip(*((self.prompts[i][0].prompt, self.prompts[i][1]) for i in numbers), strict=True)
         texts = [[self.decode(c) for c in group] for group in completions]
         stopped = [[c[-1] in self.base.eos_ids for c in group] for group in completions]
         samples = Samples([self.columns[i] for i in numbers], stopped)
-        scores = self.rewards(prompts, ids, texts, completions, samples)
-        self.last = [s for group in scores for s in group]
-        return [[s.total for s in group] for group in scores]
+        return self.rewards(prompts, ids, texts, completions, samples)
 
     def on_round(self, number: int, numbers: list[int], rollouts: list[Rollout]) -> dict[str, float]:
         """Write some of a round's completions to OUT/samples.jsonl -> mean and spread of each reward, before its weight."""

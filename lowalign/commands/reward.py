@@ -15,14 +15,17 @@ from lowalign.methods.reward_model import RewardModel, reward_metrics, scored
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
+from lowalign.plan.fit import fitted
 from lowalign.rewards.reward_run import HELDOUT, TRAINING, score_examples
+from lowalign.train.engine import OnStep
 from lowalign.train.run import Job, load_rows, run
 
 EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated on
 
 
-def reward(config: RewardConfig, base: Base | None = None) -> int:
-    """Run `lowalign reward`; `base` is one that is loaded already. Returns the exit code."""
+def reward(config: RewardConfig, base: Base | None = None, on_step: OnStep | None = None) -> int:
+    """Run `lowalign reward`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit code."""
+    config, predict = fitted(config, base)
 
     def load(*args: Any, **options: Any) -> Dataset:
         data = load_preferences(*args, **options)
@@ -35,7 +38,7 @@ def reward(config: RewardConfig, base: Base | None = None) -> int:
         ties = config.data.ties == "keep"
         return RewardModel(host, rows, policy, config.reward, config.train, ties)
 
-    return run(config, Job("reward", partial(load_rows, config, load), start, finish=_evaluate), base)
+    return run(config, Job("reward", partial(load_rows, config, load), start, finish=_evaluate), base, on_step, predict)
 
 
 def _evaluate(

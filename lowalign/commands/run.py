@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -28,11 +28,14 @@ from lowalign.log import log
 from lowalign.report.recipe_summary import changed_options
 from lowalign.train.lock import lock_folder
 
+if TYPE_CHECKING:
+    from lowalign.model.base.base import Base
+
 FIGURES = ("loss", "eval/loss", "eval/accuracy", "accuracy", "reward", "kl", "top1", "win_rate", "bytes")
 
 
-def run(config: PipelineConfig) -> int:
-    """Run the command. Returns the exit code of the stage that ended it, else 0."""
+def run(config: PipelineConfig, base: "Base | None" = None) -> int:
+    """Run the command; `base` is one that is loaded already. Returns the exit code of the stage that ended it, else 0."""
     stages = read_pipeline(config)
     if config.dry_run:
         for stage in stages:
@@ -40,12 +43,11 @@ def run(config: PipelineConfig) -> int:
             print(f"# {stage.name}: lowalign {stage.verb.name} → {stage.out or 'no folder'}\n{options}")
         return 0
     with lock_folder(config.out):
-        return _run_stages(config, stages)
+        return _run_stages(config, stages, base)
 
 
-def _run_stages(config: PipelineConfig, stages: list[Stage]) -> int:
+def _run_stages(config: PipelineConfig, stages: list[Stage], base: "Base | None") -> int:
     finished = _Finished(config.out / "pipeline.json")
-    base = None
     for i, stage in enumerate(stages):
         if finished.has(stage):
             log(f"stage {stage.name}: finished before")
@@ -55,10 +57,10 @@ def _run_stages(config: PipelineConfig, stages: list[Stage]) -> int:
         )
         function = _function(stage)
         shares = "base" in inspect.signature(function).parameters
-        if shares and base is None:
+        if shares and base is None and stage.config.model:
             from lowalign.model.base.base import Base  # after the messages above: it takes seconds
 
-            base = Base.load(stage.config.model, **vars(stage.config.base))
+            base = Base.load(stage.config.model, **vars(config.base))
         started = time.monotonic()
         try:
             options = _resumed(stage)

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lowalign.config.sections import AdapterConfig, BaseConfig, DataConfig, Model, OutDir, TrainConfig
+from lowalign.config.ranges import Checked, PositiveInt
+from lowalign.config.sections import AdapterConfig, BaseConfig, DataConfig, LearningRate, Model, OutDir, TrainConfig
 from lowalign.errors import UserError
 
 FineTuned = Annotated[str, tyro.conf.arg(metavar="F")]
@@ -19,16 +20,16 @@ FineTuned = Annotated[str, tyro.conf.arg(metavar="F")]
 class DistilTrainConfig(TrainConfig):
     """The training loop. Few numbers are trained, and a step of log-scales is relative to the scale."""
 
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Examples per optimizer step. Does not affect memory: see token_budget."""
-    learning_rate: float = 5e-2
+    learning_rate: LearningRate = 5e-2
     """Peak learning rate."""
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "adamw"
     """AdamW with 8-bit state in pageable memory, with 8-bit state, or with 32-bit state."""
 
 
 @dataclass(frozen=True)
-class DistilConfig:
+class DistilConfig(Checked):
     """Distil a BitDelta: train its scales so that it predicts what the fine-tuned model predicts."""
 
     model: Model
@@ -64,7 +65,7 @@ class DistilConfig:
 
 
 @dataclass(frozen=True)
-class CompressConfig:
+class CompressConfig(Checked):
     """BitDelta (arXiv 2402.10193): store a fine-tuned model as one bit for each weight that changed. With --data its scales
     are distilled too."""
 
@@ -88,6 +89,7 @@ class CompressConfig:
     """With --data: resume the distillation in OUT."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data.files and (self.resume or self.train != DistilTrainConfig()):
             raise UserError("--train and --resume are of the distillation, which needs rows: give --data FILE…")
 

@@ -57,10 +57,10 @@ def card(name: str) -> tuple[str, Card]:
     return key, CARDS[key]
 
 
-def memory(text: str) -> int:
-    """ "24GB" (24 · 10^9 bytes) or "24GiB" (24 · 2^30) -> bytes. Raises UserError."""
+def memory(text: str, flag: str = "--vram") -> int:
+    """ "24GB" (24 · 10^9 bytes) or "24GiB" (24 · 2^30) -> bytes. Raises UserError, which names the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     unit = UNITS.get(match[2].lower()) if match else None
     if unit is None or not float(match[1]):
-        raise UserError(f"--vram {text}: expected a size such as 24GB or 22.5GiB")
+        raise UserError(f"{flag} {text}: expected a size such as 24GB or 22.5GiB")
     return int(float(match[1]) * unit)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lowalign.config.ranges import Checked, NonNegativeInt, PositiveInt
+from lowalign.config.rows import FilePromptsConfig, ShortPromptsConfig
 from lowalign.config.sections import (
     AdapterConfig,
     BaseConfig,
@@ -16,7 +18,7 @@ from lowalign.config.sections import (
     OutDir,
     PreferenceConfig,
     PreferenceShapeName,
-    PromptFormat,
+    RevisionConfig,
     Sampling,
     ShapeName,
     TrainConfig,
@@ -25,7 +27,7 @@ from lowalign.errors import UserError
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Checked):
     """Talk to a model in the terminal. Several adapters are loaded on one base; /use switches between them."""
 
     adapters: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_OR_ADAPTER…")] = ()
@@ -36,18 +38,17 @@ class ChatConfig:
     """System message."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
-    )
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95))
     base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.adapters and self.model is None:
             raise UserError("nothing to talk to: lowalign chat RUN_OR_ADAPTER… or lowalign chat --model M")
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """Sample completions of prompts: one line of JSON (prompt, completion) per completion."""
 
     model: Model
@@ -56,12 +57,8 @@ class GenerateConfig:
     """A run, an adapter folder or a Hub id. Repeat the flag to apply several together."""
     prompt: str | None = None
     """One prompt, as text."""
-    prompts: Path | None = None
-    """A file of prompts: JSON or JSONL rows with prompt or messages."""
-    prompt_format: PromptFormat | None = None
-    """Prompts that are strings. text: plain text, without the chat template. chat: a turn of the user. Default: what the
-    adapter was trained on; text where that is not known."""
-    n: int = 1
+    data: FilePromptsConfig = field(default_factory=FilePromptsConfig)
+    n: PositiveInt = 1
     """Completions per prompt."""
     out: Path | None = None
     """Output file, which grows block by block. It must not exist, unless with --resume. Default: standard output."""
@@ -69,14 +66,13 @@ class GenerateConfig:
     """Accept adapters that were trained on another base."""
     resume: bool = False
     """Resume from the completions in the output file."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=Sampling)
     base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            raise UserError("generate takes either --prompt TEXT or --prompts FILE")
-        if self.n < 1:
-            raise UserError("--n must be at least 1")
+        super().__post_init__()
+        if (self.prompt is None) == (not self.data.files):
+            raise UserError("generate takes either --prompt TEXT or --data FILE")
         if self.resume and self.out is None:
             raise UserError("--resume goes on with a file: give it with --out FILE")
 
@@ -87,40 +83,32 @@ class RoundConfig:
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    max_length: int = 2048
+    max_length: PositiveInt = 2048
     """Maximum tokens of one example. A longer one keeps its completion; its prompt is cut from the left."""
 
 
 @dataclass(frozen=True)
-class BestOfNConfig:
+class BestOfNConfig(Checked):
     """Best-of-n: sample n completions per prompt, score them, write the best as data for sft, dpo and reward."""
 
     model: Model
     """Base model, a folder or a Hub id."""
     out: OutDir
     """Folder of the run."""
-    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
-    """JSON or JSONL files, or Hub dataset ids, of rows with a prompt or messages. Answers in the rows are ignored."""
+    data: ShortPromptsConfig = field(default_factory=ShortPromptsConfig)
     adapter: tuple[str, ...] = ()
     """The policy: runs, adapter folders or Hub ids, applied together. Default: the base without adapters."""
     reward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC")] = ()
     """What scores the completions: [WEIGHT*]RUN for a reward run, or [WEIGHT*]FILE.py:NAME for a Python function of prompts
     and completions that returns numbers. Several: their weighted sum, with scores of reward runs standardised."""
-    n: int = 8
+    n: PositiveInt = 8
     """Completions per prompt."""
-    limit: int | None = None
-    """Use only the first N prompts, for a trial."""
-    max_prompt: int = 1024
-    """Maximum tokens of a prompt. Longer prompts are left out."""
-    token_budget: int = 8192
+    token_budget: PositiveInt = 8192
     """Maximum tokens of a forward that scores: memory and speed. A single longer completion still fits."""
-    prompt_format: PromptFormat | None = None
-    """Prompts that are strings. text (default): plain text, without the chat template. chat: a turn of the user. Where it is
-    not given, an --adapter that was trained on the other format is refused."""
     unfinished: Literal["skip", "keep"] = "skip"
     """Completions cut off at the length limit. skip: never prefer one to another completion, which would teach to stop
     there. keep: treat them like the others."""
-    rounds: int = 1
+    rounds: PositiveInt = 1
     """With train: number of rounds of sampling, choosing and training."""
     train: bool = False
     """Train on the best completions, then sample the next round from the trained policy (rejection sampling)."""
@@ -135,8 +123,7 @@ class BestOfNConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.rounds < 1:
-            raise UserError("--n and --rounds must be at least 1")
+        super().__post_init__()
         if self.rounds > 1 and not self.train:
             raise UserError("--rounds goes with --train: without training every round is the same")
         if self.train and len(self.adapter) > 1:
@@ -152,24 +139,51 @@ class AnyDataConfig(PreferenceConfig):
 
 
 @dataclass(frozen=True)
-class DataCheckConfig:
-    """Report the format, lengths and dropped rows of data files, and show examples with their supervised tokens marked."""
+class DataCheckConfig(Checked):
+    """Report the format, lengths and dropped rows of data files, what should be cleaned in them, and examples with their
+    supervised tokens marked. Exits with 1 when training would refuse the rows."""
 
     model: Model
     """Base model whose tokenizer and chat template are used, a folder or a Hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    rows: int = 3
+    rows: NonNegativeInt = 3
     """Number of examples to show with their supervised tokens marked."""
     examples: Path | None = None
     """New JSONL file for all examples: source, ids of prompt and completions, masks, text with supervised parts in «…»."""
+    json: bool = False
+    """Print the report as JSON, and no examples."""
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE…")] = ()
-    """Files to check, before the flags: JSON or JSONL, or Hub dataset ids (NAME or NAME:SPLIT)."""
+    """What to check, before the flags: files, folders, globs, - or Hub datasets, as --data takes them."""
+    data: AnyDataConfig = field(default_factory=AnyDataConfig)
+    base: RevisionConfig = field(default_factory=RevisionConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.files or self.data.files):
+            raise UserError("no FILE to check: lowalign data check FILE… --model M")
+
+
+@dataclass(frozen=True)
+class DataConvertConfig(Checked):
+    """Write the rows of any source as JSONL in the columns of lowalign's row formats. No model is needed."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.jsonl")]
+    """New file."""
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE…")] = ()
+    """What to convert, before the flags: files, folders, globs, - or Hub datasets, as --data takes them."""
     data: AnyDataConfig = field(default_factory=AnyDataConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.files or self.data.files):
-            raise UserError("no FILE to check: lowalign data check FILE… --model M")
+            raise UserError("no FILE to convert: lowalign data convert FILE… --out rows.jsonl")
+
+
+@dataclass(frozen=True)
+class DataPresetsConfig:
+    """List the presets and templates of --data.preset, or print one."""
+
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+    """The one to print."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ class CopyRecipeConfig(ShowRecipeConfig):
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
+class PipelineConfig(Checked):
     """Run the stages of a file on one load of the base. Finished stages are skipped, an interrupted one is resumed."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lowalign.config.cards import card, memory
 from lowalign.config.commands import BestOfNConfig
+from lowalign.config.ranges import Checked, Range
 from lowalign.config.sections import OutDir
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lowalign.config.yaml_flags import suggest, verb_in
@@ -13,14 +14,14 @@ from lowalign.errors import UserError
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(Checked):
     """Predict memory, time and traffic of a run by a dry run of its own steps: no weights, no data, no GPU."""
 
     out: OutDir = Path()
     """Not used: nothing is trained."""
-    length: int | None = None
-    """Plan a micro-batch of one example of this many tokens, instead of data.max_length and train.token_budget. ppo: tokens
-    of a prompt."""
+    length: Annotated[int, Range(2)] | None = None
+    """Plan a micro-batch of one example of this many tokens, of prompt and completion, instead of data.max_length and
+    train.token_budget. ppo: tokens of a prompt."""
     card: str = "RTX 4090"
     """The card that the time is predicted for, such as "RTX 3090", "L4" or "H100"; its memory, unless vram is given."""
     vram: str | None = None
@@ -33,6 +34,7 @@ class PlanOptions:
     """Print one JSON object."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         card(self.card)
         if self.vram is not None:
             memory(self.vram)
@@ -40,9 +42,6 @@ class PlanOptions:
             raise UserError(f"{'--rank' if self.rank else '--write'} goes with --vram: it says what has to fit")
         if self.rank and self.adapter.kind != "lora":
             raise UserError(f"--rank is for --adapter.kind lora; {self.adapter.kind} has no rank")
-        if self.length is not None and self.length < 2:
-            raise UserError(f"--length is {self.length}; it must be 2 or more: a prompt and a completion")
-        getattr(super(), "__post_init__", lambda: None)()
 
 
 @dataclass(frozen=True)

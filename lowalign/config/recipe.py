@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -15,22 +16,36 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from lowalign.config.dump import docs, dump, scalar
-from lowalign.config.renamed import RENAMED, warn
-from lowalign.config.verbs import verb_of, verbs
+from lowalign.config.flags import checked
+from lowalign.config.help import readable_help
+from lowalign.config.verbs import RECIPE, verb_of, verbs
 from lowalign.config.yaml_flags import Flag, flag_of, options, read, suggest, verb_in
 from lowalign.errors import UserError
 
 T = TypeVar("T")
 
+DATA_FOLDERS = ("presets", "templates")  # of adapters/: meanings of columns, not recipes
 # What may differ when a run is resumed. `out` may: a run folder can be moved, and named in several ways.
 MAY_CHANGE = {
     *("out", "resume", "train.steps", "train.save_every", "train.log_every", "train.eval_every", "train.keep"),
-    *("train.track", "train.token_budget", "train.result", "rounds", "rollout.eval_every"),
+    *("train.track", "train.run_name", "train.token_budget", "train.result", "rounds", "rollout.eval_every"),
+    *("base.leave_free", "fit", "train.epochs"),
+    "train.optimizer",  # paged or not; the state of another optimizer is refused when it is read
 }
 
 
 def packaged() -> dict[str, Path]:
     """The recipes that come with lowalign, by name: {"lora/sft": path}."""
+    return {name: path for name, path in _shipped().items() if name.partition("/")[0] not in DATA_FOLDERS}
+
+
+def data_presets() -> dict[str, Path]:
+    """What --data.preset knows by name: {"dolly": path, "templates/summarisation": path}."""
+    files = {name: path for name, path in _shipped().items() if name.partition("/")[0] in DATA_FOLDERS}
+    return {name.removeprefix("presets/"): path for name, path in files.items()}
+
+
+def _shipped() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     inside = package / "adapters"  # where a wheel has them; a clone has them beside the package
     root = inside if inside.is_dir() else package.parent / "adapters"
@@ -57,7 +72,8 @@ def parse(config: type[T], flags: Sequence[str], recipe: Path | None = None, pro
         raise UserError(f"{prog}: options begin with --, found {flags[0]}")
     if recipe:
         _check_verb(recipe, config)
-    return _parse(config, _with_new_names(flags, config), recipe, read(recipe, config) if recipe else [], prog)
+    words = checked(_with_values(flags), config, prog.removesuffix(f" {RECIPE}"))
+    return _parse(config, words, recipe, read(recipe, config) if recipe else [], prog)
 
 
 def parse_entries(config: type[T], entries: list[Flag], file: Path, recipe: Path | None = None) -> T:
@@ -101,14 +117,16 @@ def _parse(config: type[T], flags: Sequence[str], recipe: Path | None, entries: 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=[*(t for flag in entries for t in flag.tokens), *flags], prog=prog)
+            args = [*(t for flag in entries for t in flag.tokens), *flags]
+            with readable_help() if {"-h", "--help"} & set(args) else contextlib.nullcontext():
+                return tyro.cli(config, args=args, prog=prog)
     except UserError as error:  # from a __post_init__
         raise UserError(_located(str(error), recipe, {flag.key: flag.line for flag in entries})) from None
     except SystemExit as stop:
         if not stop.code:
             raise
     text = complaint.getvalue().rstrip()
-    raise UserError(_missing(config, text) or f"the options cannot be used\n{text}")
+    raise UserError(_missing(config, text) or _unboxed(text))
 
 
 def _check_verb(recipe: Path, config: type) -> None:
@@ -127,35 +145,28 @@ def _check_verb(recipe: Path, config: type) -> None:
     raise UserError(f"{name} is a recipe for {named[0]}, not for {verb}{question}")
 
 
-def _with_new_names(flags: Sequence[str], config: type) -> list[str]:
-    """The flags, with a notice for each that has an old name."""
-    keys = dict(options(config))
-    new_names = {flag_of(old): flag_of(new) for old, new in RENAMED.items() if new in keys}
-    renamed = []
-    for flag in flags:
-        name = _name(flag)
-        if new := new_names.get(name):
-            warn(name, new)
-            flag = new + flag[len(name) :]
-        renamed.append(flag)
-    return renamed
+def _with_values(flags: Sequence[str]) -> list[str]:
+    """The flags, with `auto` after each --fit that stands alone."""
+    words: list[str] = []
+    for flag, following in zip_longest(flags, flags[1:], fillvalue="-"):
+        words += (flag, "auto") if flag == "--fit" and following.startswith("-") else (flag,)
+    return words
 
 
 def _located(message: str, recipe: Path | None, lines: Mapping[str, int]) -> str:
     """The message with FILE:LINE before it, and keys instead of flags, where it names options set in the recipe.
 
-    lines: the line of each key. A message of Sampling begins with the bare name of its option.
+    lines: the line of each key.
     """
     keys = {flag_of(key): key for key in lines}
-    bare = {key.removeprefix("sampling."): key for key in lines if key.startswith("sampling.")}
     named = []
 
     def replaced(match: re.Match) -> str:
-        key = keys.get(match[0]) or (bare.get(match[0]) if match.start() == 0 else None)
+        key = keys.get(match[0])
         named.append(key)
         return key or match[0]
 
-    message = re.sub(r"--\w+(?:[-.]\w+)*|^\w+", replaced, message)
+    message = re.sub(r"--\w+(?:[-.]\w+)*", replaced, message)
     line = next((lines[key] for key in named if key), None)
     return f"{recipe}:{line}: {message}" if line else message
 
@@ -167,11 +178,19 @@ def _missing(config: type, text: str) -> str:
     explained, hints = docs(config), get_type_hints(config, include_extras=True)
     lines = []
     for name in _required(config):
-        if re.search(rf"{flag_of(name)}\b", text):
-            metavar = _metavar(hints[name])
-            what = explained[name].partition(".")[0]
-            lines.append(f"give {flag_of(name)} {metavar}: {what[0].lower()}{what[1:]}")
+        metavar = _metavar(hints[name])
+        positional = tyro.conf.Positional in getattr(hints[name], "__metadata__", ())
+        if re.search(rf"\b{re.escape(metavar)}\b" if positional else rf"{flag_of(name)}\b", text):
+            what = explained[name].partition(". ")[0].rstrip(".")
+            given = metavar if positional else f"{flag_of(name)} {metavar}"
+            lines.append(f"give {given}: {what[0].lower()}{what[1:]}")
     return "\n".join(lines)
+
+
+def _unboxed(text: str) -> str:
+    """The parser's message on one line, without the frame."""
+    inside = re.sub(r"[─╭╮╰╯│]", " ", text).partition("For full helptext")[0]
+    return " ".join(inside.split())
 
 
 def _required(config: type) -> list[str]:

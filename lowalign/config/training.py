@@ -8,6 +8,16 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lowalign.config.cards import memory
+from lowalign.config.ranges import (
+    Checked,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+)
 from lowalign.config.sections import (
     AdapterConfig,
     BaseConfig,
@@ -22,7 +32,7 @@ from lowalign.errors import UserError
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """A run that trains an adapter."""
 
     model: Model
@@ -40,13 +50,24 @@ class RunConfig:
     A soft prompt that starts from a soft prompt is always a copy."""
     allow_base_mismatch: bool = False
     """Accept adapters that were trained on another base."""
+    fit: str | None = None
+    """Set data.max_length and, of train, token_budget, checkpointing and keep_layers so that the run fits in this much memory, such as 24GB; --fit
+    alone: in what is free. After ten steps the measured peak is compared with the predicted one."""
     resume: bool = False
     """Resume from the newest valid checkpoint in OUT."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit is not None and self.fit != "auto":
+            memory(self.fit, "--fit")
 
 
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
     """Supervised fine-tuning on the answers in the data."""
+
+    neftune: NonNegativeFloat = 0.0
+    """Noise on the embeddings in training (NEFTune's alpha, arXiv 2310.05914): 5 to 15 for answers in free form. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class RewardLossConfig:
     loss: Literal["bradley-terry", "plackett-luce"] = "bradley-terry"
     """bradley-terry: mean over the pairs of each ranking (arXiv 2203.02155, eq. 1). plackett-luce: likelihood of the
     complete order, per bit of it."""
-    centring: float = 0.0
+    centring: NonNegativeFloat = 0.0
     """Weight of (r_chosen + r_rejected)^2, which keeps scores near zero (arXiv 2312.09244, eq. 2). Usual: 0.01."""
 
 
@@ -75,27 +96,23 @@ class DPOLossConfig:
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290). ipo (2310.12036). hinge (2305.10425). kto: for thumbs up or down (2402.01306).
     Without a reference: simpo (2405.14734), orpo (2403.07691)."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Strength of the pull to the reference: 0.01 (weak) to 0.5. ipo: its tau. simpo: scale of the margin, 2 to 10.
     orpo: weight of the odds-ratio term."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0
     """sigmoid: estimated fraction of preferences with chosen and rejected swapped."""
     robust: bool = False
     """sigmoid with label smoothing: robust DPO (arXiv 2403.00409) instead of cDPO."""
-    gamma: float = 0.5
+    gamma: NonNegativeFloat = 0.5
     """simpo: target margin between chosen and rejected."""
-    sft: float = 0.0
+    sft: NonNegativeFloat = 0.0
     """Weight of an added SFT loss: the chosen completion's loss per token (RPO, arXiv 2404.19733). orpo always has it at 1."""
-    desirable: float = 1.0
+    desirable: NonNegativeFloat = 1.0
     """kto: weight of completions with thumbs up."""
-    undesirable: float = 1.0
+    undesirable: NonNegativeFloat = 1.0
     """kto: weight of completions with thumbs down."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise UserError(f"--dpo.beta is {self.beta}; it must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--dpo.label-smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
         if (self.label_smoothing or self.robust) and self.loss != "sigmoid":
             raise UserError(f"--dpo.label-smoothing and --dpo.robust belong to --dpo.loss sigmoid, not {self.loss}")
         if self.sft and self.loss == "kto":
@@ -114,6 +131,7 @@ class DPOConfig(RunConfig):
     """Keep the reference's log-probs on disk, and reuse them for the same rows, base and reference."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.adapter.dropout:
             raise UserError(
                 f"--adapter.dropout is {self.adapter.dropout}: with dropout the policy is not its reference at the start "
@@ -127,26 +145,26 @@ class DPOConfig(RunConfig):
 class RolloutConfig:
     """One round: what is sampled, and how rewards are shaped."""
 
-    prompts: int = 32
+    prompts: PositiveInt = 32
     """Prompts per round, a multiple of train.batch_size."""
-    samples: int = 4
+    samples: PositiveInt = 4
     """Completions per prompt. group and rloo need at least 2, better 4."""
     missing_eos: Literal["penalise", "replace", "mask", "keep"] = "penalise"
     """Completions cut off at the length limit. penalise: subtract eos_penalty from their reward. replace: eos_score is their
     reward (arXiv 2403.17031). mask: leave them out of the loss. keep: treat them like the others."""
-    eos_penalty: float = 1.0
+    eos_penalty: NonNegativeFloat = 1.0
     """penalise: subtracted from the reward of a completion that was cut off."""
-    eos_score: float = -1.0
+    eos_score: FiniteFloat = -1.0
     """replace: the reward of a completion that was cut off, below that of most others."""
-    length_penalty: float = 0.0
+    length_penalty: FiniteFloat = 0.0
     """Subtracted from the reward for every token; 0.001 to 0.01 if completions grow too long."""
     normalise: Literal["none", "running"] = "none"
     """running: divide rewards by their standard deviation over all rounds so far."""
-    reward_clip: float = 0.0
+    reward_clip: NonNegativeFloat = 0.0
     """Clip rewards to plus and minus this. 0: no clipping."""
-    log_samples: int = 2
+    log_samples: NonNegativeInt = 2
     """Completions per round that are written to OUT/samples.jsonl."""
-    eval_every: int = 5
+    eval_every: NonNegativeInt = 5
     """Rounds between evaluations on the held-out prompts of data.eval or data.eval_rows. 0: as train.eval_every says."""
 
 
@@ -157,11 +175,11 @@ class PPOLossConfig:
     advantage: Literal["gae", "group", "rloo"] = "gae"
     """gae: from a value function (arXiv 1506.02438). group: reward relative to the samples of the same prompt (GRPO,
     2402.03300). rloo: relative to the other samples of the prompt (2402.14740)."""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """Passes over the completions of a round, 1 to 4."""
-    clip: float = 0.2
+    clip: PositiveFloat = 0.2
     """Clip range of the ratio to the policy that sampled: 1 ± this."""
-    clip_high: float | None = None
+    clip_high: PositiveFloat | None = None
     """Clip-higher (DAPO, arXiv 2503.14476): the upper bound is 1 + this, 0.28 there. Default: clip."""
     ratio: Literal["token", "sequence"] = "token"
     """What the ratio is of. token: each token. sequence: the whole completion, its geometric mean over the tokens (GSPO, arXiv
@@ -171,37 +189,37 @@ class PPOLossConfig:
     by the completions (GRPO, 2402.03300). constant: completions times sampling.max_new_tokens (Dr. GRPO, 2503.20783)."""
     reshuffle: bool = False
     """Put the prompts of a round into new minibatches in each epoch, not only the minibatches into a new order."""
-    dual_clip: float = 0.0
+    dual_clip: Annotated[float, Range(1, above=True, or_zero="off")] = 0.0
     """Dual clip, for negative advantages (arXiv 1912.09729): the loss of a token is at most this times |advantage|. Above
     1, usually 3; 0: off."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Range(0, 1)] = 1.0
     """gae: discount factor."""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Range(0, 1)] = 0.95
     """gae: lambda. 0: advantages from the next token's value alone. 1: from the rewards alone, less the value as baseline."""
     whiten: bool = True
     """gae: scale the advantages of a round to mean 0 and variance 1."""
     group_std: bool = True
     """group: divide by the standard deviation of a prompt's rewards. Off: Dr. GRPO (arXiv 2503.20783)."""
-    value_coef: float = 0.1
+    value_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
-    value_clip: float = 0.2
+    value_clip: NonNegativeFloat = 0.2
     """Clip range of the value around its estimate before the update. 0: no clipping."""
-    kl: float = 0.05
+    kl: NonNegativeFloat = 0.05
     """Coefficient of the KL divergence from the reference: 0.01 (weak) to 0.2, relative to the scale of rewards."""
     kl_in: Literal["reward", "loss"] | None = None
     """reward: subtract it from each token's reward (estimator k1). loss: add it to the loss (k3, as in GRPO). Default:
     reward with gae, loss with group and rloo, which would compare its noise between the samples of a prompt."""
-    kl_target: float | None = None
+    kl_target: PositiveFloat | None = None
     """Adapt the coefficient towards this KL per completion, in nats (arXiv 1909.08593). Default: it is constant."""
-    kl_horizon: int = 10_000
+    kl_horizon: PositiveInt = 10_000
     """kl_target: time scale of the adaptation, in completions."""
-    target_kl: float = 0.0
+    target_kl: NonNegativeFloat = 0.0
     """Early stopping: end a round's epochs when the approx_kl of a step exceeds this, 0.02 to 0.1. 0: never."""
-    entropy: float = 0.0
+    entropy: FiniteFloat = 0.0
     """Weight of the entropy bonus, up to 0.01."""
     ptx_data: tuple[str, ...] = ()
     """PPO-ptx: rows of sft or plain text that are mixed into every step (arXiv 2203.02155)."""
-    ptx_coef: float = 1.0
+    ptx_coef: NonNegativeFloat = 1.0
     """PPO-ptx: weight of their loss per token."""
 
     @property
@@ -218,7 +236,7 @@ class ValueConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     share: bool = False
     """Put the value head on the policy's adapter instead: half the computation, but both losses train one adapter."""
-    learning_rate: float = 1.0
+    learning_rate: PositiveFloat = 1.0
     """Learning rate of the value function, as a multiple of train.learning_rate."""
 
 
@@ -239,6 +257,9 @@ class PPOConfig(RunConfig):
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.losses:
+            raise UserError("--data.losses is about rows with answers; ppo samples its own")
         r, c = self.rollout, self.ppo
         checks = {
             "--adapter.dropout": (
@@ -252,12 +273,6 @@ class PPOConfig(RunConfig):
                 self.sampling.temperature > 0,
                 "above 0: a policy that never varies learns nothing",
             ),
-            "--ppo.clip-high": (c.clip_high is None or 0 < c.clip_high < float("inf"), "above 0"),
-            "--rollout.eos-score": (abs(r.eos_score) < float("inf"), "a finite number"),
-            "--rollout.eval-every": (r.eval_every >= 0, "0 or more"),
-            "--train.eps": (0 < self.train.eps < float("inf"), "above 0"),
-            "--ppo.kl-target": (c.kl_target is None or c.kl_target > 0, "above 0"),
-            "--ppo.dual-clip": (c.dual_clip == 0 or c.dual_clip > 1, "0, or above 1"),
             "--value.share": (not self.value.share or c.advantage == "gae", "off: only gae has a value function"),
             "--ppo.kl-target with --ppo.kl": (c.kl_target is None or c.kl > 0, "a coefficient to begin with, above 0"),
         }

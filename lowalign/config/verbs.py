@@ -8,14 +8,18 @@ from lowalign.config.commands import (
     ChatConfig,
     CopyRecipeConfig,
     DataCheckConfig,
+    DataConvertConfig,
+    DataPresetsConfig,
     GenerateConfig,
     PipelineConfig,
     ShowRecipeConfig,
 )
 from lowalign.config.evaluation import CompareConfig, EvalConfig, JudgeConfig, ScoreConfig
 from lowalign.config.export import CheckpointConfig, MergeConfig, PullConfig, PushConfig
+from lowalign.config.label import LabelConfig
 from lowalign.config.plan import PlanOptions
 from lowalign.config.report import ReportConfig
+from lowalign.config.synth import SynthConfig
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 
@@ -44,10 +48,13 @@ REWARDED = f"{RECIPE} --model M --reward SPEC… --data FILE… --out DIR"
 GENERATE = "--model M [--adapter A…] --prompt TEXT"
 CHAT = "[RUN_OR_ADAPTER…] [--model M]"
 CHECK = "FILE… --model M"
+CONVERT = "FILE… --out FILE.jsonl [--data.preset NAME]"
 SCORE = "--model M --adapter RUN --data FILE…"
 JUDGE = "--model M --data FILE… --out DIR"
 COMPARE = "--a A --b B --data FILE… --out DIR [--judge JUDGE]"
 EVAL = "--data FILE… [--adapter A…] [--model M]"
+LABEL = "--data FILE… --out FILE [--adapter POLICY…]"
+SYNTH = "--model M --guidelines FILE --n N --out FILE [--data SEEDS…]"
 COMPRESS = "--base B --finetuned F --out DIR"
 DISTIL = f"{RECIPE} --model M --delta DELTA --finetuned F --data FILE… --out DIR"
 CHECKPOINT = "RUN[@STEP|@best] --out DIR"
@@ -71,8 +78,26 @@ VERBS = {
     "pipelines": (
         Verb("run", "commands.run:run", PipelineConfig, PIPELINE, "stages from a file, on one load of the base"),
     ),
+    "make data": (
+        Verb("label", "commands.label:label", LabelConfig, LABEL, "people judge answers on a local web page"),
+        Verb("synth", "commands.synth:synth", SynthConfig, SYNTH, "rows written by a model, from guidelines and seeds"),
+    ),
     "inspect": (
         Verb("data check", "commands.data_check:data_check", DataCheckConfig, CHECK, "format, lengths, loss mask"),
+        Verb(
+            "data convert",
+            "commands.data_convert:data_convert",
+            DataConvertConfig,
+            CONVERT,
+            "rows of any source as JSONL",
+        ),
+        Verb(
+            "data presets",
+            "commands.data_presets:data_presets",
+            DataPresetsConfig,
+            "[NAME]",
+            "columns of known data sets",
+        ),
         Verb("chat", "commands.chat:chat", ChatConfig, CHAT, "talk to adapters on one base, switch and compare them"),
         Verb("generate", "commands.generate:generate", GenerateConfig, GENERATE, "completions of prompts, as JSONL"),
         Verb("score", "commands.score:score", ScoreConfig, SCORE, "what a reward run gives each completion"),

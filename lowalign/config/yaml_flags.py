@@ -18,7 +18,13 @@ from lowalign.errors import UserError
 
 SIZE_LIMIT = 100_000  # bytes; a recipe with every key has about 8,000
 VERB = "verb"  # the key that names the command a recipe is for; every other key is an option
-FLAG_OF = {"data.files": "data"}  # every other key is the flag of the same name
+FLAG_OF = {
+    "data.files": "data",
+    "train.track": "track",
+    "train.run_name": "run_name",
+    "sft.train.track": "track",  # of best-of-n
+    "sft.train.run_name": "run_name",
+}  # every other key is the flag of the same name
 
 
 class Flag(NamedTuple):
@@ -43,7 +49,7 @@ def flags_in(node: yaml.Node | None, recipe: Path, config: type) -> list[Flag]:
         if name == VERB:
             continue
         place = at(recipe, key)
-        if RENAMED.get(name) in keys:
+        if name not in keys and RENAMED.get(name) in keys:
             warn(f"{place}: {name}", RENAMED[name])
             name = RENAMED[name]
         name = f"{name}.files" if f"{name}.files" in keys else name  # `data: rows.jsonl`
@@ -81,7 +87,8 @@ def options(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def flag_of(key: str) -> str:
     """train.learning_rate -> --train.learning-rate."""
-    return f"--{FLAG_OF.get(key, key)}".replace("_", "-")
+    short = next((flag for name, flag in FLAG_OF.items() if key == name or key.endswith(f".{name}")), key)
+    return f"--{short}".replace("_", "-")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -161,6 +168,17 @@ def _flag(name: str, hint: Any, line: int, value: yaml.Node, recipe: Path) -> Fl
     section, dot, last = flag.removeprefix("--").rpartition(".")
     on = yaml.SafeLoader.bool_values[value.value.lower()]
     return Flag(name, line, [flag if on else f"--{section}{dot}no-{last}"])
+
+
+def flag_problem(hint: Any, texts: list[str]) -> str | None:
+    """Why these words are no value of a flag for an option of this type; None where they are."""
+    if hint is bool:
+        return f"takes no value, found {' '.join(texts)}" if texts else None
+    if get_origin(hint) is tuple:
+        return _tuple_problem(hint, texts)
+    if len(texts) != 1:
+        return f"takes one value, found {' '.join(texts)}" if texts else "needs a value (=VALUE where it begins with -)"
+    return _problem(hint, texts[0])
 
 
 def _tuple_problem(hint: Any, texts: list[str]) -> str | None:

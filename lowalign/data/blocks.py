@@ -14,9 +14,10 @@ from lowalign.data.prompt_format import formats_of, formatted
 from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.formats import RowFormat, RowFormats
-from lowalign.data.rows.read import BadRow, Row, RowDropped, RowError
+from lowalign.data.rows.mapping import SkippedRow
 from lowalign.data.rows.sft_rows import Conversation, PlainText, PromptCompletion
-from lowalign.data.rows.unused import read_renames, with_columns
+from lowalign.data.rows.turns import only_last
+from lowalign.data.sources.row import BadRow, Row, RowDropped, RowError
 
 BLOCK = 250  # rows that are tokenized together
 
@@ -47,7 +48,7 @@ class _ParsedRow:
 
 
 def encode_rows(
-    rows: Iterable[Row | BadRow], chat: Chat, config: DataConfig, encoder: RowEncoder, stats: FileStats
+    rows: Iterable[Row | BadRow | SkippedRow], chat: Chat, config: DataConfig, encoder: RowEncoder, stats: FileStats
 ) -> tuple[list[Example], list[BadRow]]:
     """-> the Examples, each with its `source`, in the order of the rows (of a group: of its first row), and the bad rows;
     counts go to `stats`."""
@@ -74,6 +75,7 @@ def _encode_group(
     stats: FileStats,
     bad: dict[int, BadRow],
 ) -> list[Example]:
+    stats.where = group[0].row.where
     try:
         encoded = encoder.encode([row.parsed for row in group], chat, config, stats)
         if not encoded:
@@ -95,16 +97,22 @@ def _encode_group(
 
 
 def _groups(
-    rows: Iterable[Row | BadRow], encoder: RowEncoder, config: DataConfig, stats: FileStats, bad: dict[int, BadRow]
+    rows: Iterable[Row | BadRow | SkippedRow],
+    encoder: RowEncoder,
+    config: DataConfig,
+    stats: FileStats,
+    bad: dict[int, BadRow],
 ) -> Iterator[list[_ParsedRow]]:
     """The parsed rows: those without a key one by one as they are read, then the groups. Bad rows go to `bad`, by number."""
-    formats, renames = encoder.formats.named(config.shape), read_renames(config.rename)
+    formats = encoder.formats.named(config.shape)
     gathered: dict[Hashable, list[_ParsedRow]] = {}
     recognised: Counter[RowFormat] = Counter()
     unknown: list[tuple[int, Row]] = []  # to be reported as errors in the format of most rows
     for number, row in enumerate(rows):
         stats.rows += 1
-        row = _with_columns(row, renames, config.ignore)
+        if isinstance(row, SkippedRow):
+            stats.drop(row.where, row.why)
+            continue
         row_format = formats.of(row.data) if isinstance(row, Row) else None
         if isinstance(row, BadRow):
             bad[number] = row
@@ -137,6 +145,8 @@ def _parsed(
     """The parsed row; None, and an entry in `bad`, when it is wrong."""
     try:
         parsed = formatted(formats.parse(row.data, row_format), config.prompt_format)
+        if config.turns == "last" and isinstance(parsed, Conversation):
+            parsed = replace(parsed, messages=only_last(parsed.messages))
         return _ParsedRow(number, row, row_format, parsed)
     except RowError as error:
         bad[number] = _bad(row, error)
@@ -151,15 +161,6 @@ def _plain_texts(row: Any) -> tuple[str, ...]:
             return (row.text,)
         case _:
             return ()
-
-
-def _with_columns(row: Row | BadRow, renames: dict[str, str], ignore: tuple[str, ...]) -> Row | BadRow:
-    if isinstance(row, BadRow):
-        return row
-    try:
-        return replace(row, data=with_columns(row.data, renames, ignore))
-    except RowError as error:
-        return _bad(row, error)
 
 
 def _bad(row: Row, error: RowError) -> BadRow:

@@ -19,6 +19,7 @@ from lowalign.data.pack import Example, all_supervised
 from lowalign.data.rendering.renderer import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
 from lowalign.data.rendering.template import Template, Unrenderable
 from lowalign.data.rendering.turns import Piece
+from lowalign.data.rows.time_limit import TookTooLong
 from lowalign.data.rows.turns import Message, Tools
 from lowalign.errors import UserError
 
@@ -35,7 +36,8 @@ def load_chat(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "Chat":
 class Chat:
     """A tokenizer and the template for its conversations.
 
-    template: its text. end_of_turn: the id that ends an assistant turn.
+    template: its text. end_of_turn: the id that ends an assistant turn. positions: most tokens of a row that the base has
+    positions for (lowalign.model.room), where the caller sets it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Chat:
     ):
         """template: as in Template. Raises UserError when it cannot render a question and an answer."""
         self.tokenizer = tokenizer
+        self.positions: int | None = None
         options = options or ChatOptions()
         self._template = Template(tokenizer, template, options.template_args)
         self.template = self._template.text
@@ -51,6 +54,10 @@ class Chat:
         self._ready: dict[int, Rendered | UserError] = {}  # conversations rendered in advance
         end = self._template.end_token
         self.end_of_turn: int = self._encoder.eos if end is None else tokenizer.convert_tokens_to_ids(end)
+
+    def fitting(self, max_length: int) -> int:
+        """Most tokens of a row: `max_length`, or what the base has positions for."""
+        return max_length if self.positions is None else min(max_length, self.positions)
 
     @property
     def notes(self) -> Counter[str]:
@@ -108,6 +115,8 @@ class Chat:
     def _render(self, messages: list[Message], tools: Tools) -> Rendered | UserError:
         try:
             return self._renderer.examples(messages, tools)
+        except TookTooLong:
+            raise
         except UserError as error:
             return error
 

@@ -1,12 +1,10 @@
 """Files of rows to Examples, with a report of the rows that were cut, dropped or bad."""
 
 import gc
-import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,35 @@ from lowalign.config.sections import DataConfig
 from lowalign.data import cache
 from lowalign.data.blocks import RowEncoder, encode_rows
 from lowalign.data.chat import Chat
+from lowalign.data.mixture import source_names
 from lowalign.data.pack import Example
 from lowalign.data.report import FileStats, merge_reports
-from lowalign.data.rows.read import BadRow, Row, RowDropped, is_file, iter_rows
+from lowalign.data.rows.mapping import Mapping, SkippedRow, mappings_of
 from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
+from lowalign.data.sources.read import content_hash
+from lowalign.data.sources.row import BadRow, Row, RowDropped
 from lowalign.data.truncate import chunks, fit, turn_ends, up_to, whole_turns
-from lowalign.durable import file_hash, write_jsonl
+from lowalign.durable import write_jsonl
 from lowalign.errors import UserError
+from lowalign.log import BAR_DELAY, progress
 
 LISTED = 20  # bad rows shown before training is refused
 MOST_HELDOUT = 200  # of a share
-UNUSED = ("files", "eval", "eval_rows", "on_error", "template", "cache")  # options that do not change tokenized rows
+UNUSED = (
+    "files",
+    "eval",
+    "eval_rows",
+    "on_error",
+    "template",
+    "cache",
+    "losses",
+    "max_loss",
+    "min_loss",
+    "preset",
+    "weights",
+    "cap",
+    "source_epochs",
+)  # options that do not change tokenized rows
 
 
 @dataclass
@@ -71,11 +87,22 @@ def read_examples(
         raise UserError("no data: give --data FILE…")
     if config.max_length < len(chat.bos_ids) + 2:
         raise UserError(f"--data.max-length {config.max_length} leaves no room for a prompt and its completion")
+    asked, config = config.max_length, replace(config, max_length=chat.fitting(config.max_length))
     with _without_garbage_collection():
-        datasets = [_read_file(name, chat, config, encoder or SFT_ENCODER) for name in files]
+        mappings = mappings_of(config, len(files))
+        datasets = [
+            _read_source(name, mapping, chat, config, encoder or SFT_ENCODER)
+            for name, mapping in zip(files, mappings, strict=True)
+        ]
+    for name, dataset in zip(source_names(files), datasets, strict=True) if len(files) > 1 else ():
+        for example in dataset.examples:
+            example.dataset = name
+    report = merge_reports([dataset.report for dataset in datasets], config.max_length, heldout)
+    if config.max_length < asked and (report["cut"] or report["dropped"]):
+        report["max_length_asked"] = asked
     return Dataset(
         [example for dataset in datasets for example in dataset.examples],
-        merge_reports([dataset.report for dataset in datasets], config.max_length, heldout),
+        report,
         [row for dataset in datasets for row in dataset.bad],
     )
 
@@ -118,27 +145,27 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_file(name: str, chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
-    rows, cache_key = None, None
+def _read_source(name: str, mapping: Mapping, chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
+    cache_key = None
     if config.cache:
-        if is_file(name):
-            content = file_hash(Path(name))
-        else:
-            rows = list(iter_rows(name, config.limit))
-            content = hashlib.sha256(json.dumps([row.data for row in rows], default=str).encode()).hexdigest()
         options = {option: value for option, value in vars(config).items() if option not in UNUSED}
-        cache_key = cache.key(content, chat.templates, chat.tokenizer, (encoder.name, name), options)
+        reading = (encoder.name, name, mapping.fingerprint)
+        content = content_hash(name, config.limit)
+        cache_key = cache.key(content, chat.templates, chat.tokenizer, reading, options)
         if (stored := cache.read(cache_key)) is not None:
             return Dataset(*stored)
-    dataset = _tokenize(name, iter_rows(name, config.limit) if rows is None else rows, chat, config, encoder)
+    dataset = _tokenize(name, mapping.rows(name, config.limit), chat, config, encoder)
     if cache_key and not dataset.bad:
         cache.write(cache_key, dataset.examples, dataset.report)
     return dataset
 
 
-def _tokenize(name: str, rows: Iterable[Row | BadRow], chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
+def _tokenize(
+    name: str, rows: Iterable[Row | BadRow | SkippedRow], chat: Chat, config: DataConfig, encoder: RowEncoder
+) -> Dataset:
     stats, notes_before = FileStats(name), chat.notes.copy()
-    examples, bad = encode_rows(rows, chat, config, encoder, stats)
+    shown = progress(iterable=rows, unit="row", desc=f"tokenizing {Path(name).name}", leave=False, delay=BAR_DELAY)
+    examples, bad = encode_rows(shown, chat, config, encoder, stats)
     stats.notes += chat.notes - notes_before
     return Dataset(examples, stats.as_dict(len(bad)), bad)
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.data.rendering.special_tokens import SpecialTokens
-from lowalign.data.rows.read import RowError
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 
 

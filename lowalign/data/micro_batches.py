@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from lowalign import processes
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -30,6 +31,18 @@ def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[E
         batches[i].append(example)
         free[i] -= example.length
     return batches
+
+
+def own_share(examples: Sequence[E]) -> list[E]:
+    """Those of the Examples that this process computes, in their order; each is in the share of one process.
+
+    Classes are divided one by one, so that the packs of PPO's rollouts do not depend on the pretraining rows.
+    """
+    own = []
+    for kind in dict.fromkeys(map(type, examples)):
+        places = [i for i, e in enumerate(examples) if type(e) is kind]
+        own += [places[k] for k in processes.share([examples[i].length for i in places])]
+    return [examples[i] for i in sorted(own)]
 
 
 def in_micro_batches(

@@ -17,7 +17,7 @@ class Example:
     rank: of each completion, lowest is best; equal numbers tie. margin: required lead of the better completion (reward
     model). label: thumbs up (True) or down, for a single completion. weight: factor of the Example in the loss.
     reference: for each completion, the summed log-probability of its supervised tokens under the reference.
-    source: where the row is, file:line.
+    source: where the row is, file:line. dataset: the short name of its source, where there are several.
     """
 
     prompt: list[int]
@@ -29,6 +29,7 @@ class Example:
     weight: float = 1.0
     reference: list[float] | None = None
     source: str = ""
+    dataset: str = ""
 
     def __post_init__(self) -> None:
         if not self.completions or not all(self.completions):

@@ -23,9 +23,9 @@ from lowalign.data.pack import Example
 from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
-from lowalign.data.rows.read import RowDropped, RowError
 from lowalign.data.rows.turns import Message, Tools, unsupervised
 from lowalign.data.rows.votes import decide, ranks_of
+from lowalign.data.sources.row import RowDropped, RowError
 from lowalign.data.truncate import fit
 from lowalign.errors import UserError
 
@@ -55,6 +55,8 @@ def _encode(rows: list[PromptAndCompletions], chat: Chat, config: PreferenceConf
             preference = _from_scores(rows, config.gap)
         case VerdictRow():
             preference = _from_verdicts(rows, config, stats)
+        case Preference(scores=[*scores]):
+            preference = replace(rows[0], rank=ranks_of(scores, config.gap), scores=None)
         case _:
             preference = rows[0]
     count = len(preference.completions)

@@ -11,12 +11,13 @@ from typing import Any
 from lowalign.config.sections import PromptFormat
 from lowalign.data.rows.answers import Answers
 from lowalign.data.rows.preference_rows import PromptAndCompletions
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.sft_rows import Conversation, PlainText, PromptCompletion
 from lowalign.data.rows.turns import Message, as_messages
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 
 TEXT, CHAT = "text", "chat"
+OPTION = "--data.prompt-format"
 NAMES = {TEXT: "plain text", CHAT: "turns of a chat"}
 
 
@@ -56,19 +57,18 @@ def formats_of(rows: Iterable[Any]) -> set[PromptFormat]:
     return {found for found in map(format_of, rows) if found}
 
 
-def check_prompt_format(adapter: str, trained: str | None, formats: Collection[str], flag: str) -> None:
+def check_prompt_format(adapter: str, trained: str | None, formats: Collection[str]) -> None:
     """Raises UserError when an adapter was trained on prompts of another format than these.
 
-    trained: the `prompt_format` of its lowalign.json: "text", "chat", or anything else where it is not known or both. flag:
-    the option, for the message.
+    trained: the `prompt_format` of its lowalign.json: "text", "chat", or anything else where it is not known or both.
     """
     other = next((found for found in sorted(formats) if found != trained), None)
     if trained not in NAMES or other is None:
         return
     hint = (
-        f"A string is plain text; {flag} chat makes it a turn"
+        f"A string is plain text; {OPTION} chat makes it a turn"
         if other == TEXT
-        else f"Write prompts and answers as strings, without {flag} chat"
+        else f"Write prompts and answers as strings, without {OPTION} chat"
     )
     raise UserError(f"{adapter} was trained on {NAMES[trained]}, and these prompts are {NAMES[other]}. {hint}")
 

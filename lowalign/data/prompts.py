@@ -5,14 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lowalign.config.sections import PromptFormat
+from lowalign.config.sections import DataConfig, PromptFormat
 from lowalign.data.chat import Chat
 from lowalign.data.prompt_format import formatted
 from lowalign.data.rendering.template import Unrenderable
+from lowalign.data.rows.mapping import mappings_of, parse_rows
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS
-from lowalign.data.rows.read import RowError, parse_rows
 from lowalign.data.rows.sft_rows import SFT_ROWS, with_system
 from lowalign.data.rows.turns import Prompt, as_messages, read_turns
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 from lowalign.log import log
 
@@ -32,15 +33,17 @@ class PromptRow(NamedTuple):
 Prompts = list[tuple[PromptRow, list[int]]]  # with their token ids
 
 
-def read_prompts(files: Sequence[str], prompt_format: PromptFormat | None = None) -> Iterator[PromptRow]:
+def read_prompts(
+    files: Sequence[str], prompt_format: PromptFormat | None = None, data: DataConfig | None = None
+) -> Iterator[PromptRow]:
     """The prompt of each row: its `prompt` (text or messages), or its conversation before the last answer. prompt_format:
-    the option, for a text.
+    the option, for a text. data: the options that say what the columns mean.
 
     Raises UserError, with file:line, for a row without a prompt.
     """
-    for file in files:
-        for row, prompt in parse_rows(file, lambda data: formatted(_prompt(data), prompt_format)):
-            yield PromptRow(prompt, row.where, row.data)
+    for file, mapping in zip(files, mappings_of(data or DataConfig(), len(files)), strict=True):
+        for row, prompt in parse_rows(file, lambda data: formatted(_prompt(data), prompt_format), mapping):
+            yield PromptRow(prompt, row.where, {**(row.original or {}), **row.data})
 
 
 def distinct_prompts(
@@ -48,20 +51,22 @@ def distinct_prompts(
     chat: Chat,
     limit: int | None,
     max_tokens: int,
-    option: str,
     prompt_format: PromptFormat | None = None,
+    data: DataConfig | None = None,
 ) -> Prompts:
     """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
-    tokens; logs the counts. option: the flag that sets max_tokens. prompt_format: as in read_prompts. Raises UserError when
+    tokens; logs the counts. prompt_format, data: as in read_prompts. Raises UserError when
     no prompt is left."""
     rows: dict[str, PromptRow] = {}
-    for row in read_prompts(files, prompt_format):
+    for row in read_prompts(files, prompt_format, data):
         rows.setdefault(json.dumps(row.prompt), row)
     prompts = [(row, prompt_ids(chat, row)) for row in list(rows.values())[:limit]]
+    if chat.positions is not None:  # one is left for the completion
+        max_tokens = min(max_tokens, chat.positions - 1)
     fitting = [(row, ids) for row, ids in prompts if len(ids) <= max_tokens]
     counts = f"{len(prompts):,} prompts, {len(prompts) - len(fitting):,} of them longer than {max_tokens:,} tokens and left out"
     if not fitting:
-        raise UserError(f"no prompt of {', '.join(files)} is left ({counts}); see {option}")
+        raise UserError(f"no prompt of {', '.join(files)} is left ({counts}); see --data.max-length")
     log(counts)
     return fitting
 

@@ -1,5 +1,6 @@
 """The report on the rows that were read: counts and lengths, as JSON and as text."""
 
+import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 from lowalign.data.pack import Example
 from lowalign.data.rows.votes import agreement
 
+LONGEST = 5  # rows that are named
 SPAN_END = re.compile(rb"\x01(?!\x01)")  # in a mask as bytes
 
 
@@ -25,6 +27,8 @@ class FileStats:
         self.cut: Counter[str] = Counter()
         self.dropped: dict[str, list[str]] = {}
         self.verdicts: list[dict[str, str]] = []  # for each pair of answers {annotator: verdict}
+        self.where = ""  # of the row that is measured
+        self._longest: list[tuple[int, str]] = []  # a heap
         self._lengths: dict[str, list[int]] = {"prompt": [], "completion": [], "total": []}
         self._seen: set[int] = set()
 
@@ -33,7 +37,11 @@ class FileStats:
         prompt, completions = len(example.prompt), [len(completion) for completion in example.completions]
         self._lengths["prompt"].append(prompt)
         self._lengths["completion"] += completions
-        self._lengths["total"].append(prompt + max(completions))
+        total = prompt + max(completions)
+        self._lengths["total"].append(total)
+        heapq.heappush(self._longest, (total, self.where))
+        if len(self._longest) > LONGEST:
+            heapq.heappop(self._longest)
 
     def drop(self, where: str, reason: str) -> None:
         """Count a row that is left out."""
@@ -65,6 +73,8 @@ class FileStats:
             "dropped": {why: {"rows": len(places), "first": places[:5]} for why, places in self.dropped.items()},
             "cut": dict(self.cut),
             "lengths": {name: spread(lengths) for name, lengths in self._lengths.items()},
+            "histogram": histogram(self._lengths["total"]),
+            "longest": [[where, tokens] for tokens, where in sorted(self._longest, reverse=True)],
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
             "end_of_turn": {"turns": self.turns, "ended": self.ended},
@@ -100,6 +110,12 @@ def spread(values: Sequence[int]) -> dict[str, int]:
     return {"min": ordered[0], "median": percentile(50), "p95": percentile(95), "max": ordered[-1]}
 
 
+def histogram(values: Sequence[int]) -> list[list[int]]:
+    """[upper bound, how many are above the bound before and at most this] by powers of two, without gaps."""
+    counts = Counter((value - 1).bit_length() if value > 0 else 0 for value in values)
+    return [[2**k, counts[k]] for k in range(min(counts), max(counts) + 1)] if counts else []
+
+
 def merge_reports(files: Sequence[dict[str, Any]], max_length: int, heldout: bool) -> dict[str, Any]:
     """The report over all files: sums, and the reports of the files."""
     sums = {k: sum(f[k] for f in files) for k in ("rows", "used", "examples", "bad", "tokens", "supervised_tokens")}
@@ -112,7 +128,12 @@ def merge_reports(files: Sequence[dict[str, Any]], max_length: int, heldout: boo
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report as lines of text, file by file."""
-    return [line for file in report["files"] for line in _file_lines(file, report["max_length"])]
+    lines = [line for file in report["files"] for line in _file_lines(file, report["max_length"])]
+    if asked := report.get("max_length_asked"):
+        lines.append(
+            f"a row has at most {report['max_length']:,} tokens, the base's positions, not the {asked:,} of --data.max-length"
+        )
+    return lines
 
 
 def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The stages of the demo in order, and the table of what each one gained."""
+"""The demo: its pipeline, what each policy is worth, and the table of what each stage gained."""
 
 import json
 import time
@@ -7,66 +7,47 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowalign.commands.best_of_n import best_of_n
-from lowalign.commands.dpo import dpo
-from lowalign.commands.ppo import ppo
-from lowalign.commands.reward import reward
-from lowalign.commands.sft import sft
+from lowalign.commands.run import run
 from lowalign.data.chat import Chat
 from lowalign.demo import configs, world
 from lowalign.demo.configs import BASE, BASE_CONFIG, BEST_OF
 from lowalign.demo.evaluation import EVAL_PROMPTS, SAMPLING, Evaluation, evaluate, format_answer
-from lowalign.export.merge import merge
-from lowalign.log import log
 from lowalign.model.base.base import Base, quiet_transformers
 from lowalign.rewards.selection import kl_bound
 
 
-def run_stages(out: Path) -> int:
-    """base → SFT → reward model → best-of-n → DPO, PPO on one 4-bit base that is loaded once; then merge. -> the exit code."""
+def run_demo(out: Path) -> int:
+    """The stages of `pipelines/demo` on one 4-bit base that is loaded once, then their evaluation. -> the exit code."""
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # a model this small is slower on several
     base = Base.load(BASE, **vars(BASE_CONFIG))
-    chat = Chat(base.tokenizer)
-    sft_run, reward_run = str(out / "sft"), str(out / "reward")
-    evaluations = [evaluate("base", base, chat, None)]
-    print_answers(evaluations[-1])
-
-    log("\nSFT: a LoRA on the 4-bit base learns to follow instructions and to stop")
-    if code := sft(configs.sft_config(out), base):
+    if code := run(configs.demo_pipeline(out), base):
         return code
-    evaluations.append(evaluate("sft", base, chat, sft_run))
-    print_answers(evaluations[-1])
-
-    log("\nreward model: a second LoRA starts as a copy and learns from rankings A > B > C > D which card is better")
-    if code := reward(configs.reward_config(out), base):
-        return code
-    evaluations.append(evaluate(f"best-of-{BEST_OF}", base, chat, sft_run, n=BEST_OF, reward=reward_run))
-    evaluations[-1].kl = kl_bound(BEST_OF)
-
-    log(f"\nbest-of-{BEST_OF}: the SFT policy answers training instructions, and the reward model ranks its answers")
-    if code := best_of_n(configs.best_of_n_config(out), base):
-        return code
-    log("\nDPO: a third LoRA, on the frozen first, learns from the best and the worst of those answers")
-    if code := dpo(configs.dpo_config(out), base):
-        return code
-    evaluations.append(evaluate("dpo", base, chat, str(out / "dpo"), reference=sft_run))
-    print_answers(evaluations[-1])
-
-    log("\nPPO: a fourth LoRA, on the frozen first, learns from its own answers and their rewards")
-    if code := ppo(configs.ppo_config(out), base):
-        return code
-    evaluations.append(evaluate("ppo", base, chat, str(out / "ppo"), reference=sft_run))
-    print_answers(evaluations[-1])
-
-    print_table(evaluations, out)
-    log("\nmerge: base, SFT adapter and DPO adapter become one plain model")
-    report = merge([str(out / "dpo")], out / "merged", model=str(BASE), dtype=BASE_CONFIG.dtype)
-    print(f"\n--- answers of the merged model in plain transformers (KL to dpo {report['kl']:.0e} nats a token)")
-    print(plain_answer(out / "merged", world.prompts(1, seed=0, split="held_out")[0]))
+    print_table(evaluations(base, out), out)
+    kl = json.loads((out / "pipeline.json").read_text())["stages"]["merge"]["figures"]["kl"]
+    print(f"\n--- answers of the merged model in plain transformers (KL to dpo {kl:.0e} nats a token)")
+    print(plain_answer(out / "merge", world.prompts(1, seed=0, split="held_out")[0]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    print(f"\n{seconds:.0f} s, {cpu_seconds:.0f} s of CPU; all files are in {out}")
+    print(f"\n{seconds:.0f} s, {cpu_seconds:.0f} s of CPU; all files are in {out}, with a page about them: report.html")
     return 0
+
+
+def evaluations(base: Base, out: Path) -> list[Evaluation]:
+    """Of the base and of each policy, with the first answers printed."""
+    chat, sft = Chat(base.tokenizer), str(out / "sft")
+    policies = {
+        "base": {"adapter": None},
+        "sft": {"adapter": sft},
+        f"best-of-{BEST_OF}": {"adapter": sft, "n": BEST_OF, "reward": str(out / "reward")},
+        "dpo": {"adapter": str(out / "dpo"), "reference": sft},
+        "ppo": {"adapter": str(out / "ppo"), "reference": sft},
+    }
+    made = []
+    for name, options in policies.items():
+        made.append(evaluate(name, base, chat, **options))
+        made[-1].kl = kl_bound(BEST_OF) if "n" in options else made[-1].kl
+        print(f"\n--- answers of {name}", *made[-1].answers, sep="\n", flush=True)
+    return made
 
 
 def plain_answer(folder: Path, messages: world.Messages) -> str:
@@ -77,11 +58,6 @@ def plain_answer(folder: Path, messages: world.Messages) -> str:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=SAMPLING.max_new_tokens, do_sample=False)[0]
     return format_answer(messages, tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def print_answers(evaluation: Evaluation) -> None:
-    """Print the first answers."""
-    print(f"\n--- answers of {evaluation.name}", *evaluation.answers, sep="\n", flush=True)
 
 
 def held_out_losses(run: Path) -> tuple[float, float]:

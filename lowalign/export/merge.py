@@ -8,7 +8,6 @@ DIR/lowalign.json   {"merge": {"onto", "kl", "top1", "verified", "adapters", "ba
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from lowalign.config.export import MergeConfig
-from lowalign.durable import new_folder, write_json
+from lowalign.durable import check_disk, new_folder, write_json
 from lowalign.errors import UserError
 from lowalign.export.agreement import TrainedModel, check_predictions, check_prompts, check_scores, run_trained
 from lowalign.export.bake import BakedPrompt, bake, baked_prompt, config_changes, write_tokenizer
@@ -31,7 +29,7 @@ from lowalign.export.nf4 import quantization_config
 from lowalign.export.ollama import modelfile
 from lowalign.export.sources import Sources, heldout_files, read_sources
 from lowalign.export.weight_files import write_shards
-from lowalign.log import log
+from lowalign.log import log, progress
 from lowalign.model.base.base import Base, set_pad_token
 from lowalign.model.base.hub import load_tokenizer
 
@@ -55,7 +53,9 @@ def write_merged(config: MergeConfig, base: Base | None = None) -> dict[str, Any
     sources = read_sources(config)
     prompts = check_prompts(sources.chat, heldout_files(config)) if config.verify else []
     job = _plan(config, sources)
-    _check_room(out, job.plan, config.verify)
+    check_disk(out, job.plan.nbytes, "the merged model takes")
+    if config.verify:
+        _check_memory(job.plan)
     report = sources.report() | {"quantize": config.quantize, "kl": None, "top1": None, "verified": False}
     trained = (
         run_trained(sources, config.adapters, prompts, getattr(torch, config.dtype), base) if config.verify else None
@@ -67,7 +67,7 @@ def write_merged(config: MergeConfig, base: Base | None = None) -> dict[str, Any
                 write_tokenizer(temp, job.prompt, sources.chat)
             if not job.plan.reward and not job.nf4:
                 _write_modelfile(temp, sources)
-            with tqdm(total=job.plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
+            with progress(total=job.plan.nbytes, unit="B", unit_scale=True, desc="merge") as bar:
                 write_shards(temp, job.plan.tensors, shard_bytes, bar.update)
             if trained is not None:
                 report |= _compare(temp, sources, trained, job) | {"verified": True}
@@ -139,19 +139,13 @@ def _write_modelfile(folder: Path, sources: Sources) -> None:
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def _check_room(out: Path, plan: Plan, verify: bool) -> None:
-    """Raises UserError when disk or memory do not suffice."""
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    size, free = plan.nbytes / 1e9, shutil.disk_usage(parent).free / 1e9
-    if size > free:
-        raise UserError(
-            f"the merged model takes {size:.1f} GB and {free:.1f} GB are free in {parent}; choose another --out"
-        )
+def _check_memory(plan: Plan) -> None:
+    """Raises UserError when the check cannot load the merged model."""
     room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if verify and plan.nbytes > room:
+    if plan.nbytes > room:
         raise UserError(
-            f"the check loads the merged model, which takes {size:.1f} GB of memory; {room / 1e9:.1f} GB are free. Free some "
-            "memory, or skip the check with --no-verify (lowalign.json then says that it was skipped)"
+            f"the check loads the merged model, which takes {plan.nbytes / 1e9:.1f} GB of memory; {room / 1e9:.1f} GB are free. "
+            "Free some memory, or skip the check with --no-verify (lowalign.json then says that it was skipped)"
         )
 
 

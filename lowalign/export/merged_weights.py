@@ -25,8 +25,8 @@ from lowalign.model.adapters.adapter import SCALAR_HEAD
 @dataclass(frozen=True)
 class Skeleton:
     """What a model's config says of its weights. linear: the modules that a 4-bit base holds in 4 bit, all linear ones but
-    the head. parameters: names of all. embedding, head: names of the weights. tied: whether the head is the embedding. embedding_scale: what the
-    embedding multiplies its rows by (gemma)."""
+    the head. parameters: names of all. embedding, head: names of the weights. tied: whether the head is the embedding.
+    embedding_scale: what the embedding multiplies its rows by (gemma)."""
 
     linear: dict[str, nn.Module]
     parameters: frozenset[str]
@@ -78,27 +78,12 @@ def plan_merge(
     """What the base becomes under the updates, in the order they stack; nothing is computed yet.
 
     dequantized: onto NF4 converted back to 16 bit (always so for a base that is stored in NF4). scalar_head: (1, hidden), of
-    a reward run. trained_dtype: that of the weights when they were quantized for training. Raises UserError for a tensor of an adapter that no weight of the base takes.
+    a reward run. trained_dtype: that of the weights when they were quantized for training. Raises UserError for a tensor of
+    an adapter that no weight of the base takes.
     """
-    stored, skeleton = stored_tensors(base), Skeleton.of(config)
-    if getattr(config, "quantization_config", None):
-        tensors, dequantized = dequantized_checkpoint(stored), False
-    else:
-        tensors = {name: PlannedTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items()}
-    reward = scalar_head is not None
-    if reward:
-        tensors.pop(skeleton.head, None)
-        head = scalar_head.float()
-        tensors[SCALAR_HEAD] = PlannedTensor(SCALAR_HEAD, torch.float32, tuple(head.shape), lambda: head)
-    tied = skeleton.tied and skeleton.head not in tensors
-    if (
-        tied
-        and not reward
-        and any(update.changes(name) for update in updates for name in (skeleton.embedding, skeleton.head))
-    ):
-        # Only one of the two was trained: the merged model has both. The head starts as the base's embedding.
-        tensors[skeleton.head] = replace(tensors[skeleton.embedding], name=skeleton.head)
-        tied = False
+    skeleton = Skeleton.of(config)
+    dequantized = dequantized and not getattr(config, "quantization_config", None)
+    tensors, tied = _base_tensors(base, config, skeleton, updates, scalar_head)
     planned = []
     for name, tensor in tensors.items():
         module = skeleton.linear.get(name.removesuffix(".weight"))
@@ -119,7 +104,33 @@ def plan_merge(
                 f"{update.folder} cannot be merged: {len(unplaced)} of its tensors change nothing that the base stores "
                 f"(first: {unplaced[0]}). Adapters on experts, biases or other heads stay adapters: ship the folder as it is"
             )
-    return Plan(skeleton, planned, tied, reward)
+    return Plan(skeleton, planned, tied, scalar_head is not None)
+
+
+def _base_tensors(
+    base: Path,
+    config: PretrainedConfig,
+    skeleton: Skeleton,
+    updates: Sequence[LoraUpdate | BitDeltaUpdate],
+    scalar_head: Tensor | None,
+) -> tuple[dict[str, PlannedTensor], bool]:
+    """-> the tensors of the merged model as the base has them, in 16 bit or wider; and whether its LM head is the embedding."""
+    stored = stored_tensors(base)
+    if getattr(config, "quantization_config", None):
+        tensors = dequantized_checkpoint(stored)
+    else:
+        tensors = {name: PlannedTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items()}
+    if scalar_head is not None:
+        tensors.pop(skeleton.head, None)
+        head = scalar_head.float()
+        tensors[SCALAR_HEAD] = PlannedTensor(SCALAR_HEAD, torch.float32, tuple(head.shape), lambda: head)
+        return tensors, skeleton.tied
+    tied = skeleton.tied and skeleton.head not in tensors
+    if tied and any(update.changes(name) for update in updates for name in (skeleton.embedding, skeleton.head)):
+        # Only one of the two was trained: the merged model has both. The head starts as the base's embedding.
+        tensors[skeleton.head] = replace(tensors[skeleton.embedding], name=skeleton.head)
+        tied = False
+    return tensors, tied
 
 
 def quantize(plan: Plan) -> Plan:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
-from transformers import BitsAndBytesConfig
 
 from lowalign.errors import UserError
 from lowalign.export.weight_files import PlannedTensor, StoredTensor
+from lowalign.model.base.base import nf4_config
 
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"  # what a bitsandbytes checkpoint calls a weight's shape and dtype
 STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
@@ -88,11 +88,4 @@ def quantized_tensors(weight: PlannedTensor, transposed: bool) -> list[PlannedTe
 
 def quantization_config(dtype: str, skipped: str) -> dict:
     """What config.json says of a model in NF4. dtype: of its computations. skipped: the head, which stays in 16 bit."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[skipped],
-    )
-    return json.loads(config.to_json_string(use_diff=False))
+    return json.loads(nf4_config(getattr(torch, dtype), skipped).to_json_string(use_diff=False))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lowalign.config.export import MergeConfig
 from lowalign.data.chat import Chat
@@ -21,7 +21,7 @@ from lowalign.model.adapters.adapter import SCALAR_HEAD
 from lowalign.model.adapters.bitdelta import BitDelta
 from lowalign.model.adapters.lora import Lora
 from lowalign.model.adapters.prompt_tuning import PromptTuning
-from lowalign.model.base.hub import BASE_FILES, load_tokenizer, resolve
+from lowalign.model.base.hub import BASE_FILES, load_config, load_tokenizer, resolve
 from lowalign.model.base.identity import identify
 
 
@@ -108,7 +108,7 @@ def read_sources(config: MergeConfig) -> Sources:
         identity = identify(str(base), base, None, tokenizer, quantization)
         for adapter in stack:
             adapter_files.check_base(adapter.folder, adapter.meta, identity)
-    model_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model_config = load_config(base)
     if getattr(model_config, "quantization_config", None) and onto == "original":
         raise UserError(f"{base} is stored in 4 bit and has no original weights; merge with --onto dequantized")
     chat = Chat(tokenizer, adapter_files.adapter_template([adapter.folder for adapter in stack]))

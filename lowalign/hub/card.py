@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lowalign.errors import UserError
 from lowalign.hub.artefact import CARD, Artefact
 from lowalign.hub.loading import loading
-from lowalign.hub.publishable import base_of, is_hub_id
+from lowalign.hub.publishable import is_hub_id, published_base
 from lowalign.report.local_paths import is_local_path, without_paths
 from lowalign.report.recipe_summary import changed_options
 
@@ -67,7 +67,7 @@ def method_of(artefact: Artefact) -> str | None:
 
 
 def _metadata(artefact: Artefact, facts: CardFacts) -> dict[str, Any]:
-    base, commit = base_of(artefact)
+    base, commit = published_base(artefact)
     kind = str(artefact.config.get("peft_type", "")).lower().replace("_", "-") if artefact.is_adapter else None
     tags = ["lowalign", method_of(artefact), kind, "reward-model" if artefact.reward else None]
     library = ("peft" if artefact.loads_in_peft else "lowalign") if artefact.is_adapter else "transformers"
@@ -133,7 +133,7 @@ def _sections(artefact: Artefact, facts: CardFacts) -> Iterator[str]:
 
 
 def _summary(artefact: Artefact) -> str:
-    base, commit = base_of(artefact)
+    base, commit = published_base(artefact)
     link = f"[{base}](https://huggingface.co/{base})" if commit or is_hub_id(base) else base or "its base"
     what = KINDS.get(artefact.config.get("peft_type", ""), "adapter") if artefact.is_adapter else "model"
     method = METHODS.get(method_of(artefact) or "", method_of(artefact) or "")
@@ -144,7 +144,7 @@ def _summary(artefact: Artefact) -> str:
 
 
 def _table(artefact: Artefact) -> str:
-    base, commit = base_of(artefact)
+    base, commit = published_base(artefact)
     meta, merged = artefact.meta, artefact.meta.get("merge", {})
     identity = meta.get("base") or merged.get("base") or {}
     rows = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from lowalign.hub.artefact import Artefact, read_object
-from lowalign.hub.publishable import base_of
+from lowalign.hub.publishable import published_base
 
 TEMPLATE = "chat_template.jinja"
 
@@ -16,7 +16,7 @@ def loading(artefact: Artefact, repo: str) -> Iterator[str]:
         if not artefact.reward:
             yield _shell("lowalign", f'lowalign generate --model {repo} --prompt "…"')
         return
-    base, commit = base_of(artefact)
+    base, commit = published_base(artefact)
     base, arguments = base or "BASE", f', revision="{commit}"' if commit else ""
     if commit is None:
         yield f"`{base}` stands for the folder or the Hub id of the base."

@@ -19,11 +19,11 @@ def published_json(artefact: Artefact, file: str) -> bytes | None:
     after.pop("hub", None)  # where the folder was downloaded from
     for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
         if file.endswith("adapter_config.json") and after.get(key):
-            after[key] = base_of(artefact)[0]
+            after[key] = published_base(artefact)[0]
     return None if after == before else (json.dumps(after, indent=2) + "\n").encode()
 
 
-def base_of(artefact: Artefact) -> tuple[str | None, str | None]:
+def published_base(artefact: Artefact) -> tuple[str | None, str | None]:
     """-> the name of the base, and its Hub commit; None for the commit of a folder, whose own name it then is."""
     known = artefact.meta.get("base") or artefact.meta.get("merge", {}).get("base")
     if isinstance(known, dict) and known.get("name"):

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from lowalign.durable import file_hash, new_folder, write_json
+from lowalign.durable import check_disk, file_hash, new_folder, write_json
 from lowalign.errors import UserError
 from lowalign.hub.artefact import check_folder, known
 from lowalign.hub.listing import git_hash, list_files
@@ -41,7 +41,7 @@ def pull(repo: str, out: str | Path, *, revision: str | None = None) -> str:
         _refuse_outside(repo, listed)
         files = [file for name, file in listed.items() if known(name)]
         _check_content(repo, listed, [file.path for file in files])
-        _check_room(out, files)
+        check_disk(out, sum(file.size for file in files), "the files take", "another DIR")
         names = [glob.escape(file.path) for file in files]
         snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=names))
         with new_folder(out) as temp:
@@ -73,15 +73,6 @@ def _check_content(repo: str, listed: Iterable[str], names: Sequence[str]) -> No
         f"{repo} holds neither an adapter nor a model in safetensors"
         + (f"; {unsafe} is of a format that can hold code and is not downloaded" if unsafe else "")
     )
-
-
-def _check_room(out: Path, files: Sequence[RepoFile]) -> None:
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    size, free = sum(file.size for file in files), shutil.disk_usage(parent).free
-    if size > free:
-        raise UserError(
-            f"the files take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {parent}; choose another DIR"
-        )
 
 
 def _copy(source: Path, target: Path, file: RepoFile) -> None:

@@ -17,7 +17,7 @@ from lowalign.errors import UserError
 from lowalign.hub.artefact import CARD, Artefact, decides_weights, open_artefact
 from lowalign.hub.card import GENERATED, PLOT, CardFacts, make_card
 from lowalign.hub.listing import git_hash, list_files
-from lowalign.hub.publishable import base_of, is_hub_id, published_json
+from lowalign.hub.publishable import is_hub_id, published_base, published_json
 from lowalign.log import log
 from lowalign.model.base.hub_errors import HUB_ERRORS, LOG_IN, explain
 from lowalign.report.plot import metrics_plot
@@ -97,7 +97,7 @@ def _contents(artefact: Artefact, texts: dict[str, str]) -> dict[str, bytes | Pa
 
 def _license(api: HfApi, artefact: Artefact) -> dict[str, str]:
     """What the card of the base says about its license; {} if that is not known."""
-    base, commit = base_of(artefact)
+    base, commit = published_base(artefact)
     if not (commit or is_hub_id(base)):
         return {}
     try:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lowalign.config.sections import TrainConfig
 from lowalign.config.training import DPOLossConfig
-from lowalign.data.pack import Example, step_order
+from lowalign.data.mixture import MixedExamples, epoch_length, order_of
+from lowalign.data.pack import Example
 from lowalign.model.host import Host, completion_logps
 from lowalign.model.policy import Stack
 
@@ -24,11 +25,23 @@ class FixedDataMethod:
         self.host, self.examples, self.stack, self.train = host, examples, stack, train
         self.lr_multipliers = {stack[-1]: 1.0}
         self.token_budget = train.token_budget
+        self.last_metrics: dict[str, float] = {}
 
     def batch(self, step: int) -> list[Example]:
         """The Examples of optimizer step `step`, counted from 0."""
-        order = step_order(len(self.examples), self.train.batch_size, self.train.seed, step)
+        order = order_of(self.examples, self.train.batch_size, self.train.seed, step)
         return [self.examples[i] for i in order]
+
+    def epoch(self, steps: int) -> float:
+        """Passes over the Examples in the first `steps` steps."""
+        return steps * self.train.batch_size / epoch_length(self.examples)
+
+    def shares(self, steps: int) -> dict[str, float]:
+        """The share of each source in the Examples of the first `steps` steps, as metrics; empty without a mixture."""
+        if not isinstance(self.examples, MixedExamples):
+            return {}
+        realised = self.examples.mixture.realised(steps * self.train.batch_size)
+        return {f"share/{name}": share for name, share in realised.items()}
 
     def state(self) -> dict[str, Any]:
         """Empty: the order of the data follows from the step."""

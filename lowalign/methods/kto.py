@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowalign.data.micro_batches import in_micro_batches
+from lowalign import processes
+from lowalign.data.micro_batches import in_micro_batches, own_share
 from lowalign.data.pack import Example
 from lowalign.methods import losses
 from lowalign.methods.fixed_data import ReferenceMethod
@@ -43,8 +44,10 @@ class KTO(ReferenceMethod):
         def compute(micro_batch: list[Example]) -> None:
             log_ratios.append((self.policy_logps(micro_batch) - self.reference_logps(micro_batch)).sum().item())
 
-        in_micro_batches(mismatched(examples, max(self.longest, longest_row(examples))), self.token_budget, compute)
-        return max(0.0, sum(log_ratios) / sum(len(e.completions) for e in examples))
+        unrelated = mismatched(examples, max(self.longest, longest_row(examples)))
+        in_micro_batches(own_share(unrelated), self.token_budget, compute)
+        total = sum(processes.gather(sum(log_ratios)))
+        return max(0.0, total / sum(len(e.completions) for e in examples))
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""

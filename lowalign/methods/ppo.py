@@ -56,8 +56,7 @@ class PPO:
         self.round_metrics: dict[str, float] = {}
         self.round, self.first_step = -1, 0  # number of the round, and its first step
         self.last_step = -1  # step of the last `batch`
-        # approx_kl of that step. By example, because some are computed again when memory runs out.
-        self.kl_by_example: dict[int, float] = {}
+        self.last_metrics: dict[str, float] = {}
         self.step_started: tuple[float, int] | None = None  # time and number of tokens of the last `batch`
         self.speeds: dict[str, float] = {}  # of the last sampling, and of the last step
         self.unit_ratio_packs: set[tuple[int, ...]] = set()  # packs whose ratio must be 1 in the round's first step
@@ -76,7 +75,7 @@ class PPO:
         if self.round_over(step):
             self._start_round(step)
         at = step - self.first_step
-        self.last_step, self.kl_by_example = step, {}
+        self.last_step, self.last_metrics = step, {}
         epoch, k = divmod(at, self.minibatches)
         size, seed = self.config.train.batch_size, self.config.train.seed
         order = step_order(self.minibatches, self.minibatches, seed + self.round, epoch)
@@ -85,13 +84,17 @@ class PPO:
         self.step_started = time.perf_counter(), sum(e.length for e in (*rollouts, *ptx))
         return [*rollouts, *ptx]
 
+    def epoch(self, steps: int) -> float:
+        """Passes over the prompts, the present round included."""
+        return (self.round + 1) * self.config.rollout.prompts / len(self.prompts)
+
     def round_over(self, step: int) -> bool:
         """Whether `step` begins a new round."""
         done = step - self.first_step >= self.config.ppo.epochs * self.minibatches
         return self.round < 0 or done or (step > self.last_step and self._kl_exceeded())
 
     def _kl_exceeded(self) -> bool:
-        return 0 < self.config.ppo.target_kl < sum(self.kl_by_example.values())
+        return 0 < self.config.ppo.target_kl < self.last_metrics.get("approx_kl", 0.0)
 
     def _shuffled(self, epoch: int) -> list[Rollout]:
         """The round's rollouts in the order that an epoch divides. It is the same in every epoch, so that each minibatch
@@ -159,9 +162,6 @@ class PPO:
             log_ratio = logp - old
             kl = log_ratio.exp() - 1 - log_ratio
         metrics["approx_kl"] = means.over_tokens(kl)
-        if c.target_kl:
-            parts = torch.stack([part.sum() for part in kl.split([e.supervised for e in examples])])
-            self.kl_by_example |= zip(map(id, examples), (parts / normalizers["tokens"]).tolist(), strict=True)
         if self.roles.value:
             value = gather(ppo_round.value_function(self.host, self.roles, examples, own)) + self.value_bias
             old_value, target = gather([e.values for e in examples]), gather([e.returns for e in examples])
@@ -184,8 +184,7 @@ class PPO:
     def evaluate(self, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
         """Sample one completion of each held-out prompt, with the same random numbers every time -> metrics, among them
         `reward`, the mean score."""
-        with self.host.use(*self.roles.policy):
-            samples = self.host.generate(prompts, 1, self.config.sampling, seeds=range(len(prompts)))
+        samples = ppo_round.generate(self.host, self.roles, self.config, prompts, 1, range(len(prompts)))
         numbers = list(range(len(self.prompts), len(self.prompts) + len(prompts)))
         scores = [values[0] for values in self.score(numbers, [[c.ids for c in group] for group in samples])]
         first = [group[0] for group in samples]
@@ -222,7 +221,7 @@ class PPO:
             "round": self.round,
             "began": self.first_step,
             "asked": self.last_step,
-            "approx_kl": sum(self.kl_by_example.values()),
+            "approx_kl": self.last_metrics.get("approx_kl", 0.0),
             "told": self.round_metrics,
             "kl_coef": self.kl.beta,
             "bias": self.value_bias,
@@ -233,6 +232,6 @@ class PPO:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.round, self.first_step, self.last_step = state["round"], state["began"], state["asked"]
-        self.kl_by_example, self.round_metrics = {0: state["approx_kl"]}, state["told"]
+        self.last_metrics, self.round_metrics = {"approx_kl": state["approx_kl"]}, state["told"]
         self.kl.beta, self.value_bias, self.moments = state["kl_coef"], state["bias"], RunningMoments(*state["moments"])
         self.rollouts = from_tensors(state, self.host.base.device) if "ids" in state else []

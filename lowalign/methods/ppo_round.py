@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowalign import processes
 from lowalign.config.training import PPOConfig
-from lowalign.data.micro_batches import in_micro_batches
+from lowalign.data.micro_batches import in_micro_batches, own_share
 from lowalign.errors import UserError
 from lowalign.methods.advantages import RunningMoments, gae, group, rloo, whiten
 from lowalign.methods.rollout import Rollout, supervised_values
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
+from lowalign.model.sampling.batcher import Completion
 
 ScoreFunction = Callable[[Sequence[int], list[list[list[int]]]], list[list[float]]]
 """The numbers of the prompts, and for each the ids of its completions -> for each prompt its completions' rewards."""
@@ -47,8 +49,7 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
     n = config.rollout.samples
     # Seeds by round and place: a prompt gets new samples in each round, and twice in a round that repeats it.
     seeds = range(number * len(prompts), (number + 1) * len(prompts))
-    with host.use(*roles.policy):
-        samples = host.generate(prompts, n, config.sampling, seeds=seeds)
+    samples = generate(host, roles, config, prompts, n, seeds)
     rollouts = []
     for prompt, completions in zip(prompts, samples, strict=True):
         masks = [[c.stopped or config.rollout.missing_eos != "mask"] * len(c.ids) for c in completions]
@@ -64,6 +65,20 @@ def sample(host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequen
             "--rollout.missing-eos keep"
         )
     return rollouts
+
+
+def generate(
+    host: Host, roles: Roles, config: PPOConfig, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]
+) -> list[list[Completion]]:
+    """n completions of each prompt under the policy; each process samples its share."""
+    own = processes.share([len(prompt) for prompt in prompts])
+    with host.use(*roles.policy):
+        samples = host.generate([prompts[i] for i in own], n, config.sampling, [seeds[i] for i in own])
+    if processes.count() == 1:
+        return samples
+    plain = [[(c.ids, c.logprobs.tolist(), c.stopped) for c in group] for group in samples]
+    whole = processes.gather_shares(own, plain, len(prompts))
+    return [[Completion(ids, torch.tensor(logps), stopped) for ids, logps, stopped in group] for group in whole]
 
 
 def shape_rewards(
@@ -105,9 +120,22 @@ def compute_logps_and_values(
         packs.add(tuple(map(id, rollouts)))
 
     for minibatch in minibatches:
-        in_micro_batches(minibatch, token_budget, compute)
-    tokens = sum(r.supervised for minibatch in minibatches for r in minibatch)
-    return sum(entropies) / max(1, tokens), packs
+        in_micro_batches(own_share(minibatch), token_budget, compute)
+    rollouts = [r for minibatch in minibatches for r in minibatch]
+    if processes.count() > 1:
+        _exchange(rollouts, host.base.device)
+    tokens = sum(r.supervised for r in rollouts)
+    return sum(processes.gather(sum(entropies))) / max(1, tokens), packs
+
+
+def _exchange(rollouts: Sequence[Rollout], device: torch.device) -> None:
+    """Give every rollout the log-probs and values that one of the processes has computed."""
+    names = ("old", "reference_logps", "values")
+    own = [i for i, r in enumerate(rollouts) if r.old]
+    values = [[[t.tolist() for t in getattr(rollouts[i], name)] for name in names] for i in own]
+    for r, by_name in zip(rollouts, processes.gather_shares(own, values, len(rollouts)), strict=True):
+        for name, tensors in zip(names, by_name, strict=True):
+            setattr(r, name, [torch.tensor(t, device=device) for t in tensors])
 
 
 def policy_tokens(

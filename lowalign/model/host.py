@@ -4,7 +4,8 @@ A checkpointed forward stores which adapters were active, and recomputes under t
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.log import log
 from lowalign.model.adapters.adapters import Adapters
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, SoftPrompt
 from lowalign.model.base.base import Base
+from lowalign.model.base.tile_probe import tile_probe
+from lowalign.model.dequantized import dequantized
 from lowalign.model.forward import unpacked
+from lowalign.model.forward.checkpointed import CheckpointedLayers, Checkpointing
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, packed_scores, packed_states, packed_tokens
 from lowalign.model.sampling.batcher import Completion, SampledModel
 from lowalign.model.sampling.sample import sample_batched
+from lowalign.model.vllm_backend import vllm_sample
 
 
 class Host(Adapters):
@@ -26,24 +32,40 @@ class Host(Adapters):
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
-        self._offload = False
+        self.checkpointing = Checkpointing()
+        self.layers = CheckpointedLayers(base.model, lambda: self.can_tile)
         self.check: Callable[[], None] = lambda: None
         """Interrupt hook between no-grad forwards; raise in it to abort."""
 
-    def training(self, checkpointing: str | None) -> None:
+    def training(
+        self, checkpointing: str | None, tile: int | None = None, keep_layers: int = 0, every: int = 1
+    ) -> None:
         """Switch to train mode; None: to evaluation mode.
 
         checkpointing: "on" recomputes activations in the backward pass, "off" keeps them, "offload" recomputes them from
-        layer inputs in CPU memory.
+        layer inputs in CPU memory. tile: rows of more tokens are computed in tiles of this many, in both modes; 0: never;
+        None: as before. keep_layers: the last layers, which keep their activations. every: the input of each N-th layer is
+        kept.
         """
-        model = self.base.model
-        self._offload = checkpointing == "offload"
+        model, before = self.base.model, self.checkpointing
+        tile = before.tile if tile is None else tile
+        self.checkpointing = Checkpointing(checkpointing or "off", tile, keep_layers, every)
         model.train(checkpointing is not None)
         if checkpointing in ("on", "offload"):
-            restore = lambda: (contextlib.nullcontext(), self.use(*self.active))  # noqa: E731
-            _checkpoint(model, {"use_reentrant": False, "context_fn": restore})
+            _checkpoint(
+                model, {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self._restored()())}
+            )
+            self.layers.keep_last(keep_layers)
         else:
             _checkpoint(model, None)
+
+    @functools.cached_property
+    def can_tile(self) -> bool:
+        """Whether rows can be computed in tiles, and layer inputs kept apart from other activations; if not, the log says why."""
+        why_not = tile_probe(self.base.model.config) if self.base.packed else "it needs packed attention"
+        if why_not:
+            log(f"layers are not computed in tiles ({why_not}): ordinary checkpointing, which takes more memory")
+        return not why_not
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
@@ -91,8 +113,8 @@ class Host(Adapters):
         n: int = 1,
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
-        on_token: Callable[[int], None] = lambda _: None,
-        stop: Callable[[Sequence[int]], bool] = lambda _: False,
+        on_token: Callable[[int], None] | None = None,
+        stop: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[Completion]]:
         """n completions of each prompt (token ids) under the active adapters; a prompt is computed once for its n.
 
@@ -100,12 +122,21 @@ class Host(Adapters):
         of the batch. on_token: called with each token as it is drawn. stop: whether a completion ends after the tokens so
         far, besides at an eos. When memory runs out, unfinished samples start again with half as many at a time.
         """
-        sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check, on_token, stop)
+        hooks = {"on_token": on_token, "stop": stop}
+        given = {name: hook for name, hook in hooks.items() if hook}
+        sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check, **given)
+        sampling = sampling or Sampling()
+        if sampling.backend == "vllm":
+            if given:
+                raise UserError("vLLM tells of no single tokens, and takes no `stop`; use --sampling.backend lowalign")
+            adapters = [self.adapters[name] for name in self.active]
+            return vllm_sample(self.base, adapters, sampled, prompts, n, sampling, seeds)
         run = sample_batched if self.base.packed else unpacked.row_sample
         was_training = self.base.model.training
         self.base.model.eval()
         try:
-            return run(sampled, prompts, n, sampling or Sampling(), seeds)
+            with dequantized(self.base.model, sampling.dequantize):
+                return run(sampled, prompts, n, sampling, seeds)
         finally:
             self.base.model.train(was_training)
 
@@ -114,11 +145,19 @@ class Host(Adapters):
         active = (self.adapters[name] for name in self.active)
         return next((adapter.soft_prompt() for adapter in active if adapter.soft), NO_SOFT_PROMPT)
 
-    def _activations(self) -> contextlib.AbstractContextManager:
-        """The context in which a forward stores activations: as usual, or in CPU memory."""
-        if not self._offload:
-            return contextlib.nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=self.base.device.type == "cuda")
+    @contextlib.contextmanager
+    def _activations(self) -> Iterator[None]:
+        """The context in which a forward stores activations as `training` says."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.layers.computing(self.checkpointing, self._restored()))
+            if self.checkpointing.mode == "offload" and not self.can_tile:
+                pinned = self.base.device.type == "cuda"
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=pinned))
+            yield
+
+    def _restored(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """Makes contexts in which the adapters are active that are so now."""
+        return functools.partial(self.use, *self.active)
 
 
 def _checkpoint(model: nn.Module, options: dict | None) -> None:
@@ -130,6 +169,8 @@ def _checkpoint(model: nn.Module, options: dict | None) -> None:
         raise UserError(f"{type(model).__name__} cannot recompute activations; use --train.checkpointing off")
     else:
         getattr(model, f"{prefix}_checkpointing_enable")(**{f"{prefix}_checkpointing_kwargs": options})
+        # Each call of it puts a hook on the embeddings that makes them leaves with a gradient: for reentrant checkpointing only.
+        model.disable_input_require_grads()
 
 
 def completion_logps(host: Host, examples: Sequence[Example]) -> Tensor:

@@ -51,10 +51,15 @@ class DryRun:
         self.base, self.train, self.device = base, train, device
         self.meter = Meter(base.device.type)
         self.host = Host(base)
+        self.host.training(None, tile=train.tile)
+        self.host.can_tile  # noqa: B018 - its probe computes on the CPU, which is not to be counted
         self.marks = Marks(self.meter, base.model, train.checkpointing != "off")
         self.phases: list[Phase] = []
         self.cpu_bytes = 0
-        self.meter.assign(BASE, base_tensors(base.model))
+        tensors = base_tensors(base.model)
+        self.meter.assign(BASE, tensors)
+        if base.device.type != "cpu":  # the embedding, where it is in CPU memory
+            self.meter.cpu_now += sum(t.numel() * t.element_size() for t in tensors if t.device.type == "cpu")
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -104,7 +109,8 @@ class DryRun:
         host.train_only(*method.lr_multipliers)
         with self.meter.within(ADAPTERS):
             flats = {name: host.flat(name) for name in method.lr_multipliers}
-        host.training(self.train.checkpointing)
+        train = self.train
+        host.training(train.checkpointing, train.tile, train.keep_layers, train.checkpoint_every)
         optimizer = make_optimizer({name: flat.master for name, flat in flats.items()}, _unpaged(self.train))
         sums = MicroBatches(method, flats, UNBOUNDED, StopSignals())
 
@@ -126,4 +132,4 @@ class DryRun:
 
 def _unpaged(train: TrainConfig) -> TrainConfig:
     """Paged state counts as memory of the device, where it is as long as nothing forces it out."""
-    return replace(train, optimizer="adamw_8bit") if train.optimizer == "paged_adamw_8bit" else train
+    return train if train.optimizer == "adamw" else replace(train, optimizer="adamw_8bit")

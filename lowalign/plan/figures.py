@@ -10,7 +10,6 @@ from lowalign.train.optim import state_bytes
 
 GIB = 2**30
 CONTEXT = GIB // 2  # the CUDA context and the kernels it loads; not seen by a dry run
-LEFT_FREE = int(0.7 * GIB)  # for fragmentation and whatever else uses the card
 # Shares of a card's published figures that large kernels reach, and the time to start a small one.
 MATRIX_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.8, 0.85, 2e-6
 HOST_BANDWIDTH = 20e9  # bytes a second between card and CPU memory, PCIe 4.0 x16
@@ -20,7 +19,7 @@ HOST_BANDWIDTH = 20e9  # bytes a second between card and CPU memory, PCIe 4.0 x1
 class Figures:
     """What a dry run of one configuration found. tokens: those that its speed is measured by. trained: number of weights.
 
-    length, token_budget, checkpointing: the setting that was run.
+    length, token_budget, checkpointing: the setting that was run. left_free: bytes of the card that are not used.
     """
 
     length: int
@@ -31,13 +30,24 @@ class Figures:
     cpu_bytes: int
     trained: int
     state: int
+    left_free: int
 
     @classmethod
-    def of(cls, run: DryRun, length: int, token_budget: int, tokens: int) -> "Figures":
-        """Of a run whose phases are done."""
+    def of(cls, run: DryRun, length: int, token_budget: int, tokens: int, leave_free: float) -> "Figures":
+        """Of a run whose phases are done. leave_free: GiB."""
         trained = sum(run.host.flat(name).master.numel() for name in run.host.trained)
         state = state_bytes(run.train, trained)
-        return cls(length, token_budget, run.train.checkpointing, run.phases, tokens, run.cpu_bytes, trained, state)
+        return cls(
+            length,
+            token_budget,
+            run.train.checkpointing,
+            run.phases,
+            tokens,
+            run.cpu_bytes,
+            trained,
+            state,
+            int(leave_free * GIB),
+        )
 
     @property
     def highest(self) -> Phase:
@@ -52,7 +62,7 @@ class Figures:
     @property
     def needed(self) -> int:
         """Bytes of a card: the peak, the context, and what is left free."""
-        return self.peak + CONTEXT + LEFT_FREE
+        return self.peak + CONTEXT + self.left_free
 
     @property
     def micro_batch(self) -> Phase:
@@ -76,7 +86,7 @@ class Figures:
             "components": dict(sorted(components.items(), key=lambda item: -item[1])),
             "where": f"{self.highest.name}: {peak.where}".rstrip(": "),
             "context_gib": gib(CONTEXT),
-            "left_free_gib": gib(LEFT_FREE),
+            "left_free_gib": gib(self.left_free),
             "phases": {phase.name: gib(max(p.peak.total for p in self.phases if p.name == phase.name)) for phase in self.phases},
             "step_seconds": round(self.seconds(card), 3),
             "tokens_per_second": round(self.tokens / self.seconds(card), 1),
@@ -91,10 +101,10 @@ class Figures:
 
 def seconds(work: Work, card: Card) -> float:
     """Each kernel takes as long as its arithmetic, its traffic or its start, whichever is longest (arXiv: Williams et al.,
-    Roofline, CACM 2009); copies to CPU memory do not overlap."""
+    Roofline, CACM 2009); copies to CPU memory overlap with them."""
     flops, bandwidth = card.bf16 * 1e12 * MATRIX_SHARE, card.bandwidth * 1e9 * BANDWIDTH_SHARE
     kernels = sum(max(done / flops, moved / bandwidth, LAUNCH) for done, moved in work.calls)
-    return kernels + work.copied / HOST_BANDWIDTH
+    return max(kernels, work.copied / HOST_BANDWIDTH)
 
 
 def gib(size: float) -> float:

@@ -10,7 +10,7 @@ from lowalign.model.attention.device import device_type
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "detach", "slice", "select", "alias", "expand", "unsqueeze", "squeeze", "split",
     "as_strided", "permute", "reshape", "unbind", "split_with_sizes", "empty", "empty_like", "empty_strided", "unflatten",
-    "diagonal", "unfold", "lift_fresh",
+    "diagonal", "unfold", "lift_fresh", "new_empty",
 }  # fmt: skip
 FUSED_ROWS = 64  # on a card; for more rows, bitsandbytes dequantizes the weight and multiplies with it
 

@@ -49,7 +49,8 @@ class Marks:
 
     def _part(self, place: str):
         def mark(*_: object) -> None:
-            recomputed = self.checkpointed and torch.is_grad_enabled()
+            backward = torch._C._current_graph_task_id() != -1
+            recomputed = self.checkpointed and (torch.is_grad_enabled() or backward)
             self.meter.component, self.meter.place = LAYER if recomputed else ACTIVATIONS, place
 
         return mark

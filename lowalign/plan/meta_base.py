@@ -1,19 +1,20 @@
 """A Base without data: the architecture of a config.json on the meta device, with 4-bit layers of the right sizes."""
 
-import json
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowalign.config.sections import BaseConfig
 from lowalign.errors import UserError
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
+from lowalign.model.base import hub
 from lowalign.model.base.base import Base, freeze, quiet_transformers
-from lowalign.model.base.hub import resolve
+from lowalign.model.base.embedding import look_up_on_cpu, move_to_cpu
+from lowalign.model.base.fuse import fuse
 from lowalign.model.base.identity import Identity
 from lowalign.model.base.probe import probe
 
@@ -22,18 +23,11 @@ NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale; scales that shar
 
 def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
     """The config of a folder or a Hub model; nothing else of it is read. Raises UserError."""
-    folder, _ = resolve(model, revision, ["config.json"])
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): this is not a model folder") from error
-    if raw.get("auto_map") or raw.get("is_encoder_decoder"):
-        raise UserError(f"{file}: encoder-decoders and models with code of their own cannot be a base")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"transformers does not know the model in {folder}: {error}") from error
+    folder, _ = hub.resolve(model, revision, ["config.json"])
+    config = hub.load_config(folder)
+    if config.is_encoder_decoder:
+        raise UserError(f"{folder} is an encoder-decoder model; lowalign trains causal language models")
+    return config
 
 
 def meta_base(config: PretrainedConfig, options: BaseConfig, name: str = "base") -> Base:
@@ -54,13 +48,27 @@ def meta_base(config: PretrainedConfig, options: BaseConfig, name: str = "base")
                 parent, _, own = path.rpartition(".")
                 setattr(model.get_submodule(parent), own, nf4_layer(module, dtype))
         model.is_loaded_in_4bit = True  # peft chooses its LoRA class by it
+    if options.embedding == "cpu":
+        _embed_on_cpu(model)
     freeze(model)
+    if not options.exact:
+        fuse(model, options.compile)
     packed, why_not = probe(config)
     if packed:
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
     identity = Identity(name, None, "", "", config.get_text_config().vocab_size, "", options.quantization)
     tokenizer = range(identity.vocabulary)  # of which only the length is used
-    return Base(model, tokenizer, identity, Path(), (), 0.0, packed, why_not)
+    return Base(model, tokenizer, identity, Path(), (), 0.0, packed, why_not, options.exact)
+
+
+def _embed_on_cpu(model: nn.Module) -> None:
+    """As `move_to_cpu`, with zeros that take no memory."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight is model.get_output_embeddings().weight:
+        move_to_cpu(model)  # which refuses it
+    zero = torch.zeros((), dtype=embedding.weight.dtype, device="cpu")
+    embedding.weight = nn.Parameter(zero.expand(embedding.weight.shape), requires_grad=False)
+    look_up_on_cpu(model)
 
 
 def nf4_layer(layer: nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:

@@ -28,10 +28,10 @@ class Setting(NamedTuple):
 
 
 class Planner:
-    """Dry runs of one verb on one architecture."""
+    """Dry runs of one verb on one architecture. device: the type of device that is planned for."""
 
-    def __init__(self, architecture: PretrainedConfig, config: Config) -> None:
-        self.architecture, self.config = architecture, config
+    def __init__(self, architecture: PretrainedConfig, config: Config, device: str = "cuda") -> None:
+        self.architecture, self.config, self.device = architecture, config, device
         self._known: dict[tuple, Figures] = {}
 
     def setting(self, length: int | None) -> Setting:
@@ -39,18 +39,23 @@ class Planner:
         c = self.config
         if length is not None:
             return Setting(length, 0)
-        return Setting(c.max_prompt, c.token_budget) if isinstance(c, BestOfNConfig) else Setting(c.data.max_length, c.train.token_budget)  # fmt: skip
+        return Setting(c.data.max_length, c.token_budget) if isinstance(c, BestOfNConfig) else Setting(c.data.max_length, c.train.token_budget)  # fmt: skip
 
     def figures(self, setting: Setting, **changes: Any) -> Figures:
-        """Run the phases of one step. changes: checkpointing, r."""
+        """Run the phases of one step. changes: r, and options of train."""
         key = (setting, *sorted(changes.items()))
         if key not in self._known:
             config = self._changed(**changes)
             base = meta_base(self.architecture, config.base)
-            run = DryRun(base, config.sft.train if isinstance(config, BestOfNConfig) else config.train)
+            run = DryRun(base, config.sft.train if isinstance(config, BestOfNConfig) else config.train, self.device)
             tokens = run_phases(run, config, *setting)
-            self._known[key] = Figures.of(run, *setting, tokens)
+            self._known[key] = Figures.of(run, *setting, tokens, config.base.leave_free)
         return self._known[key]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the verb has a backward pass, in which activations can be kept elsewhere."""
+        return not isinstance(self.config, BestOfNConfig)
 
     @property
     def positions(self) -> int:
@@ -75,8 +80,14 @@ class Planner:
     def _largest(self, setting: Callable[[int], Setting], vram: int, bounds: tuple[int, int, int], **changes: Any):
         return largest(lambda n: self.figures(setting(n), **changes).needed, vram, *bounds)
 
-    def _changed(self, checkpointing: str | None = None, r: int | None = None) -> Config:
+    def keep_layers(self, vram: int, setting: Setting, **changes: Any) -> int | None:
+        """The most layers that can keep their activations at this setting; None when it does not fit at all."""
+        layers = self.architecture.get_text_config().num_hidden_layers
+        memory = lambda n: self.figures(setting, **changes | {"keep_layers": n}).needed  # noqa: E731
+        return largest(memory, vram, 0, layers, 1)
+
+    def _changed(self, r: int | None = None, **train: Any) -> Config:
         config = self.config
-        if checkpointing:
-            config = replace(config, train=replace(config.train, checkpointing=checkpointing))
+        if train:
+            config = replace(config, train=replace(config.train, **train))
         return replace(config, adapter=replace(config.adapter, r=r)) if r else config

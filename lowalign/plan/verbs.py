@@ -31,42 +31,47 @@ REWARD, VALUE = "reward", "value"
 Config = RunConfig | BestOfNConfig
 
 
-def run_phases(run: DryRun, config: Config, length: int, token_budget: int) -> int:
+def run_phases(
+    run: DryRun, config: Config, length: int, token_budget: int, micro_batch: Sequence[Example] | None = None
+) -> int:
     """Run the phases of one step (PPO, best-of-n: of one round). -> the tokens by which its speed is measured: of the step,
     or those that are sampled.
 
-    length: tokens of an example as --data.max-length counts them (ppo, best-of-n: of a prompt).
+    length: tokens of an example as --data.max-length counts them (ppo, best-of-n: of a prompt). micro_batch: of sft, dpo and
+    reward; default: as many Examples of that length as fit in the token budget.
     """
     phases: dict[type, Callable[..., int]] = {
         SFTConfig: _sft, DPOConfig: _dpo, RewardConfig: _reward, PPOConfig: _ppo, BestOfNConfig: _best_of_n,
     }  # fmt: skip
     plan = next(plan for kind, plan in phases.items() if isinstance(config, kind))
     with run.counting():
-        return plan(run, config, length, token_budget)
+        return plan(run, config, length, token_budget, *(() if micro_batch is None else (micro_batch,)))
 
 
-def _sft(run: DryRun, config: SFTConfig, length: int, token_budget: int) -> int:
+def _sft(run: DryRun, config: SFTConfig, length: int, token_budget: int, batch: Sequence[Example] | None = None) -> int:
     policy, _ = run.add_policy(config)
-    batch = examples.as_many_as_fit(examples.conversation(length, _vocabulary(run)), token_budget)
+    batch = batch or examples.as_many_as_fit(examples.conversation(length, _vocabulary(run)), token_budget)
     return _fixed_data(run, SFT(run.host, batch, policy, config.train), batch)
 
 
-def _reward(run: DryRun, config: RewardConfig, length: int, token_budget: int) -> int:
+def _reward(
+    run: DryRun, config: RewardConfig, length: int, token_budget: int, batch: Sequence[Example] | None = None
+) -> int:
     policy, _ = run.add_policy(config)
     with torch.device(run.base.device):
         run.host.add_scalar_head(policy[-1])
-    batch = examples.as_many_as_fit(examples.preference(length, _vocabulary(run)), token_budget)
+    batch = batch or examples.as_many_as_fit(examples.preference(length, _vocabulary(run)), token_budget)
     return _fixed_data(run, RewardModel(run.host, batch, policy, config.reward, config.train), batch)
 
 
-def _dpo(run: DryRun, config: DPOConfig, length: int, token_budget: int) -> int:
+def _dpo(run: DryRun, config: DPOConfig, length: int, token_budget: int, batch: Sequence[Example] | None = None) -> int:
     policy, initial = run.add_policy(config)
     if config.dpo.loss == "kto":
         both = [examples.rated(length, _vocabulary(run), label) for label in (True, False)]
-        batch = (both * max(1, token_budget // both[0].length))[: max(1, token_budget // both[0].length)]
+        batch = batch or (both * max(1, token_budget // both[0].length))[: max(1, token_budget // both[0].length)]
         method = KTO(run.host, batch, policy, initial, config.dpo, config.train)
     else:
-        batch = examples.as_many_as_fit(examples.preference(length, _vocabulary(run)), token_budget)
+        batch = batch or examples.as_many_as_fit(examples.preference(length, _vocabulary(run)), token_budget)
         method = DPO(run.host, batch, policy, initial, config.dpo, config.train)
     if config.reference_cache == "on" and method.needs_reference:
         batch = [replace(e, reference=[0.0] * len(e.completions)) for e in batch]

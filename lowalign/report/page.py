@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from lowalign import __version__
 from lowalign.report import tables
+from lowalign.report.cleaning import cleaning
 from lowalign.report.data import data_of_each
 from lowalign.report.plot import PLOTTED, Curve, chart, smoothed
 from lowalign.report.run_files import Points, RunFiles, is_number, points_of, stages_of
@@ -82,6 +83,7 @@ def _group(verb: str, members: Sequence[Shown], smooth: float | None) -> dict[st
         "figures": tables.figures(members),
         "differences": tables.differences(members),
         "data": data_of_each(members),
+        "cleaning": [cleaning(run.files) for run in members],
     }
 
 

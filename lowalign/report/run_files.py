@@ -17,7 +17,7 @@ from lowalign.errors import UserError
 Points = Sequence[tuple[float, float]]  # (step, value)
 RESULTS = ("report.json", "result.json")  # of best-of-n and judge; of compare
 DEPTH = 3  # of folders in which runs are searched: a pipeline, its stage, the rounds of best-of-n
-NO_RUNS = ("adapter", "checkpoints", "tensorboard")  # folders of a run
+NO_RUNS = ("adapter", "checkpoints", "tensorboard", "wandb")  # folders of a run
 LARGEST = 1e150  # of a value that can be drawn
 SAMPLES = {"samples.jsonl": 50_000, "candidates.jsonl": 4, "pairs.jsonl": 4}  # lines that are read
 

@@ -17,16 +17,19 @@ from lowalign.data.rows.turns import Prompt
 from lowalign.errors import UserError
 
 EXPECTED = "def reward(prompts, completions, **columns)"
+EXPECTS = f". Expected {EXPECTED}, which returns a number for each completion"
 GIVEN = ("stopped", "completion_ids")  # what a function may ask for besides the columns of the rows
 
 
 @dataclass(frozen=True)
 class Samples:
     """What a function may ask for besides prompts and completions. columns: of each prompt's row, the same ones in every row
-    (see same_columns). stopped: by prompt, whether each completion ended by itself, not at the length limit."""
+    (see same_columns). stopped: by prompt, whether each completion ended by itself, not at the length limit; None where it is
+    not known. has_ids: whether the ids of the completions are known."""
 
     columns: Sequence[Mapping[str, Any]]
-    stopped: Sequence[Sequence[bool]]
+    stopped: Sequence[Sequence[bool]] | None
+    has_ids: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,6 @@ class FunctionReward:
         sizes = list(map(len, completions))
         named = self._named(completion_ids, samples, sizes)
         both = {"prompts": _for_each(prompts, sizes), "completions": list(texts)}
-        name = f"{self.file}:{self.name}"
         try:
             if self.parameters.by_name:
                 wanted = {key: value for key, value in both.items() if self.parameters.takes(key)}
@@ -94,10 +96,12 @@ class FunctionReward:
             else:
                 values = list(self.function(*both.values(), **named))
         except Exception as error:  # the user's code can fail in any way
-            raise UserError(f"{_place(error, self.file)}: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{_place(error, self.file)}: {self.name}: {type(error).__name__}: {error}{EXPECTS}"
+            ) from error
         if len(values) != len(texts):
-            raise UserError(f"{name} returned {len(values):,} numbers for {len(texts):,} completions")
-        numbers = iter([_number(value, name, text) for value, text in zip(values, texts, strict=True)])
+            raise UserError(f"{self.where} returned {len(values):,} numbers for {len(texts):,} completions{EXPECTS}")
+        numbers = iter([_number(value, self.where, text) for value, text in zip(values, texts, strict=True)])
         return [[next(numbers) for _ in group] for group in completions]
 
     def _named(
@@ -111,11 +115,14 @@ class FunctionReward:
         columns = list(samples.columns[0])
         known: dict[str, Callable[[], list]] = {
             key: partial(_for_each, [row[key] for row in samples.columns], sizes) for key in columns
-        } | {
-            "stopped": lambda: [stop for group in samples.stopped for stop in group],
-            "completion_ids": lambda: [list(ids) for group in completion_ids for ids in group],
         }
+        if samples.stopped is not None:
+            known["stopped"] = lambda: [stop for group in samples.stopped for stop in group]
+        if samples.has_ids:
+            known["completion_ids"] = lambda: [list(ids) for group in completion_ids for ids in group]
         self.check_columns(columns)
+        if unknown := [key for key in self.parameters.required if key not in known]:
+            raise UserError(f"{self.where} requires {unknown[0]}, which is known only of completions that were sampled")
         wanted = [key for key in known if self.parameters.takes(key) and key not in self.parameters.first]
         return {key: known[key]() for key in wanted}
 
@@ -212,5 +219,7 @@ def _number(value: object, name: str, text: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         shown = text if len(text) <= 60 else text[:60] + " …"
-        raise UserError(f"{name} returned {value!r}, which is not a finite number, for the completion {shown!r}")
+        raise UserError(
+            f"{name} returned {value!r}, which is not a finite number, for the completion {shown!r}{EXPECTS}"
+        )
     return number

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
+from lowalign.log import progress
 from lowalign.methods.pairs import compare
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
@@ -31,7 +31,7 @@ def summed_logps(host: Host, stack: Stack, examples: Sequence[Example], token_bu
     """Σ log π of the supervised tokens of each completion, under the adapters of the stack. Raises UserError when one is not
     finite."""
     sums: dict[int, list[float]] = {}
-    with host.use(*stack), tqdm(total=len(examples), unit="row", disable=None) as bar:
+    with host.use(*stack), progress(total=len(examples), unit="row") as bar:
 
         def compute(batch: list[Example]) -> None:
             for example, logps in zip(batch, host.logprobs(batch, supervised_only=True), strict=True):

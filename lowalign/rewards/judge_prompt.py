@@ -1,13 +1,10 @@
 """The question for a judging model: a template over prompt and answers a and b, to be answered with the letter A or B."""
 
-import traceback
 from pathlib import Path
-
-from jinja2 import StrictUndefined, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lowalign.data.chat import Chat
 from lowalign.data.pack import Example
+from lowalign.data.prompt_template import PromptTemplate
 from lowalign.errors import UserError
 
 
@@ -16,15 +13,8 @@ class JudgePrompt:
 
     def __init__(self, file: Path) -> None:
         """Raises UserError, with file:line, when it cannot be rendered, and when it leaves an answer out."""
-        self.file = file
-        try:
-            self.text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the judge's template {file} cannot be read ({error})") from error
-        try:
-            self._template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text)
-        except TemplateSyntaxError as error:
-            raise UserError(f"{file}:{error.lineno}: {error.message}") from error
+        self._template = PromptTemplate(file, "judge's template", ("prompt", "a", "b"))
+        self.text = self._template.text
         probe = self.render("probe_prompt", "probe_first", "probe_second")
         for name, answer in (("a", "probe_first"), ("b", "probe_second")):
             if answer not in probe:
@@ -34,14 +24,7 @@ class JudgePrompt:
 
     def render(self, prompt: str, a: str, b: str) -> str:
         """The question, with answer a in the first place. Raises UserError with file:line."""
-        try:
-            return self._template.render(prompt=prompt, a=a, b=b)
-        except Exception as error:  # the user's template can fail in any way
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
-            where = f"{self.file}:{lines[-1]}" if lines else self.file
-            raise UserError(
-                f"{where}: {error or type(error).__name__} (a judge's template has the variables prompt, a and b)"
-            ) from error
+        return self._template.render(prompt=prompt, a=a, b=b)
 
 
 def letter_question(chat: Chat, question: str) -> Example:

@@ -18,8 +18,8 @@ from lowalign.data.chat import Chat
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
 from lowalign.data.rows.answers import Answers, as_text
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import as_messages, unsupervised
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
@@ -89,23 +89,23 @@ class ModelJudge:
             questions = [letter_question(self.chat, self.prompt.render(prompt, *order)) for order in ((a, b), (b, a))]
         except RowError as error:
             return str(error)
-        if max(question.length for question in questions) > self.config.max_length:
+        if max(question.length for question in questions) > self.chat.fitting(self.config.max_length):
             return TOO_LONG
         return [replace(question, source=pair.row.source) for question in questions]
 
 
 class Sampled(NamedTuple):
-    """What reward functions may ask for of a row whose answers were sampled: its columns, and whether each answer ended by
-    itself."""
+    """What reward functions may ask for of a row: its columns, and whether each answer ended by itself; None where that is not
+    known."""
 
     columns: Mapping[str, Any]
-    stopped: Sequence[bool]
+    stopped: Sequence[bool] | None
 
 
 @dataclass(frozen=True)
 class RewardJudge:
     """Compares answers by their rewards; each answer is scored once. chat: None when no reward needs token ids. sampled: by id
-    of the row, where the answers were sampled."""
+    of the row."""
 
     rewards: Rewards
     chat: Chat | None
@@ -145,8 +145,10 @@ class RewardJudge:
         if self.sampled is None:
             return None
         sampled = [self.sampled[id(row.answers)] for row in rows]
-        stopped = [[own.stopped[k] for k in row.ids] for own, row in zip(sampled, rows, strict=True)]
-        return Samples([own.columns for own in sampled], stopped)
+        stopped = None
+        if all(own.stopped is not None for own in sampled):
+            stopped = [[own.stopped[k] for k in row.ids] for own, row in zip(sampled, rows, strict=True)]
+        return Samples([own.columns for own in sampled], stopped, self.chat is not None)
 
     def _encode(self, row: Answers) -> "_EncodedRow":
         messages = [] if row.plain_text else unsupervised(as_messages(row.prompt))
@@ -167,7 +169,7 @@ class RewardJudge:
                     skipped[k] = str(error)
                     continue
                 prompt = example.prompt
-                if example.length > self.config.max_length:
+                if example.length > self.chat.fitting(self.config.max_length):
                     skipped[k] = TOO_LONG
                 else:
                     ids[k] = example.completions[0]

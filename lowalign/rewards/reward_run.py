@@ -12,10 +12,13 @@ from lowalign.data.pack import Example
 from lowalign.data.prompt_format import check_prompt_format
 from lowalign.data.rows.turns import Prompt
 from lowalign.errors import UserError
-from lowalign.model.adapters.files import adapter_template, locate, read_meta, trained_format
+from lowalign.log import BAR_DELAY, progress
+from lowalign.model.adapters.adapter import SCALAR_HEAD
+from lowalign.model.adapters.files import adapter_template, locate, read, read_meta, trained_format
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
 
+NO_HEAD = " is not a reward model: it has no scalar head (`lowalign reward` trains one)"
 TOKEN_BUDGET = 8192  # most tokens of one scoring forward, unless a single completion is longer
 # What the metrics of a reward run were measured on, as its lowalign.json has it under reward.measured_on.
 HELDOUT, TRAINING = "held-out rows", "training rows"
@@ -70,7 +73,7 @@ def load_reward_run(host: Host, name: str, run: str, allow_base_mismatch: bool =
     if not host.has_scalar_head(name):
         for adapter in stack:
             host.delete(adapter)
-        raise UserError(f"{run} is not a reward model: it has no scalar head (`lowalign reward` trains one)")
+        raise UserError(f"{run}{NO_HEAD}")
     return stack
 
 
@@ -103,10 +106,14 @@ def check_template(run: str, chat: Chat) -> None:
         )
 
 
-def check_prompt_formats(runs: Sequence[str], formats: Collection[str], flag: str) -> None:
-    """Raises UserError for a reward run that was trained on prompts of another format than those of the completions."""
+def check_reward_runs(runs: Sequence[str], formats: Collection[str]) -> None:
+    """Raises UserError for a reward run without a head, and for one that was trained on prompts of another format than those of the
+    completions."""
     for run in runs:
-        check_prompt_format(f"the reward run {run}", trained_format(run), formats, flag)
+        stored, _ = read(locate(run))
+        if not any(key.endswith(SCALAR_HEAD) for key in stored.tensors):
+            raise UserError(f"{run}{NO_HEAD}")
+        check_prompt_format(f"the reward run {run}", trained_format(run), formats)
 
 
 @torch.no_grad()
@@ -123,9 +130,11 @@ def score_examples(
     def compute(pieces: list[_Piece]) -> None:
         for piece, values in zip(pieces, host.scores(pieces, stack[-1]), strict=True):
             scores.update(zip(piece.owners, values.tolist(), strict=True))
+            bar.update(len(piece.owners))
 
     pieces = [piece for i, example in enumerate(examples) for piece in _pieces(i, example, token_budget)]
-    with host.use(*stack):
+    options = {"unit": "completion", "desc": "scoring", "leave": False, "delay": BAR_DELAY}
+    with host.use(*stack), progress(total=sum(len(e.completions) for e in examples), **options) as bar:
         in_micro_batches(pieces, token_budget, compute, _Piece.halves)
     if not all(map(math.isfinite, scores.values())):
         raise UserError("a reward is not finite; the reward model is broken, or float16 overflowed (bfloat16 does not)")

@@ -1,11 +1,11 @@
 """The training loop of every method. It knows a method and a host only by the protocols of lowalign.train.method.
 
-Left out on purpose: several processes, callbacks, and saved random states (torch is seeded from (seed, step)).
+Left out on purpose: saved random states (torch is seeded from (seed, step)).
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowalign import __version__
+from lowalign import __version__, processes
 from lowalign.config.sections import TrainConfig
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
@@ -25,10 +25,15 @@ from lowalign.train import checkpoint
 from lowalign.train.accumulate import MicroBatches
 from lowalign.train.guards import assert_all_have_gradients, assert_base_unchanged, refuse_not_finite
 from lowalign.train.lock import lock_folder
-from lowalign.train.method import Method, SamplingMethod, TrainableHost
-from lowalign.train.metrics import MetricsLog
-from lowalign.train.optim import load_state, make_optimizer, read_state, schedule, state_bytes
+from lowalign.train.method import Method, MixingMethod, SamplingMethod, TrainableHost
+from lowalign.train.metrics import MetricsLog, NoMetricsLog
+from lowalign.train.optim import free_paged_state, load_state, make_optimizer, read_state, schedule, state_bytes
+from lowalign.train.peak import PeakCheck
 from lowalign.train.signals import Interrupted, StopSignals
+from lowalign.train.tracker import Tracker
+from lowalign.train.usage import Usage
+
+OnStep = Callable[[int, dict[str, float]], bool | None]
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,16 @@ def train(
     *,
     heldout: Sequence[Any] = (),
     resume: bool = False,
+    on_step: OnStep | None = None,
+    options: Mapping[str, Any] | None = None,
+    predict: Callable[[Sequence[Example]], int] | None = None,
 ) -> Result:
     """Train the method's adapters for `config.steps` optimizer steps; the host then holds the trained weights.
 
-    heldout: Examples; prompts for a SamplingMethod.
+    heldout: Examples; prompts for a SamplingMethod. on_step: called after each step with its number, counted from 1, and its
+    metrics (those of the last evaluation as eval/…). Where it returns False the run ends with this step; where it raises,
+    a checkpoint is saved first. options: of the whole run, for --track. predict: a prediction of
+    the peak in bytes with a micro-batch, which is compared with the measured one.
 
     Writes out/metrics.jsonl and out/checkpoints/. With `resume` it continues from the newest valid checkpoint; the result
     is bit-identical to an uninterrupted run. Raises UserError for a loss that is not finite, too little memory or disk
@@ -64,25 +75,40 @@ def train(
     """
     if config.steps is None:
         raise ValueError("config.steps must be set; the caller converts epochs to steps")
-    with lock_folder(out), StopSignals() as stop:
-        run = _Run(host, method, config, out, heldout, stop)
+    with processes.joined(), lock_folder(out), StopSignals() as stop:
+        run = _Run(host, method, config, out, heldout, stop, predict)
         start = _starting_point(out, resume)
-        checkpoint.check_space(out, run.checkpoint_bytes(), config.keep)
+        if processes.is_main():
+            checkpoint.check_space(out, run.checkpoint_bytes(), config.keep)
         if start is not None:
             run.restore(start)
         redo_eval = run.evaluated != run.step
-        with MetricsLog(out, config.track, config.steps, None if start is None else run.step, redo_eval) as metrics_log:
-            host.training(config.checkpointing)
+        done = None if start is None else run.step
+        with _metrics_log(config, out, options or {}, done, redo_eval) as metrics_log:
+            run.train_mode()
             host.check = stop.check
             try:
-                return run.loop(metrics_log)
+                return run.loop(metrics_log, on_step)
             finally:
                 host.check = lambda: None
                 host.training(None)
+                free_paged_state(run.optimizer)
+
+
+def _metrics_log(
+    config: TrainConfig, out: Path, options: Mapping[str, Any], done: int | None, redo_eval: bool
+) -> MetricsLog | NoMetricsLog:
+    if not processes.is_main():
+        return NoMetricsLog()
+    tracker = Tracker(config.track, config.run_name, out, options, done) if config.track != "none" else None
+    return MetricsLog(out, tracker, config.steps, done, redo_eval)
 
 
 def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from; None to start from the beginning. Raises UserError unless OUT fits `resume`."""
+    if not processes.is_main():
+        step = processes.from_main(None)
+        return None if step is None else checkpoint.at_step(out, step)
     newest = checkpoint.newest_valid(out) if resume else None
     if newest is not None:
         log(f"resuming from {newest.folder}")
@@ -92,6 +118,7 @@ def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
     elif resume:
         log(f"{out} has no checkpoint to resume: starting from the beginning")
     checkpoint.clean(out, best=newest is None)
+    processes.from_main(None if newest is None else newest.step)
     return newest
 
 
@@ -105,6 +132,7 @@ class _Run:
     out: Path
     heldout: Sequence[Any]
     stop: StopSignals
+    predict: Callable[[Sequence[Example]], int] | None
 
     def __post_init__(self) -> None:
         self.host.train_only(*self.method.lr_multipliers)
@@ -118,12 +146,16 @@ class _Run:
         self.best: dict[str, float] | None = None  # {"step", "loss"}, or {"step", "reward"}
         self.metrics: dict[str, float] = {}
         self.first_step_checked = False
+        self.last_step = self.config.steps  # earlier when on_step ends the run
+        self.usage = Usage(next(iter(self.flats.values())).master.device)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def loop(self, metrics_log: MetricsLog) -> Result:
+    def loop(self, metrics_log: MetricsLog, on_step: OnStep | None) -> Result:
         config, stopped_by = self.config, None
         tokens, since = 0, time.perf_counter()
+        peak = PeakCheck(self.predict, next(iter(self.flats.values())).master.device)
+        self.micro_batches.on_micro_batch = peak.saw
         try:
             while True:
                 paused = time.perf_counter()
@@ -132,17 +164,27 @@ class _Run:
                 if self._save_due():
                     self.save()
                 since += time.perf_counter() - paused
-                if self.step >= config.steps:
+                if self.step >= self.last_step:
                     break
                 metrics, step_tokens = self.optimizer_step()
                 self.step += 1
                 tokens += step_tokens
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
+                self.usage.tokens += step_tokens
+                metrics |= {"epoch": self.method.epoch(self.step), **self.usage.metrics()}
+                metrics |= self.method.shares(self.step) if isinstance(self.method, MixingMethod) else {}
                 log_due = self.step % config.log_every == 0 or self.step == config.steps
+                since += peak.after_step(last=self.step == config.steps)
+                if log_due:
+                    metrics |= peak.metrics
+                    peak.metrics = {}
                 self.metrics |= metrics
+                self.method.last_metrics = metrics
                 metrics_log.step(self.step, metrics, log_due)
                 if log_due:
                     tokens, since = 0, time.perf_counter()
+                if on_step is not None:
+                    self._call(on_step)
         except Interrupted:
             stopped_by = self.stop.received
             if self.saved != self.step:
@@ -150,23 +192,41 @@ class _Run:
         assert_base_unchanged(self.base_checksum, self.host.base.checksum())
         return Result(self.step, self.metrics, self.best and int(self.best["step"]), stopped_by)
 
+    def train_mode(self) -> None:
+        """Set the host to train mode, with activations kept as the config says."""
+        config = self.config
+        self.host.training(
+            config.checkpointing, tile=config.tile, keep_layers=config.keep_layers, every=config.checkpoint_every
+        )
+
     def _evaluation_due(self) -> bool:
         if not self.heldout or self.evaluated == self.step:
             return False
         if isinstance(self.method, SamplingMethod) and self.method.evaluation_due(self.step):
             return True
         every = self.config.eval_every
-        return self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
+        return self.step in (0, self.last_step) or (every > 0 and self.step % every == 0)
 
     def _save_due(self) -> bool:
         if self.saved == self.step:
             return False
         every = self.config.save_every
-        return self.step == self.config.steps or (every > 0 and self.step > 0 and self.step % every == 0)
+        return self.step == self.last_step or (every > 0 and self.step > 0 and self.step % every == 0)
+
+    def _call(self, on_step: OnStep) -> None:
+        """Tell the caller of the step. False ends the run with it."""
+        try:
+            if True in processes.gather(on_step(self.step, dict(self.metrics)) is False):
+                log(f"on_step returned False: the run ends with step {self.step}")
+                self.last_step = self.step
+        except BaseException:
+            if self.saved != self.step:
+                self.save()
+            raise
 
     def optimizer_step(self) -> tuple[dict[str, float], int]:
         """One step on all trained adapters. -> its metrics and its number of tokens."""
-        self.stop.check()
+        self.stop.check_together()
         seed = (self.config.seed * 1_000_003 + self.step) % 2**63
         torch.manual_seed(seed)
         examples = self._batch()
@@ -218,9 +278,9 @@ class _Run:
                 with self._saved_on_error():
                     values = self.method.evaluate(self.heldout)
             else:
-                values = _numbers(self.micro_batches.metrics(self.heldout))
+                values = _numbers(self.micro_batches.metrics(self.heldout, "evaluating"))
         finally:
-            self.host.training(self.config.checkpointing)
+            self.train_mode()
         metrics = {f"eval/{name}": value for name, value in values.items()}
         value = values[goal]
         if math.isfinite(value) and (self.best is None or sign * value < sign * self.best[goal]):
@@ -247,7 +307,8 @@ class _Run:
             "versions": {"lowalign": __version__, "torch": version("torch"), "bitsandbytes": version("bitsandbytes")},
         }
         parts = {"weights": self._weights(), "optimizer": tensors, "method": method}
-        checkpoint.save(self.out, self.step, parts, state, self.config.keep)
+        if processes.is_main():
+            checkpoint.save(self.out, self.step, parts, state, self.config.keep)
         self.saved = self.step
 
     def restore(self, start: checkpoint.Checkpoint) -> None:
@@ -264,6 +325,7 @@ class _Run:
         if state["token_budget"]["asked"] == self.config.token_budget:
             self.micro_batches.budget = state["token_budget"]["now"]
         self.evaluated, self.best, self.metrics = state["evaluated"], state["best"], state["metrics"]
+        self.usage.restore(self.metrics)
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of one checkpoint."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lowalign import processes
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.model.adapters.flat import FlatWeights
@@ -24,9 +25,10 @@ def refuse_not_finite(step: int, metrics: Mapping[str, float], examples: Sequenc
 
 
 def assert_all_have_gradients(flats: Mapping[str, FlatWeights]) -> None:
-    """Raises RuntimeError when a trained tensor got no gradient in backward; a gradient of zero is one."""
+    """Raises RuntimeError when a trained tensor got no gradient in backward, in any process; a gradient of zero is one."""
     for adapter, flat in flats.items():
-        missing = sorted(flat.tensors().keys() - flat.has_gradient)
+        found = {name for part in processes.gather(sorted(flat.has_gradient)) for name in part}
+        missing = sorted(flat.tensors().keys() - found)
         if missing:
             raise RuntimeError(f'no gradient reached {len(missing)} tensors of "{adapter}": {", ".join(missing[:5])}')
 

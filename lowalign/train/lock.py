@@ -12,25 +12,30 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from lowalign import processes
+from lowalign.durable import check_disk
 from lowalign.errors import UserError
 
+RESULTS = 50_000_000  # bytes that are free before a verb starts to work
 _held_here: set[Path] = set()
 
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Lock the folder of a run, and make it if it is missing. This process may nest it.
+    """Lock the folder of a run, and make it if it is missing. This process may nest it. Of the processes of one run only the
+    first does.
 
     Raises UserError when another process holds it, or when it cannot be made or locked.
     """
     path = (out / ".lock").resolve()
-    if path in _held_here:
+    if path in _held_here or not processes.is_main():
         yield
         return
     # Not in the lock's own file: filelock may empty it, and on Windows nobody can read it while it is locked.
     pid_file = path.with_name(".lock.pid")
     file_lock = FileLock(path, fallback_to_soft=False)  # a file in place of a lock would outlive a kill
     try:
+        check_disk(out, RESULTS, "results take at least")
         out.mkdir(parents=True, exist_ok=True)
         file_lock.acquire(blocking=False)
     except Timeout:

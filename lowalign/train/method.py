@@ -16,12 +16,17 @@ class Method(Protocol):
     """Learning-rate multiplier of each trained adapter, by name."""
     token_budget: int
     """Most tokens of a micro-batch. The engine sets it before each `batch`; it shrinks when memory runs out."""
+    last_metrics: dict[str, float]
+    """Metrics of the last finished step, which the engine sets after it; a resumed run starts with those of `state`."""
 
     def batch(self, step: int) -> list[Example]:
         """The examples of optimizer step `step`, counted from 0. torch is seeded from (seed, step) before the call.
 
         Idempotent per step, also across save and restore: a step that a signal interrupted is repeated.
         """
+
+    def epoch(self, steps: int) -> float:
+        """Passes over the data in the first `steps` steps."""
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Denominators of the step's means, such as {"tokens": …}."""
@@ -37,6 +42,14 @@ class Method(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+
+
+@runtime_checkable
+class MixingMethod(Protocol):
+    """A method whose Examples may be a mixture of sources."""
+
+    def shares(self, steps: int) -> dict[str, float]:
+        """Metrics share/NAME: the share of each source in the first `steps` steps; empty without a mixture."""
 
 
 @runtime_checkable
@@ -71,5 +84,7 @@ class TrainableHost(Protocol):
     def flat(self, name: str) -> FlatWeights:
         """The weights of an adapter in one buffer."""
 
-    def training(self, checkpointing: str | None) -> None:
-        """Train mode with activation checkpointing "on", "off" or "offload"; None: evaluation mode."""
+    def training(self, checkpointing: str | None, **memory: int) -> None:
+        """Train mode with activation checkpointing "on", "off" or "offload"; None: evaluation mode.
+
+        memory: `tile`, `keep_layers` and `every` (train.checkpoint_every)."""

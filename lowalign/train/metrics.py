@@ -1,19 +1,18 @@
-"""Metrics: OUT/metrics.jsonl, a line or a progress bar on the terminal, and tensorboard on request."""
+"""Metrics: OUT/metrics.jsonl, a line or a progress bar on the terminal, and a tracker on request."""
 
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lowalign.durable import write_file, write_point
 from lowalign.errors import UserError
-from lowalign.log import log
+from lowalign.log import log, progress
+from lowalign.train.tracker import Tracker
 
 # What the line of a step says besides loss, gradient norm and learning rate, where the method has it.
 SAID = {
@@ -36,29 +35,30 @@ class MetricsLog:
     """Writes the metrics of steps and evaluations.
 
     done: finished steps of a resumed run; lines after it are removed from metrics.jsonl. None: a new run with an empty
-    file. drop_eval: also remove the evaluation at step `done`, because it is repeated. Raises UserError when metrics.jsonl
-    cannot be written, or tensorboard is requested but not installed.
+    file. drop_eval: also remove the evaluation at step `done`, because it is repeated. tracker: closed with the log. Raises
+    UserError when metrics.jsonl cannot be written.
     """
 
-    def __init__(self, out: Path, kind: str, steps: int, done: int | None, drop_eval: bool = False) -> None:
+    def __init__(
+        self, out: Path, tracker: Tracker | None, steps: int, done: int | None, drop_eval: bool = False
+    ) -> None:
         self._path = out / "metrics.jsonl"
-        self._steps, self._first = steps, done or 0
-        self._board = _tensorboard(out, self._first) if kind == "tensorboard" else None
+        self._steps, self._first, self._tracker = steps, done or 0, tracker
         with self._explained():
             if done is None:
                 self._path.unlink(missing_ok=True)
             elif self._path.exists():
                 write_file(self._path, _kept(self._path, done, drop_eval), "metrics-cut")
             self._file = self._path.open("a", encoding="utf-8")
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=self._first, unit="step", file=sys.stderr) if terminal else None
+        bar = progress(total=steps, initial=self._first, unit="step")
+        self._bar = None if bar.disable else bar
         self._started = time.monotonic()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for part in (self._file, self._bar, self._board):
+        for part in (self._file, self._bar, self._tracker):
             if part is not None:
                 with contextlib.suppress(OSError):  # a failed write was already reported
                     part.close()
@@ -67,8 +67,8 @@ class MetricsLog:
         """After an optimizer step; written and logged when `log_due`."""
         if self._bar is not None:
             said = "".join(f"{word} {value}, " for word, value in _said(metrics))
-            progress = f"loss {metrics['loss']:.4g}, {said}{metrics['tokens_per_second']:,.0f} tokens/s"
-            self._bar.set_postfix_str(progress, refresh=False)
+            postfix = f"loss {metrics['loss']:.4g}, {said}{metrics['tokens_per_second']:,.0f} tokens/s"
+            self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.update()
         if not log_due:
             return
@@ -94,9 +94,8 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         write_point("metrics-line")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(metrics, step)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -104,6 +103,19 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact.") from error
+
+
+class NoMetricsLog(contextlib.nullcontext):
+    """What the other processes of a run have: the first one writes."""
+
+    def __enter__(self) -> "NoMetricsLog":
+        return self
+
+    def step(self, step: int, metrics: dict[str, float], log_due: bool) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
 
 
 def _said(metrics: dict[str, float]) -> list[tuple[str, str]]:
@@ -122,13 +134,3 @@ def _kept(path: Path, done: int, drop_eval: bool) -> bytes:
         if step < done or (step == done and not (drop_eval and any(name.startswith("eval/") for name in record))):
             kept.append(line + b"\n")
     return b"".join(kept)
-
-
-def _tensorboard(out: Path, done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard is not installed: pip install 'lowalign[track]', or use --train.track none"
-        ) from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)

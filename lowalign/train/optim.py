@@ -1,5 +1,7 @@
 """AdamW (32-bit, 8-bit, paged 8-bit) on flat fp32 weights, the learning-rate schedule, optimizer state as tensors."""
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Iterator, Mapping
 
@@ -12,10 +14,11 @@ from lowalign.errors import UserError
 from lowalign.log import log
 
 PAGED_FROM = 100_000  # elements; bitsandbytes does not page smaller states
+PAGING_PAYS = 2**28  # bytes of state; less is a hundredth of a card of 24 GB (rank 16 on an 8B: 84 MB)
 
 
 def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
-    """AdamW with one parameter group per adapter: its name and its flat master."""
+    """AdamW with one parameter group per adapter: its name and its flat master. auto: paged where that frees memory worth it."""
     groups = [{"name": name, "params": [master]} for name, master in masters.items()]
     options = {
         "lr": config.learning_rate,
@@ -29,7 +32,8 @@ def make_optimizer(masters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
     import bitsandbytes as bnb  # the import takes seconds
 
-    paged = config.optimizer == "paged_adamw_8bit"
+    size = state_bytes(config, sum(master.numel() for master in masters.values()))
+    paged = config.optimizer == "paged_adamw_8bit" or (config.optimizer == "auto" and cuda and size >= PAGING_PAYS)
     if paged and not cuda:
         log("paged_adamw_8bit: no paging without a GPU; the optimizer state stays in memory, with the same results")
     for name, master in masters.items():
@@ -112,6 +116,28 @@ def paged_state_is_managed(optimizer: Optimizer) -> dict[str, bool]:
         name: "state1" in state and all(id(state[key]) in managed for key in ("state1", "state2"))
         for name, state in _states(optimizer)
     }
+
+
+def free_paged_state(optimizer: Optimizer) -> None:
+    """Give managed memory back, at the end of a run; the optimizer has no state then. bitsandbytes keeps it for the life of
+    the process (0.50), so stages in one process would add up."""
+    paged = [v for _, state in _states(optimizer) for v in state.values() if getattr(v, "is_paged", False)]
+    if not paged:
+        return
+    from bitsandbytes.cextension import lib
+
+    torch.cuda.synchronize()
+    mine = {id(tensor) for tensor in paged}
+    known = optimizer.page_mng.paged_tensors
+    known[:] = [tensor for tensor in known if id(tensor) not in mine]
+    pointers = [tensor.data_ptr() for tensor in paged]
+    optimizer.state.clear()
+    paged.clear()
+    with contextlib.suppress(RuntimeError):  # some libraries do not show the runtime's functions
+        for pointer in pointers:
+            lib.cudaFree(
+                ctypes.c_void_p(pointer)
+            )  # of the runtime that bitsandbytes is linked with, which allocated it
 
 
 def move_state(optimizer: Optimizer, name: str, device: torch.device | str) -> None:

@@ -59,8 +59,14 @@ def output_of(config: Any, inputs: Mapping[str, object]) -> Iterator[Journal | P
     else:
         folder = config.out.with_name(f".{config.out.name}.run")
         with lock_folder(folder):
-            _check_or_write(config, inputs, folder / "inputs.json")
+            check_or_write(config, inputs, folder / "inputs.json")
             yield Journal(config.out)
+
+
+def announce_start(config: Any) -> None:
+    """With --resume where there is nothing to resume, say so before anything else is logged. config: as in output_of."""
+    if config.resume and not config.out.exists():
+        log(f"--resume: there is no {config.out} yet; this starts it")
 
 
 def stoppable(command: Callable[[Any], None], config: Any) -> int:
@@ -75,7 +81,8 @@ def stoppable(command: Callable[[Any], None], config: Any) -> int:
         return 128 + stopped.signal
 
 
-def _check_or_write(config: Any, inputs: Mapping[str, object], file: Path) -> None:
+def check_or_write(config: Any, inputs: Mapping[str, object], file: Path) -> None:
+    """Write what the lines of config.out depend on to `file`, or compare it with what is there. Raises as `output_of` does."""
     now = {name: str(attrgetter(name)(config)) for name, _ in options(type(config)) if name not in MAY_CHANGE}
     now |= {f"the content of {name}": _hash(value) for name, value in inputs.items()}
     if not config.out.exists() or config.out.stat().st_size == 0:

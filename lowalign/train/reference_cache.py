@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lowalign import processes
 from lowalign.config.sections import TrainConfig
 from lowalign.data import cache
 from lowalign.data.pack import Example, step_order
 from lowalign.durable import write_file
-from lowalign.log import log
+from lowalign.log import BAR_DELAY, log, progress
 from lowalign.model.host import Host, completion_logps
 from lowalign.model.policy import Stack
 from lowalign.train.accumulate import MicroBatches
@@ -61,7 +62,7 @@ def fill_reference_logps(
     if not examples:
         return
     file = cache.cache_folder() / f"reference-{_key(host, reference, examples)}.safetensors"
-    stored = _load(file, examples)
+    stored = _set(examples, processes.from_main(_load(file)))
     host.training(None)
     recorder = MicroBatches(_Recorder(host, reference), {}, train.token_budget, stop)
     batches = _first_epoch(examples, train)
@@ -74,9 +75,11 @@ def fill_reference_logps(
     log(f"the reference's log-probs of {missing:,} examples are computed once, and kept in {file}")
     last_write = time.monotonic()
     try:
-        for batch in batches:
+        options = {"unit": "batch", "desc": "reference log-probs", "leave": False, "delay": BAR_DELAY}
+        for batch in progress(iterable=batches, **options):
             if any(e.reference is None for e in batch):
-                recorder.metrics(batch)
+                stop.check_together()
+                _compute(recorder, batch)
             if time.monotonic() - last_write > STORE_EVERY:
                 _store(file, examples)
                 last_write = time.monotonic()
@@ -93,10 +96,19 @@ def _first_epoch(examples: Sequence[Example], train: TrainConfig) -> list[list[E
     return batches + ([rest] if rest else [])
 
 
+def _compute(recorder: MicroBatches, batch: list[Example]) -> None:
+    """Set the reference of these Examples; each process computes its share of them."""
+    for e in batch:
+        e.reference = None
+    recorder.metrics(batch)
+    for parts in zip(batch, *processes.gather([e.reference for e in batch]), strict=True):
+        parts[0].reference = next(values for values in parts[1:] if values is not None)
+
+
 def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
     """Log the largest difference between stored and recomputed values; the stored ones stay."""
     stored = [e.reference for e in batch]
-    recorder.metrics(batch)
+    _compute(recorder, batch)
     differences = []
     for values, e in zip(stored, batch, strict=True):
         if values:
@@ -119,12 +131,16 @@ def _key(host: Host, reference: Stack, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _load(file: Path, examples: Sequence[Example]) -> bool:
-    """Set the stored values in the Examples -> whether there were any."""
+def _load(file: Path) -> list[float]:
+    """The stored values, one per completion; none where the file is absent or damaged."""
     try:
-        values = load(file.read_bytes())["logps"].tolist()
+        return load(file.read_bytes())["logps"].tolist()
     except (OSError, SafetensorError, KeyError, ValueError):
-        return False
+        return []
+
+
+def _set(examples: Sequence[Example], values: list[float]) -> bool:
+    """Set stored values in the Examples -> whether there were as many as there are completions."""
     if len(values) != sum(len(e.completions) for e in examples):
         return False
     rest = iter(values)

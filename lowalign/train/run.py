@@ -10,6 +10,8 @@ OUT/adapter/           the adapter (--train.result: the best or the last weights
 """
 
 import math
+import signal
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,31 +19,47 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.config.sections import PromptFormat
+from lowalign import processes
+from lowalign.config.sections import PromptFormat, TrainConfig
 from lowalign.config.training import RunConfig
 from lowalign.data.chat import Chat, load_chat
+from lowalign.data.cleaning.report import cleaning_report
+from lowalign.data.cleaning.text import cleaning_lines
 from lowalign.data.dataset import Dataset, split_heldout
+from lowalign.data.losses import filter_by_loss, filter_lines
+from lowalign.data.mixture import MixedExamples, epoch_length, mixed
 from lowalign.data.pack import Example
-from lowalign.data.prompt_format import check_prompt_format
+from lowalign.data.prompt_format import OPTION, check_prompt_format
 from lowalign.data.report import report_lines
 from lowalign.durable import write_json
 from lowalign.errors import UserError
-from lowalign.log import log
+from lowalign.log import duration, log
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.files import refuse_reward_runs
 from lowalign.model.base.base import Base
+from lowalign.model.base.device import device_of
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, check_start, load_stack, start_policy
+from lowalign.model.room import room
 from lowalign.train import checkpoint
-from lowalign.train.engine import train
+from lowalign.train.engine import OnStep, train
 from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
 from lowalign.train.result import choose, refuse_best_without_heldout
-from lowalign.train.run_folder import META, check_or_write_inputs, input_hashes, save_adapter
+from lowalign.train.run_folder import (
+    META,
+    RECIPE_FILE,
+    announce_start,
+    check_or_write_inputs,
+    flat_options,
+    input_hashes,
+    save_adapter,
+)
 from lowalign.train.signals import Interrupted
+from lowalign.train.tracker import refuse_not_installed
 
-PROMPT_FORMAT = "--data.prompt-format"
+Predict = Callable[[Sequence[Example]], int]
 
 
 @dataclass(frozen=True)
@@ -72,49 +90,101 @@ class Job:
     finish: Callable[[Host, Stack, list, list, Any], dict] = lambda *_: {}
 
 
-def run(config: RunConfig, job: Job, base: Base | None = None) -> int:
-    """A training run, from its configuration to the saved adapter. base: one that is already loaded. -> the exit code."""
+def run(
+    config: RunConfig, job: Job, base: Base | None = None, on_step: OnStep | None = None, predict: Predict | None = None
+) -> int:
+    """A training run, from its configuration to the saved adapter. base: one that is already loaded. on_step: called after
+    each step (lowalign.train.engine.train). predict: how many bytes a micro-batch takes at most. -> the exit code."""
     if not config.data.files:
         raise UserError("no data: give --data FILE…")
     refuse_best_without_heldout(config)
-    with lock_folder(config.out):
+    refuse_not_installed(config.train.track)
+    with processes.joined(), lock_folder(config.out):
+        started = time.monotonic()
+        announce_start(config.resume, config.out / RECIPE_FILE)
+        device_of(config.base.device)
         adapters = [source for source in (config.init, *job.adapters) if source]
         if config.init and job.name != "reward":
             refuse_reward_runs([config.init])
-        inputs = input_hashes((*config.data.files, *config.data.eval, *job.data), adapters)
+        losses = [str(config.data.losses)] if config.data.losses else []
+        inputs = input_hashes((*config.data.files, *config.data.eval, *losses, *job.data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
-        # The rows first: errors in them are reported before a large model is loaded.
-        tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
-        chat = load_chat(tokenizer, config.data)
-        data = job.read(tokenizer, chat)
-        rows, heldout = data.train, data.heldout
-        meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
-        write_json(config.out / META, meta)
-        host = Host(base or Base.load(config.model, **vars(config.base)))
-        policy, initial = start_policy(
-            host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
-        )
         try:
+            # The rows first: errors in them are reported before a large model is loaded.
+            tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
+            chat = load_chat(tokenizer, config.data)
+            chat.positions = room(*_source(config, base), adapters, config.adapter)
+            with processes.main_first():  # it fills the cache of tokenized rows
+                data = job.read(tokenizer, chat)
+            rows, heldout = data.train, data.heldout
+            meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
+            write_json(config.out / META, meta)
+            host = Host(base or Base.load(config.model, **vars(config.base)))
+            policy, initial = start_policy(
+                host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
+            )
             method = job.start(host, rows, heldout, policy, initial)
-        except Interrupted as stopped:
-            log(f"stopped by {stopped.signal.name} before the first step; go on with the same command")
-            return 128 + stopped.signal
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            received = getattr(stopped, "signal", signal.SIGINT)
+            log(
+                f"stopped by {received.name} before the first step. Kept: checkpoints of an earlier start in {config.out}, and in "
+                "the cache tokenized rows and the reference's log-probs. Go on with the same command and --resume"
+            )
+            return 128 + received
         epochs, size = config.train.epochs, config.train.batch_size
-        count = job.steps(len(rows)) if job.steps else math.ceil(epochs * len(rows) / size)
+        count = job.steps(len(rows)) if job.steps else math.ceil(epochs * epoch_length(rows) / size)
         settings = replace(config.train, steps=config.train.steps or max(1, count))
-        result = train(host, method, settings, config.out, heldout=heldout, resume=config.resume)
+        _announce_longer(config, settings)
+        options = flat_options(config)
+        more = {"heldout": heldout, "resume": config.resume, "on_step": on_step, "options": options, "predict": predict}
+        result = train(host, method, settings, config.out, **more)
         if result.stopped_by is not None:
             log(
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        chosen = choose(host, config, result)
-        meta |= job.finish(host, policy, rows, heldout, config)
-        save_adapter(host, policy, chat, config, chosen, meta, config.out / "adapter")
-        log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
+        if shares := {
+            name.partition("/")[2]: value for name, value in result.metrics.items() if name.startswith("share/")
+        }:
+            log("realised shares: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
+        if processes.is_main():
+            chosen = choose(host, config, result)
+            meta |= job.finish(host, policy, rows, heldout, config)
+            save_adapter(host, policy, chat, config, chosen, meta, config.out / "adapter")
+            log(f"{result.step:,} steps in {duration(started)}. Next: {_next_command(config, job.name)}")
+            log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
+        processes.wait()
         for adapter in tuple(host.adapters):
             host.delete(adapter)
     return 0
+
+
+def _announce_longer(config: RunConfig, settings: TrainConfig) -> None:
+    """Of a finished run that goes on: what its learning rate does."""
+    done = max(checkpoint.steps(config.out), default=0)
+    if (
+        config.resume
+        and settings.schedule != "constant"
+        and done < settings.steps
+        and (config.out / "adapter").exists()
+    ):
+        log(
+            f"the run was finished at step {done:,}, where its {settings.schedule} schedule ends; from here the learning rate is "
+            f"that of {settings.steps:,} steps. Only a run with --train.schedule constant goes on as if it had been longer"
+        )
+
+
+def _next_command(config: RunConfig, method: str) -> str:
+    """What one does with the result."""
+    base = f"--model {config.model}"
+    if method == "reward":
+        return f"lowalign ppo lora/ppo {base} --reward {config.out} --data PROMPTS --out DIR"
+    return f"lowalign generate {base} --adapter {config.out} --prompt TEXT, or lowalign report {config.out}"
+
+
+def _source(config: RunConfig, base: Base | None) -> tuple[str, str | None]:
+    """Where config.json of the base is: a folder or a Hub id, and its revision."""
+    return (str(base.folder), None) if base else (config.model, config.base.revision)
 
 
 def _prompt_format(config: RunConfig, formats: Collection[PromptFormat]) -> str | None:
@@ -125,9 +195,9 @@ def _prompt_format(config: RunConfig, formats: Collection[PromptFormat]) -> str 
     trained = adapter_files.trained_format(config.init) if config.init else None
     if config.data.prompt_format is None:
         try:
-            check_prompt_format(f"--init {config.init}", trained, formats, PROMPT_FORMAT)
+            check_prompt_format(f"--init {config.init}", trained, formats)
         except UserError as error:
-            raise UserError(f"{error}. {PROMPT_FORMAT} text or chat accepts both formats") from error
+            raise UserError(f"{error}. {OPTION} text or chat accepts both formats") from error
     return "mixed" if len(formats) > 1 else next(iter(formats), trained)
 
 
@@ -156,7 +226,7 @@ def load_rows(
 ) -> RunRows:
     """The Examples to train on and those held out. Writes OUT/data_report.json. load: files -> Dataset."""
     options, out = config.data, config.out
-    for name in ("rejected.jsonl", "rejected_eval.jsonl"):  # of an earlier attempt
+    for name in ("rejected.jsonl", "rejected_eval.jsonl") if processes.is_main() else ():  # of an earlier attempt
         (out / name).unlink(missing_ok=True)
     read = partial(load, chat=chat, config=options)
     data = read(options.files, rejected=out / "rejected.jsonl")
@@ -167,7 +237,17 @@ def load_rows(
         rows, heldout = data.examples, evaluation.examples
     else:
         rows, heldout = split_heldout(data.examples, options.eval_rows, config.train.seed)
+    rows, filtered = filter_by_loss(rows, options)
+    rows = mixed(rows, options, config.train.seed)
     for part in report.values():
-        log("\n".join(report_lines(part)))
-    write_json(out / "data_report.json", report)
-    return RunRows(rows, heldout, {name for part in report.values() for name in part["prompt_formats"]})
+        log("\n".join([*report_lines(part), *(filter_lines(filtered) if part is data.report else ())]))
+    if isinstance(rows, MixedExamples):
+        log("\n".join(["mixture:", *rows.mixture.lines()]))
+        data.report["mixture"] = dict(zip(rows.mixture.names, rows.mixture.shares, strict=True))
+    formats = {name for part in report.values() for name in part["prompt_formats"]}
+    if processes.is_main():
+        cleaning = cleaning_report(rows, heldout, data, tokenizer)
+        if lines := cleaning_lines(cleaning):
+            log("\n".join(lines))
+        write_json(out / "data_report.json", report | {"cleaning": cleaning, "filtered": filtered})
+    return RunRows(rows, heldout, formats)

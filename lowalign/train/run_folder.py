@@ -12,22 +12,26 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
+from lowalign import processes
 from lowalign.config import recipe
 from lowalign.config.training import RunConfig
+from lowalign.config.yaml_flags import options
 from lowalign.data.chat import Chat
+from lowalign.data.sources.read import source_hashes
 from lowalign.durable import file_hash, json_line, sync, write_file, write_json
 from lowalign.errors import UserError
+from lowalign.log import log, progress
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
 from lowalign.train.result import Chosen
 
 META = "adapter_meta.json"
+RECIPE_FILE = "recipe.yaml"
 B = TypeVar("B", range, list)  # a block
 
 
@@ -65,7 +69,7 @@ class Journal:
     def fill(self, blocks: Sequence[B], compute: Callable[[B], Sequence[dict[str, Any]]], unit: str) -> None:
         """Add the lines that `compute` returns for each block, behind a progress bar in units of lines."""
         done = len(self.lines)
-        with tqdm(total=done + sum(map(len, blocks)), initial=done, unit=unit, disable=None) as bar:
+        with progress(total=done + sum(map(len, blocks)), initial=done, unit=unit) as bar:
             for block in blocks:
                 self.add(compute(block))
                 bar.update(len(block))
@@ -73,12 +77,14 @@ class Journal:
     def keep(self, count: int) -> None:
         """Truncate the file to its first `count` lines."""
         del self.lines[count:], self._sizes[count:]
-        if self.path.exists():
+        if self.path.exists() and processes.is_main():
             os.truncate(self.path, sum(self._sizes))
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Append a block. Raises UserError when it cannot be written; earlier blocks are then intact."""
         raw = [json_line(line).encode() for line in lines]
+        if not processes.is_main():
+            return
         try:
             new = not self.path.exists()
             with self.path.open("ab") as file:
@@ -95,6 +101,12 @@ class Journal:
         self._sizes += map(len, raw)
 
 
+def announce_start(resume: bool, results: Path) -> None:
+    """With --resume where there is nothing to resume, say so before anything else is logged. results: the file or folder."""
+    if resume and not results.exists():
+        log(f"--resume: {results.parent} has no run yet; this starts one")
+
+
 def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, object]) -> None:
     """Write OUT/recipe.yaml and OUT/inputs.json; for a resumed run, first compare them with the earlier ones.
 
@@ -102,7 +114,7 @@ def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, o
     values, by name of file, adapter or option. Raises UserError when there are results and --resume is not given, or
     when recipe or inputs differ.
     """
-    recipe_file, inputs_file = config.out / "recipe.yaml", config.out / "inputs.json"
+    recipe_file, inputs_file = config.out / RECIPE_FILE, config.out / "inputs.json"
     hashes = content_hashes(inputs)
     if has_results and not config.resume:
         raise UserError(f"{config.out} holds results of an earlier run: go on with --resume, or choose another --out")
@@ -114,7 +126,8 @@ def check_or_write_inputs(config: Any, has_results: bool, inputs: Mapping[str, o
             listed = "\n  ".join(changed)
             raise UserError(
                 f"--resume goes on with the run in {config.out}, but these differ from what it was started with:\n"
-                f"  {listed}\nUse the same, or start a new run in another --out"
+                f"  {listed}\nUse the same (for a longer run change only --train.steps or --train.epochs, for more rounds of "
+                "best-of-n --rounds), or start a new run in another --out"
             )
     write_file(recipe_file, recipe.dump(replace(config, resume=False)))
     write_json(inputs_file, hashes)
@@ -126,9 +139,12 @@ def content_hashes(inputs: Mapping[str, object]) -> dict[str, str]:
 
 
 def input_hashes(files: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
-    """sha256 of these files (Hub ids are skipped) and of these adapters' weights, by name. Raises UserError for an adapter
-    that cannot be read."""
-    hashes = {name: file_hash(Path(name).expanduser()) for name in files if Path(name).expanduser().is_file()}
+    """sha256 of the files of these sources (Hub ids have none) and of these adapters' weights, by name. Raises UserError for
+    one that cannot be read."""
+    hashes: dict[str, str] = {}
+    for name in files:
+        path = Path(name).expanduser()
+        hashes |= {name: file_hash(path)} if path.is_file() else source_hashes(name)
     for adapter in adapters:
         folder = adapter_files.locate(adapter)
         adapter_files.read(folder)  # to report errors in it now
@@ -151,6 +167,21 @@ def save_adapter(
         metrics={k: v for k, v in chosen.metrics.items() if math.isfinite(v)},
         recipe=recipe.dump(_without_paths(replace(config, model=host.base.identity.name))),
     )
+
+
+def flat_options(config: Any) -> dict[str, str | int | float | bool | None]:
+    """Every option by its dotted name, with names instead of paths, as a tracker shows them."""
+    public = _without_paths(config)
+    values = {name: attrgetter(name)(public) for name, _ in options(type(config))}
+    plain = str | int | float | bool | None
+    return {
+        name: ", ".join(map(str, value))
+        if isinstance(value, tuple)
+        else value
+        if isinstance(value, plain)
+        else str(value)
+        for name, value in values.items()
+    }
 
 
 def _without_paths(config: Any) -> Any:

@@ -5,6 +5,8 @@ import signal
 import threading
 from types import FrameType
 
+from lowalign import processes
+
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM has arrived. Not an Exception, like KeyboardInterrupt: `except Exception` around user code must
@@ -40,12 +42,26 @@ class StopSignals:
         if self.at_once:
             raise Interrupted(signal.Signals(number))
         if self.received is not None:
-            os._exit(128 + number)
+            # A launcher passes on what the terminal has sent already, and kills by itself what does not end.
+            if processes.count() == 1:
+                os._exit(128 + number)
+            return
         self.received = signal.Signals(number)
+        if not processes.is_main():
+            return
         # print may not be called in a handler: it could interrupt another print.
-        os.write(2, f"\n{self.received.name}: saving, then stopping. Send it again to stop at once.\n".encode())
+        again = " Send it again to stop at once." if processes.count() == 1 else ""
+        os.write(2, f"\n{self.received.name}: saving, then stopping.{again}\n".encode())
 
     def check(self) -> None:
-        """Raise Interrupted when a signal has arrived."""
-        if self.received is not None:
+        """Raise Interrupted when a signal has arrived. Not where there are several processes: one that stops by itself
+        would leave the others waiting for it."""
+        if self.received is not None and processes.count() == 1:
+            raise Interrupted(self.received)
+
+    def check_together(self) -> None:
+        """`check` at a point that all processes reach: all raise when one has received a signal."""
+        received = [number for number in processes.gather(self.received) if number]
+        if received:
+            self.received = signal.Signals(received[0])
             raise Interrupted(self.received)

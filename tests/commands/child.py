@@ -41,5 +41,5 @@ def seconds(arguments: list[str]) -> float:
 
 
 def _main(arguments: list[str], stderr: Path) -> None:
-    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.exit(main(arguments))

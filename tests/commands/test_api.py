@@ -144,3 +144,18 @@ def test_a_method_of_ones_own(base, tmp_path):
     la.train_with(smoothed, base, data=ROWS, out=tmp_path / "plain", **STEPS)
     assert weights(tmp_path / "plain") == weights(sft.out)
     assert json.loads((tmp_path / "plain" / "adapter" / "lowalign.json").read_text())["method"] == "smoothed"
+
+
+def test_a_call_after_each_step(base, tmp_path):
+    """Of the four that train: number and metrics; False ends the run with that step, and it has an adapter."""
+    data = {"sft": ROWS, "reward": PAIRS, "dpo": PAIRS, "ppo": [{"prompt": row["prompt"]} for row in ROWS]}
+    ppo = {"reward": lambda prompts, completions: [float(len(c)) for c in completions], "rollout": {"prompts": 4}}
+    ppo |= {"ppo": {"advantage": "group"}, "samples": 2, "max_new_tokens": 4}
+    for verb, rows in data.items():
+        seen = []
+        watch = lambda step, metrics: seen.append((step, metrics["loss"])) or step < 2  # noqa: E731, B023
+        options = {**STEPS, "steps": 9} | (ppo if verb == "ppo" else {})
+        run = getattr(la, verb)(base, data=rows, out=tmp_path / verb, on_step=watch, **options)
+        lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+        assert seen == [(line["step"], line["loss"]) for line in lines] and [step for step, _ in seen] == [1, 2]
+        assert json.loads((run.adapter / "lowalign.json").read_text())["step"] == 2

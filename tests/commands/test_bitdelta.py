@@ -18,23 +18,7 @@ from lowalign.config.bitdelta import DistilConfig
 from lowalign.train import reference_cache
 from tests.bitdelta_models import base_and_fine_tune
 from tests.commands import child
-
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "what",
-    "is",
-    "capital",
-    "of",
-    "france",
-    "paris",
-]
+from tests.tiny import WORDS
 
 
 @pytest.fixture(scope="module")

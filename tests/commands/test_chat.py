@@ -18,7 +18,7 @@ from lowalign.data.chat import Chat
 from tests.commands.tiny_runs import FP32, load
 from tests.tiny import tiny_folder
 
-GREEDY = ("--temperature", "0", "--max-new-tokens", "8")
+GREEDY = ("--sampling.temperature", "0", "--sampling.max-new-tokens", "8")
 NAMES = ("first", "second", "prefix", "prompt")
 
 
@@ -102,8 +102,8 @@ def test_compare_prints_one_answer_beside_the_other(world, talk, monkeypatch):
 
 
 def test_a_seed_gives_new_answers_with_regenerate(talk):
-    out = talk("a fox", "/regenerate", "/regenerate", options=("--max-new-tokens", "8"))
-    again = talk("a fox", "/regenerate", "/regenerate", options=("--max-new-tokens", "8"))
+    out = talk("a fox", "/regenerate", "/regenerate", options=("--sampling.max-new-tokens", "8"))
+    again = talk("a fox", "/regenerate", "/regenerate", options=("--sampling.max-new-tokens", "8"))
     assert out.out == again.out
     assert len(set(out.out.split("\n"))) >= 3
 
@@ -119,7 +119,7 @@ def test_a_seed_gives_new_answers_with_regenerate(talk):
         ("/compare first second", "ask something first"),
         ("/regenerate", "ask something first"),
         ("/set temperature warm", "temperature takes a number, not warm"),
-        ("/set temperature -1", "temperature is -1.0; it must be 0 or more"),
+        ("/set temperature -1", "temperature is -1.0; it must be at least 0"),
         ("/set heat 1", "/set NAME VALUE, where NAME is one of max_new_tokens"),
         ("/save", "/save FILE keeps a conversation that ends with an answer"),
     ],

@@ -14,6 +14,7 @@ from lowalign import Host, Sampling
 from lowalign.cli import main
 from lowalign.commands.compare import compare
 from lowalign.config.evaluation import CompareConfig
+from lowalign.config.rows import ShortPromptsConfig
 from lowalign.config.sections import BaseConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.preferences import load_preferences
@@ -77,11 +78,10 @@ def config(world, tmp_path) -> CompareConfig:
     return CompareConfig(
         str(world / "policy"),
         "base",
-        (str(world / "prompts.jsonl"),),
         tmp_path / "out",
+        ShortPromptsConfig((str(world / "prompts.jsonl"),), limit=12),
         judge=f"{world / 'rewards.py'}:noise",
         model=str(world / "model"),
-        limit=12,
         sampling=Sampling(max_new_tokens=8),
         base=BaseConfig(quantization="none", dtype="float32", device="cpu"),
     )
@@ -147,11 +147,11 @@ def test_the_figures_are_those_of_the_scores(config, base):
 
 
 def test_text_is_plain_text_where_the_policy_was_trained_on_it(config, world, base):
-    """A string is a turn only with --prompt-format chat; the pairs are of the same format."""
-    texts = (str(world / "texts.jsonl"),)
+    """A string is a turn only with --data.prompt-format chat; the pairs are of the same format."""
+    texts = ShortPromptsConfig((str(world / "texts.jsonl"),), limit=12)
     mine = replace(config, a=str(world / "second"), data=texts, sampling=Sampling(max_new_tokens=8, temperature=0))
     for option, seen in ((None, "text"), ("text", "text"), ("chat", "chat")):
-        run = replace(mine, prompt_format=option, out=config.out / str(option))
+        run = replace(mine, data=replace(texts, prompt_format=option), out=config.out / str(option))
         assert compare(run, base) == 0
         chat = Chat(base.tokenizer)
         encode = chat.text_ids if seen == "text" else lambda q: chat.prompt_ids([{"role": "user", "content": q}])  # noqa: B023
@@ -170,7 +170,8 @@ def test_a_model_against_itself(config, base):
     contained = 0
     for seed in range(20):
         sampling = replace(config.sampling, seed=seed, max_new_tokens=4)
-        mine = replace(config, a="base", limit=40, out=config.out / str(seed), sampling=sampling)
+        data = replace(config.data, limit=40)
+        mine = replace(config, a="base", data=data, out=config.out / str(seed), sampling=sampling)
         assert compare(mine, base) == 0
         low, high = result(mine)["interval"]
         contained += low <= 0.5 <= high
@@ -194,8 +195,8 @@ def test_a_clearly_worse_model_loses(config, tmp_path):
         "def total(prompts, completions):\n"
         "    return [score(p, c, stopped=True).total for p, c in zip(prompts, completions)]\n"
     )
-    sides = {"a": str(tmp_path / "noise"), "b": "base", "judge": f"{tmp_path / 'world.py'}:total", "limit": None}
-    data, sampling = (str(tmp_path / "prompts.jsonl"),), Sampling(max_new_tokens=32)
+    sides = {"a": str(tmp_path / "noise"), "b": "base", "judge": f"{tmp_path / 'world.py'}:total"}
+    data, sampling = ShortPromptsConfig((str(tmp_path / "prompts.jsonl"),)), Sampling(max_new_tokens=32)
     assert compare(replace(config, **sides, data=data, model=str(BASE), sampling=sampling), demo) == 0
     found = result(config)
     assert found["interval"][1] < 0.5 and found["p_value"] < 0.01 and found["wins"] < found["losses"]
@@ -236,7 +237,7 @@ def test_a_function_may_ask_for_columns_and_more(config, world, base):
             bonus = [1000 * (row % 3 == 1) * c["stopped"] for c in chosen]
             assert [score >= least for score, least in zip(line["scores"], bonus, strict=True)] == [True, True]
             assert all(score < 1000 for score, least in zip(line["scores"], bonus, strict=True) if not least)
-    texts = replace(mine, data=(str(world / "texts.jsonl"),), out=config.out / "texts")
+    texts = replace(mine, data=ShortPromptsConfig((str(world / "texts.jsonl"),)), out=config.out / "texts")
     with pytest.raises(UserError, match="asked requires topic, which is no column of the prompts' rows"):
         compare(texts, base)
 
@@ -271,9 +272,8 @@ def test_what_a_pair_counts(verdict, why, a, b, outcome):
 
 def test_a_round_robin_has_ratings(config, world, base):
     judge = f"{world / 'rewards.py'}:vowels"
-    config = replace(
-        config, b=str(world / "second"), prompt_format="chat", others=("base", "off"), judge=judge, limit=30
-    )
+    data = replace(config.data, prompt_format="chat", limit=30)
+    config = replace(config, b=str(world / "second"), data=data, others=("base", "off"), judge=judge)
     assert compare(config, base) == 0
     found = result(config)
     names = [config.a, config.b, "base", "off"]
@@ -313,8 +313,8 @@ def test_the_run_names_its_base(config, world, tmp_path):
     run.mkdir()
     (run / "adapter").symlink_to(world / "policy")
     (run / "recipe.yaml").write_text(f"model: {world / 'model'}\n")
-    command = ["compare", "--a", str(run), "--b", "off", "--data", *config.data, "--out", str(config.out)]
-    assert main([*command, "--judge", config.judge, "--limit", "3", "--sampling.max-new-tokens", "4", *FP32]) == 0
+    command = ["compare", "--a", str(run), "--b", "off", "--data", *config.data.files, "--out", str(config.out)]
+    assert main([*command, "--judge", config.judge, "--data.limit", "3", "--sampling.max-new-tokens", "4", *FP32]) == 0
     assert math.isfinite(result(config)["win_rate"]) and result(config)["prompts"] == 3
 
 
@@ -327,15 +327,15 @@ def test_the_run_names_its_base(config, world, tmp_path):
         (["--judge", "gone.py:f"], "--judge gone.py:f: there is no file gone.py"),
         (["--judge", "REWARDS"], "name the function after the file"),
         (["--judge", "REWARDS:vowel"], "there is no function vowel; did you mean vowels?"),
-        (["--judge", "REWARDS:broken"], "rewards.py:19: ZeroDivisionError"),
+        (["--judge", "REWARDS:broken"], "rewards.py:19: broken: ZeroDivisionError"),
         (["--judge", "base"], "to ask the base itself, give --judge model"),
         (["--judge", "REWARDS:noise", "--template", "q.jinja"], "--template is the question to a judging model"),
         (["--a", "missing/folder/x"], "missing/folder/x is not a folder"),
         (["--a", "base"], "base and base name no base: give --model M"),
         (["--n", "0"], "--n is 0; it must be at least 1"),
-        (["--margin", "-1"], "--margin is -1.0; it must be 0 or more"),
+        (["--margin", "-1"], "--margin is -1.0; it must be at least 0"),
         (["--sampling.temperature", "-1"], "temperature is -1.0"),
-        (["--max-prompt", "1"], "longer than 1 tokens and left out); see --max-prompt"),
+        (["--data.max-length", "1"], "longer than 1 tokens and left out); see --data.max-length"),
         (["--judge", "REWARD", "--max-length", "5"], "no pair of answers could be judged: longer than --max-length"),
         (["--data", "nothing.jsonl"], "nothing.jsonl"),
     ],
@@ -344,7 +344,13 @@ def test_each_mistake_has_its_message(changes, message, config, world, capsys):
     words = {"POLICY": world / "policy", "REWARDS": world / "rewards.py", "REWARD": world / "reward"}
     for word, path in words.items():
         changes = [str(path) + c.removeprefix(word) if c == word or c.startswith(f"{word}:") else c for c in changes]
-    options = {"--a": config.a, "--b": "base", "--data": config.data[0], "--out": str(config.out), "--limit": "2"}
+    options = {
+        "--a": config.a,
+        "--b": "base",
+        "--data": config.data.files[0],
+        "--out": str(config.out),
+        "--data.limit": "2",
+    }
     options |= {"--judge": config.judge, "--model": config.model, "--sampling.max-new-tokens": "4"}
     options |= dict(zip(changes[::2], changes[1::2], strict=True))
     if "no base" in message:

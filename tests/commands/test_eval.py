@@ -122,7 +122,7 @@ def test_strings_are_turns_where_the_option_says_so(world, tmp_path):
     write_jsonl(tmp_path / "chat.jsonl", chat)
     expected = run(world, tmp_path, tmp_path / "chat.jsonl")
     assert expected != run(world, tmp_path, "sft.jsonl")
-    found = run(world, tmp_path, "sft.jsonl", options=("--adapter", "lora", "--prompt-format", "chat"))
+    found = run(world, tmp_path, "sft.jsonl", options=("--adapter", "lora", "--data.prompt-format", "chat"))
     shutil.copytree(world / "lora", tmp_path / "lora")
     (tmp_path / "lora" / "lowalign.json").write_text('{"prompt_format": "chat"}')
     known = run(world, tmp_path, "sft.jsonl", options=("--adapter", str(tmp_path / "lora")))
@@ -176,7 +176,7 @@ def test_the_base_is_that_of_the_run(world, tmp_path):
         (["--data", "sft.jsonl", "--model", "MODEL", "--adapter", "model"], "is not an adapter folder"),
         (["--data", "sft.jsonl", "--adapter", "lora", "--model", "missing/a/b"], "missing/a/b is not a folder"),
         (["--data", "sft.jsonl", "--model", "MODEL", "--out", "no/where/x.json"], "there is no folder no/where"),
-        (["--data", "sft.jsonl", "--model", "MODEL", "--limit", "0"], "sft.jsonl can be used"),
+        (["--data", "sft.jsonl", "--model", "MODEL", "--data.limit", "0"], "--data.limit is 0; it must be at least 1"),
     ],
 )  # fmt: skip
 def test_each_mistake_has_its_message(options, message, world, capsys):

@@ -16,6 +16,7 @@ from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.commands.judge import judge
 from lowalign.config.evaluation import JudgeConfig
+from lowalign.config.rows import AnswersConfig
 from lowalign.config.sections import BaseConfig
 from lowalign.data.chat import Chat
 from lowalign.errors import UserError
@@ -53,7 +54,11 @@ def config(model, tmp_path) -> JudgeConfig:
     template = tmp_path / "ask.jinja"
     template.write_text(ASKED)
     return JudgeConfig(
-        (write(tmp_path / "rows.jsonl", ROWS),), tmp_path / "out", str(model), template=template, base=FP32
+        tmp_path / "out",
+        AnswersConfig((write(tmp_path / "rows.jsonl", ROWS),)),
+        str(model),
+        template=template,
+        base=FP32,
     )
 
 
@@ -161,7 +166,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
         {"prompt": messages, "completion_a": "bad", "completion_b": [{"role": "assistant", "content": "good"}]},
         {"prompt": "long", "completion_a": "very " * 200, "completion_b": "short"},
     ]
-    write(Path(config.data[0]), rows)
+    write(Path(config.data.files[0]), rows)
     config = replace(config, margin=0.3, max_length=200)
     assert judge(config) == 0
     good, bad = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
@@ -172,7 +177,7 @@ def test_pairs_disagreements_and_counts(config, monkeypatch):
         {"prompt": "p", "chosen": "vain", "rejected": "good"},
         {"prompt": messages, "chosen": good, "rejected": bad},
     ]
-    where = config.data[0]
+    where = config.data.files[0]
     odds = {"first": 1.0, "swapped": 3.0}
     numbers = {"source": f"{where}:1", "a": 1, "b": 2, "verdict": "changed", **odds}
     changed, tie = read(config.out / "disagreements.jsonl")
@@ -249,7 +254,7 @@ def test_resuming_something_else_is_refused(config):
     with pytest.raises(UserError, match="template: the content has changed"):
         judge(replace(config, resume=True))
     Path(config.template).write_text(ASKED)
-    write(Path(config.data[0]), [ROWS[0] | {"completions": [*ANSWERS[:3], "Who?"]}, *ROWS[1:]])
+    write(Path(config.data.files[0]), [ROWS[0] | {"completions": [*ANSWERS[:3], "Who?"]}, *ROWS[1:]])
     with pytest.raises(UserError, match="data: the content has changed"):
         judge(replace(config, resume=True))
     assert files(config.out) == before
@@ -283,14 +288,14 @@ def test_errors_in_the_template(config, text, says):
     ],
 )
 def test_errors_in_the_rows(config, row, says):
-    write(Path(config.data[0]), [ROWS[0], row])
+    write(Path(config.data.files[0]), [ROWS[0], row])
     with pytest.raises(UserError) as error:
         judge(config)
-    assert str(error.value).startswith(f"{config.data[0]}:2: {says}")
+    assert str(error.value).startswith(f"{config.data.files[0]}:2: {says}")
 
 
 def test_nothing_to_compare(config):
-    write(Path(config.data[0]), [ROWS[2], ROWS[4]])
+    write(Path(config.data.files[0]), [ROWS[2], ROWS[4]])
     with pytest.raises(UserError, match="no two answers to one prompt in"):
         judge(config)
 
@@ -331,8 +336,8 @@ def test_a_reward_run_judges(model, tmp_path, prompt_format):
     host.save("r", tmp_path / "reward", method="reward", files={"chat_template.jinja": CHAT})
     where = write(tmp_path / "rows.jsonl", [ROWS[0]])
     out = tmp_path / "out"
-    config = JudgeConfig((where,), out, str(model), reward=(str(tmp_path / "reward"),), base=FP32)
-    assert judge(replace(config, prompt_format=prompt_format)) == 0
+    config = JudgeConfig(out, AnswersConfig((where,)), str(model), reward=(str(tmp_path / "reward"),), base=FP32)
+    assert judge(replace(config, data=replace(config.data, prompt_format=prompt_format))) == 0
 
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     stock = PeftModel.from_pretrained(stock, tmp_path / "reward").eval()
@@ -360,5 +365,30 @@ def test_flags_that_do_not_go_together(capsys):
     assert main([*ask, "--reward", "f.py:f", "--template", "t"]) == 1
     assert main([*ask, "--model", "m", "--margin", "-1"]) == 1
     stderr = capsys.readouterr().err
-    for words in ("no judge: give --model M", "are options of a judge model", "--margin is -1.0; it must be 0 or more"):
+    for words in (
+        "no judge: give --model M",
+        "are options of a judge model",
+        "--margin is -1.0; it must be at least 0",
+    ):
         assert words in stderr
+
+
+def test_a_function_judges_with_columns_of_the_rows(config, tmp_path, capsys):
+    """Each answer is scored against the `answer` of its own row: 1 for a hit, 0 for a miss."""
+    rows = [
+        {"prompt": f"{n} + {n}?", "answer": 2 * n, "completion_a": str(2 * n), "completion_b": str(n)}
+        for n in range(2, 6)
+    ]
+    file = tmp_path / "f.py"
+    file.write_text(
+        "def hit(prompts, completions, answer):\n    return [float(c == str(a)) for c, a in zip(completions, answer)]\n"
+    )
+    data = AnswersConfig((write(tmp_path / "sums.jsonl", rows),))
+    mine = replace(config, data=data, reward=(f"{file}:hit",), template=None, model=None, out=tmp_path / "sums")
+    assert judge(mine) == 0
+    lines = read(tmp_path / "sums/verdicts.jsonl")
+    assert [(line["verdict"], line["scores"]) for line in lines] == [("a", [1.0, 0.0])] * 4
+    for parameter in ("solution", "stopped", "completion_ids"):
+        file.write_text(f"def hit(prompts, completions, {parameter}):\n    return [0.0] * len(completions)\n")
+        with pytest.raises(UserError, match=f"f.py:1: hit requires {parameter}, which is"):
+            judge(replace(mine, out=tmp_path / parameter))

@@ -32,7 +32,7 @@ def world(tmp_path_factory):
 def command(verb: str, world, *more: str) -> list[str]:
     common = [verb, "--model", f"{world}/model", *FP32]
     if verb == "generate":
-        return [*common, "--prompts", f"{world}/rows.jsonl", "--n", "3", "--max-new-tokens", "5", *more]
+        return [*common, "--data", f"{world}/rows.jsonl", "--n", "3", "--sampling.max-new-tokens", "5", *more]
     return [*common, "--adapter", f"{world}/reward", "--data", f"{world}/rows.jsonl", *more]
 
 
@@ -118,9 +118,9 @@ def test_resume_with_something_else(world, tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "Another?"}) + "\n")
     for more, says in {
-        ("--temperature", "0.5"): "sampling.temperature: 1.0 -> 0.5",
+        ("--sampling.temperature", "0.5"): "sampling.temperature: 1.0 -> 0.5",
         ("--adapter", f"{world}/policy"): "adapter: () -> (",
-        ("--prompts", str(prompts)): "the content of prompts:",
+        ("--data", str(prompts)): "the content of prompts:",
     }.items():
         capsys.readouterr()
         assert main(command("generate", world, "--out", str(out), "--resume", *more)) == 1

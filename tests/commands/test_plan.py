@@ -48,7 +48,8 @@ def test_the_options_of_the_verb_hold(model, capsys):
     on = planned(capsys, *words)
     off = planned(capsys, *words, "--train.checkpointing", "off")
     offload = planned(capsys, *words, "--train.checkpointing", "offload")
-    assert offload["peak_gib"] <= on["peak_gib"] < off["peak_gib"]
+    # Of two layers, the copies that are under way take as much as their inputs: 2,048 · 256 in 16 bit, 0.001 GiB.
+    assert offload["peak_gib"] - 0.0015 <= on["peak_gib"] < off["peak_gib"]
     assert on["kernels"] > off["kernels"]  # nothing is computed again
     assert on["cpu_gib"] == off["cpu_gib"] == 0 < offload["cpu_gib"]
     assert planned(capsys, *words, "--adapter.r", "64")["trained_weights"] == 4 * on["trained_weights"]
@@ -105,10 +106,10 @@ def test_in_words(model, capsys):
         (["--card", "RTX 4091"], "did you mean RTX 4090"),
         (["--vram", "much"], "expected a size such as 24GB"),
         (["--rank"], "--rank goes with --vram"),
-        (["--length", "1"], "it must be 2 or more"),
+        (["--length", "1"], "it must be at least 2"),
         (["--length", "9000"], "the model has positions for 4,096"),
         (["--vram", "1GB", "--rank", "--adapter.kind", "prefix"], "prefix has no rank"),
-        (["--adapter.kind", "lola"], "the options cannot be used"),
+        (["--adapter.kind", "lola"], "--adapter.kind: expected one of lora, prompt, prefix, not 'lola'"),
     ],
 )
 def test_refusals(words, message, model, capsys):

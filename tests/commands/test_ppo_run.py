@@ -90,7 +90,8 @@ def lines(out) -> list[dict]:
 
 def assert_same(out, straight) -> None:
     """The adapter, the metrics without the times, and the samples."""
-    strip = lambda log: [{k: v for k, v in line.items() if "per_second" not in k} for line in log]  # noqa: E731
+    timeless = lambda key: not any(word in key for word in ("second", "memory"))  # noqa: E731
+    strip = lambda log: [{k: v for k, v in line.items() if timeless(k)} for line in log]  # noqa: E731
     assert strip(lines(out)) == strip(lines(straight))
     assert (out / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
     assert digest(out) == digest(straight)
@@ -369,9 +370,9 @@ def refused(arguments, capfd) -> str:
 @pytest.mark.parametrize(
     ("line", "wrong", "says"),
     [
-        ("1 / 0", None, "{file}:12: ZeroDivisionError: division by zero"),
-        ("completions.pop()", None, "{file}:vowels returned 7 numbers for 8 completions"),
-        ("", "float('nan')", "{file}:vowels returned nan, which is not a finite number, for the completion "),
+        ("1 / 0", None, "{file}:12: vowels: ZeroDivisionError: division by zero"),
+        ("completions.pop()", None, "{file}:5: vowels returned 7 numbers for 8 completions"),
+        ("", "float('nan')", "{file}:5: vowels returned nan, which is not a finite number, for the completion "),
     ],
 )
 def test_a_reward_function_that_fails_in_a_later_round(world, straight, tmp_path, own_reward, capfd, line, wrong, says):
@@ -397,7 +398,9 @@ def test_a_reward_function_that_fails_at_once(world, tmp_path, own_reward, capfd
     out = tmp_path / "run"
     own_reward.write_text(REWARD.replace("return [", "return 1 / 0, ["))
     message = refused(flags(world, out, reward=own_reward, steps=1), capfd)
-    assert message == f"lowalign: {own_reward}:13: ZeroDivisionError: division by zero"
+    assert message.startswith(
+        f"lowalign: {own_reward}:13: vowels: ZeroDivisionError: division by zero. Expected def reward("
+    )
     assert checkpoint.steps(out) == []
     own_reward.write_text(REWARD)
     assert main(flags(world, out, reward=own_reward, steps=1)) == 0
@@ -424,16 +427,16 @@ WRONG = {
         "--sampling.temperature",
         "0",
     ): "--sampling.temperature must be above 0: a policy that never varies learns nothing",
-    ("--ppo.kl-target", "0"): "--ppo.kl-target must be above 0",
-    ("--ppo.dual-clip", "0.9"): "--ppo.dual-clip must be 0, or above 1",
+    ("--ppo.kl-target", "0"): "--ppo.kl-target is 0.0; it must be above 0",
+    ("--ppo.dual-clip", "0.9"): "--ppo.dual-clip is 0.9; it must be above 1, or 0 (off)",
     ("--ppo.advantage", "group", "--value.share"): "--value.share must be off: only gae has a value function",
     ("--ppo.kl", "0"): "--ppo.kl-target with --ppo.kl must be a coefficient to begin with, above 0",
     ("--data.eval-rows", "6"): "--data.eval-rows 6 of 6 rows leaves none to train on; hold out fewer",
     ("--data.eval", "nowhere.jsonl"): "nowhere.jsonl: no such file",
-    ("--ppo.clip-high", "-0.1"): "--ppo.clip-high must be above 0",
-    ("--rollout.eval-every", "-1"): "--rollout.eval-every must be 0 or more",
-    ("--rollout.eos-score", "nan"): "--rollout.eos-score must be a finite number",
-    ("--train.eps", "0"): "--train.eps must be above 0",
+    ("--ppo.clip-high", "-0.1"): "--ppo.clip-high is -0.1; it must be above 0",
+    ("--rollout.eval-every", "-1"): "--rollout.eval-every is -1; it must be at least 0",
+    ("--rollout.eos-score", "nan"): "--rollout.eos-score is nan; it must be a finite number",
+    ("--train.eps", "0"): "--train.eps is 0.0; it must be above 0",
     ("--data.max-length", "3"): "no prompt of {world}/prompts.jsonl is left (6 prompts, 6 of them longer than 3 tokens "
     "and left out); see --data.max-length",
 }

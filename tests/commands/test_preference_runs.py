@@ -15,25 +15,9 @@ from lowalign.cli import main
 from lowalign.data.cache import cache_folder
 from lowalign.model.policy import load_stack
 from tests.commands import child
-from tests.tiny import tiny_folder
+from tests.tiny import WORDS, tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "what",
-    "is",
-    "capital",
-    "of",
-    "france",
-    "paris",
-]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +214,7 @@ def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, 
     out, rows = tmp_path / "run", FILES[file]
     arguments = [
         verb, f"{kind}/{verb}", "--model", str(small_base), "--data", str(shared / "data" / file), "--out", str(out),
-        "--train.steps", "8", "--train.batch-size", str(rows), "--train.learning-rate", LEARNING_RATE[kind],
+        "--train.steps", "16", "--train.batch-size", str(rows), "--train.learning-rate", LEARNING_RATE[kind],
         "--train.checkpointing", "off", "--data.max-length", "64", "--data.limit", str(rows), "--train.schedule", "constant",
         "--data.eval-rows", "0",
     ]  # fmt: skip

@@ -117,7 +117,7 @@ def test_best_of_n_and_score_refuse_the_other_format(world, tmp_path, capfd):
     assert f"--adapter {world}/sft-chat was trained on turns of a chat" in refused(chat, capfd)
     text = [*best, "--adapter", f"{world}/sft-text", "--reward", f"{world}/reward-chat"]
     assert f"the reward run {world}/reward-chat was trained on turns of a chat" in refused(text, capfd)
-    assert main([*chat, "--prompt-format", "chat"]) == 0
+    assert main([*chat, "--data.prompt-format", "chat"]) == 0
     row = json.loads((tmp_path / "best" / "candidates.jsonl").read_text().splitlines()[0])
     assert row["prompt"] == [{"role": "user", "content": QUESTIONS[0]}]
     score = [
@@ -129,24 +129,28 @@ def test_best_of_n_and_score_refuse_the_other_format(world, tmp_path, capfd):
         "--data",
         f"{world}/reward-text.jsonl",
     ]
-    assert "--prompt-format chat makes it a turn" in refused(score, capfd)
-    assert main([*score, "--prompt-format", "chat"]) == 0
+    assert "--data.prompt-format chat makes it a turn" in refused(score, capfd)
+    assert main([*score, "--data.prompt-format", "chat"]) == 0
     judge = ["judge", "--model", f"{world}/model", "--reward", f"{world}/reward-chat", "--out", f"{tmp_path}/judged"]
     (tmp_path / "answers.jsonl").write_text(json.dumps({"prompt": "Who?", "completions": ["A fox.", "A dog."]}) + "\n")
     judge += ["--data", f"{tmp_path}/answers.jsonl"]
     assert "was trained on turns of a chat, and these prompts are plain text" in refused(judge, capfd)
-    assert main([*judge, "--prompt-format", "chat"]) == 0
+    assert main([*judge, "--data.prompt-format", "chat"]) == 0
 
 
 def test_generate_asks_as_its_adapter_was_trained(world, tmp_path, capfd):
     for name, prompt in (("sft-text", "Who jumps?"), ("sft-chat", [{"role": "user", "content": "Who jumps?"}])):
         command = ["generate", "--model", f"{world}/model", "--adapter", f"{world}/{name}", "--prompt", "Who jumps?"]
-        assert main([*command, "--max-new-tokens", "4", "--out", f"{tmp_path}/{name}"]) == 0
+        assert main([*command, "--sampling.max-new-tokens", "4", "--out", f"{tmp_path}/{name}"]) == 0
         assert (
             json.loads((tmp_path / name).read_text())["prompt"] == prompt
         )  # a string is plain text when it is read again
     capfd.readouterr()
-    assert main(["generate", "--model", f"{world}/model", "--prompt", "Who jumps?", "--max-new-tokens", "4"]) == 0
+    assert (
+        main(["generate", "--model", f"{world}/model", "--prompt", "Who jumps?", "--sampling.max-new-tokens", "4"]) == 0
+    )
     captured = capfd.readouterr()
     assert json.loads(captured.out)["prompt"] == "Who jumps?"
-    assert "prompts that are strings are plain text, without the chat template; --prompt-format chat" in captured.err
+    assert (
+        "prompts that are strings are plain text, without the chat template; --data.prompt-format chat" in captured.err
+    )

@@ -19,9 +19,9 @@ from lowalign.config.yaml_flags import options, read
 from lowalign.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(ROOT.glob("adapters/**/*.yaml"))
+RECIPES = sorted(recipe.packaged().values())
 METHODS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig, "best_of_n": BestOfNConfig}
-CONFIGS = METHODS | {"distil": DistilConfig}
+CONFIGS = METHODS | {"long": SFTConfig, "distil": DistilConfig}
 FLAGS = {config: ["--model", "m", "--out", "o"] for config in METHODS.values()}
 FLAGS[DistilConfig] = ["--model", "m", "--out", "o", "--delta", "d", "--finetuned", "f"]
 OF_ONE_VERB = [path for path in RECIPES if path.parent.name != "pipelines"]
@@ -34,7 +34,8 @@ def name(path: Path) -> str:
 
 
 def test_every_file_is_packaged():
-    names = {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in METHODS} | {"bitdelta/distil"}
+    names = {f"{kind}/{stem}" for kind in ("lora", "prompt", "prefix") for stem in METHODS}
+    names |= {"bitdelta/distil", "lora/long"}
     assert set(map(name, OF_ONE_VERB)) == names
     assert {n: p.resolve() for n, p in recipe.packaged().items()} == {name(p): p for p in RECIPES}
 

@@ -69,7 +69,18 @@ def test_two_steps(path, base, rows, tmp_path, capsys):
     assert not torch.equal(before, after[:, -20:])
 
     answers = tmp_path / "answers.jsonl"
-    ask = ["--model", str(base), "--adapter", str(out), "--prompt", "Where?", "--n", "2", "--max-new-tokens", "4"]
+    ask = [
+        "--model",
+        str(base),
+        "--adapter",
+        str(out),
+        "--prompt",
+        "Where?",
+        "--n",
+        "2",
+        "--sampling.max-new-tokens",
+        "4",
+    ]
     assert main(["generate", *ask, "--out", str(answers)]) == 0, capsys.readouterr().err
     drawn = [json.loads(line) for line in answers.read_text().splitlines()]
     asked = [{"role": "user", "content": "Where?"}]  # the adapter was trained on turns of a chat

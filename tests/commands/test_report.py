@@ -314,7 +314,7 @@ def test_a_run_that_has_only_begun(tmp_path):
         (["report", "{here}/none"], "none is not there; give the folder of a run"),
         (["report", "{here}/file"], "file is a file; give the folder of a run"),
         (["report", "{here}/empty"], "empty is no run: neither it nor a folder in it has a recipe.yaml"),
-        (["report", "{here}/run", "--smooth", "1"], "--smooth is 1.0; it must be from 0 to below 1"),
+        (["report", "{here}/run", "--smooth", "1"], "--smooth is 1.0; it must be at least 0 and below 1"),
         (["report", "{here}/run", "{here}/run2"], "a report of several runs needs a place: give --out FILE.html"),
         (["report", "{here}/run", "--out", "{here}/empty"], "is a folder; give the file of the page, such as"),
         (["report", "{here}/run", "--out", "{here}/file"], "is there, and no report of lowalign; it is not replaced"),

@@ -17,27 +17,9 @@ from lowalign.config.pipeline import read_pipeline
 from lowalign.errors import UserError
 from tests.commands import child
 from tests.report.page_check import Page
-from tests.tiny import tiny_folder
+from tests.tiny import WORDS, tiny_folder
 
 PIPELINES = sorted((Path(__file__).parents[2] / "adapters" / "pipelines").glob("*.yaml"))
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "what",
-    "is",
-    "the",
-    "capital",
-    "of",
-    "france",
-    "paris",
-]
 TRAIN = "{steps: 4, batch_size: 4, learning_rate: 1e-2, save_every: 1, optimizer: adamw}"
 STAGES = f"""
 verb: run
@@ -78,6 +60,12 @@ def command(world, out, file=None):
 
 def weights(out):
     return {name: (out / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("sft", "dpo")}
+
+
+def done(out):
+    """The names of the finished stages."""
+    file = out / "pipeline.json"
+    return list(json.loads(file.read_text())["stages"]) if file.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +124,21 @@ def test_the_stages_equal_their_verbs(world, finished, tmp_path):
     assert weights(tmp_path) == weights(finished)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "merge"])
 def test_killed_and_run_again(stage, world, finished, tmp_path):
     out = tmp_path / "out"
     process = child.start(command(world, out))
+    begun = {"merge": lambda: "dpo" in done(out)}.get(stage, lambda: [*(out / stage / "checkpoints").glob("step-*")])
     deadline = time.monotonic() + 300
-    while not list((out / stage / "checkpoints").glob("step-*")) and process.is_alive() and time.monotonic() < deadline:
+    while not begun() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     process.join()
+    assert stage not in done(out)
     assert main(command(world, out)) == 0
     assert weights(out) == weights(finished)
+    merged = [(folder / "merge" / "model.safetensors").read_bytes() for folder in (out, finished)]
+    assert merged[0] == merged[1]
 
 
 def test_a_stage_that_fails_leaves_the_others(world, finished, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_preferences(world, alone, tmp_path, capsys, budget):
 
 
 def test_rows_of_sft(world, alone, capsys):
-    assert main(ask(world, "--data", f"{world}/sft.jsonl", "--limit", "2")) == 0
+    assert main(ask(world, "--data", f"{world}/sft.jsonl", "--data.limit", "2")) == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     assert [line["score"] for line in lines] == pytest.approx([alone[p, a] for p, a, _ in PAIRS[:2]], abs=1e-5)

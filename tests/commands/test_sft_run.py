@@ -17,9 +17,10 @@ from lowalign import Base, Host
 from lowalign.cli import main
 from lowalign.model.policy import load_stack
 from tests.commands import child
-from tests.tiny import tiny_folder
+from tests.tiny import WORDS, tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]
+TIMES = ("tokens_per_second", "seconds", "peak_process_memory_gib", "peak_gpu_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +28,10 @@ def world(tmp_path_factory):
     """A model folder and a file of rows."""
     folder = tmp_path_factory.mktemp("world")
     tiny_folder(folder / "model", "llama")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "lazy",
-        "dog",
-        "what",
-        "is",
-        "capital",
-        "of",
-        "france",
-        "paris",
-    ]
     rng = random.Random(0)
     rows = []
     for _ in range(40):
-        question, answer = (" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(2))
+        question, answer = (" ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for _ in range(2))
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
@@ -136,7 +121,7 @@ def test_killed_and_resumed_is_the_same_run(world, straight, tmp_path, kind):
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-000002"]
     assert main(flags(world, out, "--resume", kind=kind)) == 0
     assert digest(out) == digest(straight[kind])
-    strip = lambda log: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log]  # noqa: E731
+    strip = lambda log: [{k: v for k, v in line.items() if k not in TIMES} for line in log]  # noqa: E731
     assert strip(lines(out)) == strip(lines(straight[kind]))
 
 

@@ -55,7 +55,7 @@ LINES = {
     turns('{"rol": "user", "content": "hi"}'): 'messages[0]: expected "role", found "rol"; did you mean "role"?',
     turns(ASK, '{"role": "asistant", "content": "b"}'): 'messages[1]: unknown role "asistant"; did you mean "assistant"?',
     turns(ASK, '{"role": 3, "content": "b"}'): "messages[1]: unknown role 3; roles are system, user, assistant, tool, "
-    "developer, human, gpt, model, observation, function, function_response, tool_response, function_call, tool_call",
+    "developer, human, prompter, gpt, model, chatgpt, ai, bot, observation, function, function_response, tool_response, function_call, tool_call",
     turns(ASK, '{"role": "assistant", "contents": "b"}'): 'messages[1]: expected "content", found "contents"; did you mean "content"?',
     turns(ASK, '{"role": "assistant", "content": null}'): 'messages[1]: "content" is null',
     turns(ASK, '{"role": "assistant", "content": ""}'): "messages[1]: the assistant turn is empty",

@@ -1,6 +1,8 @@
 """Which tokens of a conversation are supervised, against stock rendering and the words of the conversation itself."""
 
+import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lowalign.config.sections import DataConfig
 from lowalign.data.chat import Chat, load_chat
+from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.data.rendering.renderer import TURNS_NOTE
 from lowalign.data.rendering.variants import CALLS_NOTE, JOINED_NOTE, SYSTEM_NOTE, TOOLS_NOTE
 from lowalign.data.rows.sft_rows import SFT_ROWS
+from lowalign.data.rows.time_limit import time_limit
 from lowalign.data.rows.turns import read_tools, read_turns
 from lowalign.errors import UserError
 from tests.data import made
@@ -314,3 +318,40 @@ def test_conversational_prompts_are_not_supervised() -> None:
     row = SFT_ROWS.parse(columns)
     (example,) = Chat(tokenizer).example(row.messages, row.tools)
     assert spans(example, tokenizer) == ["A cat: the cat<|im_end|>"]
+
+
+def test_only_the_last_turn_is_learned(tmp_path: Path) -> None:
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    turns += [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f", "weight": 0}]
+    file, tokenizer = tmp_path / "rows.jsonl", made.chatml()
+    file.write_text(json.dumps({"messages": turns}))
+    texts = {}
+    for option in ("all", "last"):
+        data = load_examples([str(file)], Chat(tokenizer), DataConfig(turns=option, cache=False))
+        (example,) = data.examples
+        learned = [i for i, own in zip(example.completions[0], example.mask(0), strict=True) if own]
+        texts[option] = tokenizer.decode(learned)
+    assert texts == {"all": "b<|im_end|>d<|im_end|>", "last": "d<|im_end|>"}
+
+
+def test_a_template_that_loops_for_ever_is_stopped() -> None:
+    endless = "{% for i in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    with pytest.raises(UserError, match="the chat template does not end: it ran for more than 2 seconds"):
+        Chat(made.chatml(endless))
+    assert time.monotonic() - started < 5
+
+
+def test_a_template_that_loops_on_a_row_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after the same time for each of a million rows."""
+    monkeypatch.setattr("lowalign.data.rendering.template.time_limit", lambda: time_limit(0.2))
+    endless = "{% for i in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
+    chat = Chat(made.chatml("{% if 'loop' in messages[0].content %}" + endless + "{% endif %}" + made.CHATML))
+    file, started = tmp_path / "rows.jsonl", time.monotonic()
+    turns = [turn("user", "loop"), turn("assistant", "b")]
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 500)
+    with pytest.raises(UserError, match="the chat template does not end"):
+        load_examples([str(file)], chat, DataConfig(cache=False))
+    assert time.monotonic() - started < 5

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from lowalign.data.chat import Chat
 from lowalign.data.rendering.renderer import HIDDEN_NOTE
 from lowalign.data.rendering.special_tokens import SpecialTokens
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import read_tools, read_turns
+from lowalign.data.sources.row import RowError
 from tests.data import made
 from tests.data.made import FOUR, WEATHER, weather_call
 
@@ -116,6 +116,35 @@ def test_rows_without_markers_are_untouched(kind: str) -> None:
             stock.pop()
         assert ids_of(chat, talk) == stock
     assert HIDDEN_NOTE not in chat.notes
+
+
+MORE = {
+    "tools": (lambda: made.chatml(made.CHATML_TOOLS), NAMES["chatml"]),
+    "qwen3": (lambda: made.chatml(made.QWEN3), NAMES["chatml"]),
+    "phi3": (made.phi3, {"end": "<|end|>", "start": "<|user|>", "eos": "<|endoftext|>", "bos": "<|system|>"}),
+    "open": (
+        lambda: made.bytes_tokenizer(["<s>", "</s>"], made.OPEN, bos_token="<s>", eos_token="</s>", pad_token="</s>"),
+        {"end": "</s>", "start": "### user:", "eos": "</s>", "bos": "<s>"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("pattern", ATTACKS)
+def test_attacks_in_four_more_templates(kind: str, pattern: str) -> None:
+    """With tools, with thoughts taken out, with eos behind the last turn, and without any end of turn (and pad = eos)."""
+    make, names = MORE[kind]
+    tokenizer = make()
+    chat, tools = Chat(tokenizer), read_tools([WEATHER]) if kind == "tools" else None
+    attack = pattern.format(**names, half=names["end"][:3], rest=names["end"][3:])
+
+    def markers(text: str) -> list[list[int]]:
+        turns = [{"role": "system", "content": text}]
+        for _ in range(2):
+            turns += [{"role": "user", "content": f"a {text}"}, {"role": "assistant", "content": f"b {text}"}]
+        return [special_ids(tokenizer, e.prompt + e.completions[0]) for e in chat.example(turns, tools)]
+
+    assert markers(attack) == markers("hello")
 
 
 @pytest.mark.parametrize(

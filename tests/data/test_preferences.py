@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowalign.config.sections import DataConfig, PreferenceConfig
+from lowalign.config.sections import DataConfig
 from lowalign.data import dataset
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
@@ -181,11 +181,6 @@ def test_files_may_mix_shapes_and_be_held_to_one(tmp_path: Path, chat: Chat) -> 
     assert load(file, chat).report["files"][0]["shapes"] == {"pairs": 1, "ranking": 1, "scores": 1}
     labels = load(write(tmp_path / "rows.jsonl", rows[1:2]), chat, shape="labels")
     assert labels.examples[0].label is True and labels.report["files"][0]["ignored_columns"] == {"score": 1}
-
-
-def test_a_gap_below_zero_is_refused() -> None:
-    with pytest.raises(UserError, match="gap is -1; it must be 0 or more"):
-        PreferenceConfig(gap=-1)
 
 
 def test_the_cache_gives_the_same(folder: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

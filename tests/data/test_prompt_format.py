@@ -43,7 +43,7 @@ def test_a_string_prompt_is_the_same_tokens_for_every_verb(tmp_path, prompt_form
         (example,) = data.examples
         assert (example.prompt, example.completions[0]) == (want.prompt, want.completions[0]), name
         assert data.report["prompt_formats"] == {prompt_format or "text": 1}
-        (prompt,) = distinct_prompts([file], chat, None, 100, "--max-prompt", prompt_format)
+        (prompt,) = distinct_prompts([file], chat, None, 100, prompt_format)
         assert prompt[1] == want.prompt, name
         assert formats_of([prompt[0].prompt]) == {prompt_format or "text"}
 
@@ -73,13 +73,13 @@ def test_an_empty_prompt_is_no_turn(tmp_path):
         ("chat", set(), None),
         (None, {"text"}, None),
         ("mixed", {"text", "chat"}, None),
-        ("chat", {"text"}, "runs/a was trained on turns of a chat, and these prompts are plain text. A string is plain text; --f chat makes it a turn"),
-        ("text", {"chat", "text"}, "runs/a was trained on plain text, and these prompts are turns of a chat. Write prompts and answers as strings, without --f chat"),
+        ("chat", {"text"}, "runs/a was trained on turns of a chat, and these prompts are plain text. A string is plain text; --data.prompt-format chat makes it a turn"),
+        ("text", {"chat", "text"}, "runs/a was trained on plain text, and these prompts are turns of a chat. Write prompts and answers as strings, without --data.prompt-format chat"),
     ],
 )  # fmt: skip
 def test_what_an_adapter_was_trained_on(trained, formats, message):
     if message is None:
-        return check_prompt_format("runs/a", trained, formats, "--f")
+        return check_prompt_format("runs/a", trained, formats)
     with pytest.raises(UserError) as error:
-        check_prompt_format("runs/a", trained, formats, "--f")
+        check_prompt_format("runs/a", trained, formats)
     assert str(error.value) == message

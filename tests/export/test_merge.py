@@ -170,7 +170,7 @@ def half_an_adapter(folder, made):
             wider_base,
             "was trained on another base: its model.layers.0.mlp.* is .* and .* here; give the right one with --model M",
         ),
-        (one_rank_cut, "cut is damaged: "),
+        (one_rank_cut, "cut/adapter_model.safetensors is damaged or incomplete "),
         (no_rows, r'rows.jsonl:1: expected "prompt"'),
         (lambda f, m: {"data": (str(f / "none.jsonl"),), "verify": True}, "none.jsonl"),
         (quantized_base, "is stored in 4 bit and has no original weights; merge with --onto dequantized"),

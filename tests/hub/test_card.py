@@ -139,7 +139,7 @@ def test_lowalign_loads_by_id(base_hub, artefacts, capsys, tmp_path):
     (command,) = code_of(base_hub, "bash")
     assert command.startswith(f"lowalign generate --model {BASE} --adapter {REPO} --base.revision {artefacts.commit}")
     words = [word.strip('"') for word in command.split()[1:]]
-    options = ["--max-new-tokens", "2", "--base.quantization", "none", "--base.device", "cpu"]
+    options = ["--sampling.max-new-tokens", "2", "--base.quantization", "none", "--base.device", "cpu"]
     assert main([*words, *options]) == 0
     assert "completion" in json.loads(capsys.readouterr().out.splitlines()[-1])
     torch.testing.assert_close(expected_logits([REPO]), expected_logits([str(artefacts.second)]), rtol=0, atol=0)

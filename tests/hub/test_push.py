@@ -390,4 +390,4 @@ def test_the_command_line_honours_the_endpoint(base_hub, artefacts, tmp_path):
 def test_there_is_no_option_for_a_token(hub, artefacts, capsys):
     assert main(["push", str(artefacts.run), REPO, "--token", TOKEN]) == 1
     said = capsys.readouterr()
-    assert "Unrecognized options: --token" in said.err and TOKEN not in said.out + said.err
+    assert "push has no option --token" in said.err and TOKEN not in said.out + said.err

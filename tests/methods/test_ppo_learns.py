@@ -81,7 +81,7 @@ def exact(prompts, completions):
 def test_a_soft_prompt_on_the_bare_base_earns_more(tmp_path, kind):
     """Of the tiny world's exact score, in sixteen rounds. In ten the prompt went from 0.37 to 0.41 only."""
     (tmp_path / "reward.py").write_text(REWARD)
-    config = demo.ppo_config(tmp_path)
+    config = demo.stage_config(tmp_path, "ppo")
     config = replace(
         config,
         init=None,
@@ -112,7 +112,7 @@ def test_the_best_weights_by_the_reward_of_held_out_prompts(tmp_path):
     that of the best evaluation."""
     (tmp_path / "reward.py").write_text(EXACT)
     rows = [{"prompt": messages, "number": i} for i, messages in enumerate(world.prompts(96, seed=5))]
-    config = demo.ppo_config(tmp_path)
+    config = demo.stage_config(tmp_path, "ppo")
     config = replace(
         config,
         init=None,

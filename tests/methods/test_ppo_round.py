@@ -66,7 +66,16 @@ def ppo(host, score=even, prompts=6, on_round=lambda *_: None, new=8, rollout=No
 
 def engine(host, method: PPO, budget: int = 4096) -> MicroBatches:
     host.train_only(*method.lr_multipliers)
-    return MicroBatches(method, {name: host.flat(name) for name in method.lr_multipliers}, budget, StopSignals())
+    return Steps(method, {name: host.flat(name) for name in method.lr_multipliers}, budget, StopSignals())
+
+
+class Steps(MicroBatches):
+    """As the engine does, it tells the method the metrics of a finished step."""
+
+    def gradients(self, examples, seed):
+        sums = super().gradients(examples, seed)
+        self.method.last_metrics = {name: float(value) for name, value in sums.items()}
+        return sums
 
 
 def shift(host, amount: float) -> None:
@@ -267,7 +276,6 @@ def test_the_limit_of_the_divergence_is_on_its_mean_over_the_steps_tokens(host):
     run.gradients(method.batch(0), 0)
     shift(host, 0.1)
     mean = float(run.gradients(method.batch(1), 0)["approx_kl"])
-    assert len(method.kl_by_example) == 2 and min(method.kl_by_example.values()) > 0.02 * mean
     for limit, over in ((0.99 * mean, True), (1.01 * mean, False)):
         method.config = replace(method.config, ppo=replace(method.config.ppo, target_kl=limit))
         assert method.round_over(2) == over
@@ -290,7 +298,7 @@ def test_what_is_done_again_counts_once(host):
         return loss(examples, normalizers)
 
     method.batch(1)
-    method.loss = narrow
+    method.last_metrics, method.loss = {}, narrow
     with pytest.raises(UserError, match="out of memory with a single example"):
         run.gradients(batch, 0)
     run.gradients(batch, 0)

@@ -214,13 +214,15 @@ def test_stock_peft_gives_the_same_scores(folder, kind, tmp_path):
 def test_stock_peft_gives_the_same_scores_on_four_bits(folder, kind, tmp_path):
     host = host_with(folder, kind, head=True)
     host.save("policy", tmp_path / "reward")
-    base = Base.load(folder, dtype="bfloat16", device="cpu", quiet=True)
+    base = Base.load(folder, dtype="bfloat16", device="cpu", exact=True, quiet=True)
     ours = Host(base)
     ours.load("policy", tmp_path / "reward")
     scores = our_scores(ours)
     ours.delete("policy")
     stock = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    stock.model = Base.load(folder, dtype="bfloat16", device="cpu", quiet=True).model.model  # the same four bits
+    stock.model = Base.load(
+        folder, dtype="bfloat16", device="cpu", exact=True, quiet=True
+    ).model.model  # the same four bits
     stock.is_loaded_in_4bit = True  # peft adds a LoRA to 4-bit layers in another order of rounding
     stock.score.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # the head stays in fp32
     stock = PeftModel.from_pretrained(stock, tmp_path / "reward").eval()

@@ -174,18 +174,21 @@ def test_a_function_gets_copies_of_the_prompts_one_for_each_completion(host, tmp
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return [1, 2, 3]", "f.py:f returned 3 numbers for 4 completions"),
+        (
+            "return [1, 2, 3]",
+            "f.py:1: f returned 3 numbers for 4 completions. Expected def reward(prompts, completions, **columns), which",
+        ),
         ("return 7", "'int' object is not iterable"),
-        ("return [1, 2, 'x', 4]", "f.py:f returned 'x', which is not a finite number, for the completion 'ccc'"),
+        ("return [1, 2, 'x', 4]", "f.py:1: f returned 'x', which is not a finite number, for the completion 'ccc'"),
         ("return [1, 2, '3', 4]", "returned '3', which is not a finite number"),
         ("return [1, None, 3, 4]", "returned None"),
         ("return [1, float('nan'), 3, 4]", "returned nan, which is not a finite number, for the completion 'bb'"),
         ("return [1, 2, 3, -float('inf')]", "returned -inf"),
         (
             "pass\n    return [1 / len(completions[9]) for _ in completions]",
-            "f.py:3: IndexError: list index out of range",
+            "f.py:3: f: IndexError: list index out of range. Expected def reward(prompts, completions, **columns)",
         ),
-        ("return {}['key'],", "f.py:2: KeyError: 'key'"),
+        ("return {}['key'],", "f.py:2: f: KeyError: 'key'"),
     ],
 )
 def test_errors_of_a_function(host, tmp_path, body, says):
@@ -322,7 +325,7 @@ def test_a_relative_path_and_the_environment_of_a_function(host, tmp_path, monke
         "import pathlib\nfrom dataclasses import dataclass\n\n@dataclass\nclass Word:\n    text: 'str'\n\n"
         "def f(prompts, completions):\n    return [float(pathlib.Path(__file__).with_name('n').read_text())] * 4\n"
     )
-    with pytest.raises(UserError, match=r"^deep/f\.py:9: FileNotFoundError"):
+    with pytest.raises(UserError, match=r"^deep/f\.py:9: f: FileNotFoundError"):
         rewards(host, "deep/f.py:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)
     (tmp_path / "deep/n").write_text("3")
     assert rewards(host, "2*deep/f.py:f")(PROMPTS, IDS, TEXTS, COMPLETIONS)[1][0].total == 6

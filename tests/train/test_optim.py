@@ -13,6 +13,7 @@ from lowalign.config.sections import TrainConfig
 from lowalign.errors import UserError
 from lowalign.model.adapters.flat import FlatWeights
 from lowalign.train.optim import (
+    free_paged_state,
     load_state,
     make_optimizer,
     move_state,
@@ -22,7 +23,7 @@ from lowalign.train.optim import (
     state_bytes,
 )
 
-KINDS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
+KINDS = ("auto", "paged_adamw_8bit", "adamw_8bit", "adamw")
 SHAPES = {"a": (70, 64), "b": (4099,), "c": (65, 64)}
 
 
@@ -229,3 +230,57 @@ def test_eps(kind):
     optimizer.step()
     want = [-0.1 * g / (abs(g) + 0.5) for g in master.grad.tolist()]
     assert master.tolist() == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind,weights,paged", [
+    ("auto", 130_000_000, False),  # 260 MB of state: a hundredth of a card of 24 GB
+    ("auto", 140_000_000, True),
+    ("paged_adamw_8bit", 200_000, True),
+    ("adamw_8bit", 140_000_000, False),
+])  # fmt: skip
+def test_paged_where_it_frees_memory_worth_it(kind, weights, paged, monkeypatch):
+    """Of a card; the masters only say how many weights they have."""
+    made = {}
+    monkeypatch.setattr(bnb.optim, "AdamW8bit", lambda groups, is_paged, **options: made.update(paged=is_paged))
+
+    class OnCard(nn.Parameter):
+        is_cuda = True
+
+    halves = {name: OnCard(torch.empty(weights // 2, device="meta")) for name in ("policy", "value")}
+    make_optimizer(halves, TrainConfig(optimizer=kind))
+    assert made["paged"] == paged
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_managed_memory_is_given_back(found, monkeypatch):
+    """The calls on a card, with memory of the CPU in the place of the managed: after the device is done, each buffer once,
+    none that belongs to another optimizer."""
+    from bitsandbytes.cextension import lib
+
+    events = []
+
+    def free(pointer):
+        if not found:
+            raise RuntimeError("Method 'cudaFree' not available")
+        events.append(pointer.value)
+
+    monkeypatch.setattr(lib, "cudaFree", free, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    flats, optimizer = _new("adamw_8bit")
+    _step(flats, optimizer, 0)
+    monkeypatch.setattr(optimizer.page_mng, "paged_tensors", other := [torch.zeros(3)])
+    expected = set()
+    for state in optimizer.state.values():
+        for key in ("state1", "state2"):
+            state[key].is_paged = True
+            optimizer.page_mng.paged_tensors.append(state[key])
+            expected.add(state[key].data_ptr())
+    free_paged_state(optimizer)
+    assert events[0] == "wait" and set(events[1:]) == (expected if found else set())
+    assert len(events) == 1 + (len(expected) if found else 0)
+    assert len(other) == 1 and not optimizer.state
+    events.clear()
+    free_paged_state(optimizer)
+    plain = _new("adamw")[1]
+    free_paged_state(plain)
+    assert events == []

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class ToyHost:
             self._flat[name] = FlatWeights(dict(self.adapters[name].named_parameters()), self._working)
         return self._flat[name]
 
-    def training(self, mode: str | None) -> None:
+    def training(self, mode: str | None, **memory: int) -> None:
         self.modes.append(mode)
         self.adapters.train(mode is not None)
 
@@ -102,6 +103,9 @@ class ToyMethod:
         self.step, self.calls = step, 0
         return [self.examples[i] for i in step_order(len(self.examples), self.batch_size, 0, step)]
 
+    def epoch(self, steps: int) -> float:
+        return steps * self.batch_size / len(self.examples)
+
     def normalizers(self, examples) -> dict[str, float]:
         return {"tokens": total_supervised(examples)}
 
@@ -141,12 +145,22 @@ def heldout() -> list[Example]:
     return rows(10, seed=2)
 
 
-def run(out: Path, *, resume: bool = False, hook: Callable | None = None, method: ToyMethod | None = None, **changes):
+def run(
+    out: Path,
+    *,
+    resume: bool = False,
+    hook: Callable | None = None,
+    method: ToyMethod | None = None,
+    on_step=None,
+    **changes,
+):
     """A toy run of CONFIG with `changes`. Returns (host, method, Result)."""
     from lowalign.train.engine import train
 
     method = method or ToyMethod(ToyHost(), hook=hook)
-    result = train(method.host, method, replace(CONFIG, **changes), out, heldout=heldout(), resume=resume)
+    result = train(
+        method.host, method, replace(CONFIG, **changes), out, heldout=heldout(), resume=resume, on_step=on_step
+    )
     return method.host, method, result
 
 
@@ -171,3 +185,23 @@ def _child(function: Callable, args: tuple, environment: dict[str, str]) -> None
     torch.set_num_threads(1)
     os.environ.update(environment)
     function(*args)
+
+
+def in_processes(count: int, function: Callable, *args: object) -> list[int]:
+    """Run it in several processes of one run, as torchrun starts them. Returns their exit codes."""
+    started = start_processes(count, function, *args)
+    for process in started:
+        process.join(60)
+    return [process.exitcode for process in started]
+
+
+def start_processes(count: int, function: Callable, *args: object) -> list[multiprocessing.process.BaseProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [launcher | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    started = [fork.Process(target=_child, args=(function, args, environment)) for environment in ranks]
+    for process in started:
+        process.start()
+    return started

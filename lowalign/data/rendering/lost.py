@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowalign.data.rendering.turns import Piece
-from lowalign.data.rows.read import RowDropped
 from lowalign.data.rows.thoughts import text_of, thoughts_of
 from lowalign.data.rows.turns import Message, is_supervised
+from lowalign.data.sources.row import RowDropped
 
 
 class Lossy(RowDropped):

@@ -12,10 +12,10 @@ from lowalign.data.rendering.support import Support
 from lowalign.data.rendering.template import Template, Unrenderable
 from lowalign.data.rendering.turns import Piece, Turns
 from lowalign.data.rendering.variants import Variant, variants
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.rewrite import opening_unsupervised
 from lowalign.data.rows.thoughts import without_thoughts
 from lowalign.data.rows.turns import Message, Tools, is_supervised
+from lowalign.data.sources.row import RowError
 
 TURNS_NOTE = "one example for each assistant turn: the chat template rewrites earlier turns (see --data.thoughts)"
 KEPT_NOTE = "one example with the thoughts of all turns, which the chat template takes out of earlier turns"

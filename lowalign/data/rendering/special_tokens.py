@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lowalign.data.rows.read import RowError
+from lowalign.data.sources.row import RowError
 
 FIRST, LAST = 0xF0000, 0xFFFFD  # the private-use characters of plane 15
 

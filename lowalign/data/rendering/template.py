@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lowalign.data.rows.time_limit import TookTooLong, time_limit
 from lowalign.data.rows.turns import Message, Tools
 from lowalign.errors import UserError
 
@@ -110,7 +111,7 @@ class Template:
     def render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
         """The conversation as text. generation: end it with the header of an assistant turn.
 
-        Raises Unrenderable, with the template's own message, when the template fails.
+        Raises Unrenderable, with the template's own message, when the template fails, and TookTooLong.
         """
         return self._rendered(messages, tools, add_generation_prompt=generation)[0][0]
 
@@ -125,7 +126,10 @@ class Template:
         variables: dict[str, Any] = {**self._variables, **options}
         try:
             # As apply_chat_template, but a content of null stays null: some templates write calls only then.
-            return render_jinja_template([messages], tools, chat_template=text, **variables)
+            with time_limit():
+                return render_jinja_template([messages], tools, chat_template=text, **variables)
+        except TookTooLong as error:
+            raise TookTooLong(f"the chat template does not end: {error}; use another (--data.template)") from error
         except Exception as error:  # a template is a program: it can fail in any way
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise Unrenderable(f"the chat template cannot render it: {reason}") from error

@@ -7,23 +7,25 @@ prompt + completion               one per row, as `lowalign generate` writes the
 A prompt is text or messages. An answer too, or an object with "completion".
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lowalign.data.rows.read import RowError, parse_rows
+from lowalign.data.rows.mapping import parse_rows
 from lowalign.data.rows.rewrite import tools_as_text
-from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import Prompt, expected, read_turns
+from lowalign.data.sources.row import RowError
+from lowalign.data.sources.strict_json import json_type
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A prompt and its answers as in the file; source: file:line of the first."""
+    """A prompt and its answers as in the file. source: file:line of the first row; columns: of that row."""
 
     prompt: Prompt
     completions: list[Prompt]
     source: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plain_text(self) -> bool:
@@ -41,7 +43,7 @@ def read_answers(files: Sequence[str]) -> list[Answers]:
             if single and gather and prompts[-1].prompt == prompt:
                 prompts[-1].completions.extend(completions)
             else:
-                prompts.append(Answers(prompt, completions, row.where))
+                prompts.append(Answers(prompt, completions, row.where, row.data))
             gather = single
     return prompts
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.turns import closest, expected
 from lowalign.data.rows.unused import Meaning, refuse_unused
+from lowalign.data.sources.row import RowError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from functools import partial
 from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
-from lowalign.data.rows.read import RowError
 from lowalign.data.rows.sft_rows import SFT_ROWS, refuse_system, string, with_system
-from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import (
     Message,
     Prompt,
@@ -28,6 +26,8 @@ from lowalign.data.rows.turns import (
     require_answer,
 )
 from lowalign.data.rows.unused import PREFERENCE_MEANINGS
+from lowalign.data.sources.row import RowError
+from lowalign.data.sources.strict_json import json_type
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
@@ -45,10 +45,12 @@ class PromptAndCompletions:
 class Preference(PromptAndCompletions):
     """Completions with ranks (lowest is best, equal ranks tie), or, with rank None, one completion with a label.
 
-    margin: required lead of the better completion. weight: factor of the comparison in the loss.
+    scores: instead of ranks, the highest is best. margin: required lead of the better completion. weight: factor of the
+    comparison in the loss.
     """
 
     rank: Sequence[float] | None = None
+    scores: Sequence[float] | None = None
     margin: float = 0.0
     label: bool | None = None
     weight: float = 1.0
@@ -111,16 +113,24 @@ def _ranking(data: dict[str, Any]) -> Preference:
         raise RowError(f'"completions" has {len(values)} of the two or more answers that a ranking needs')
     named = {f"completions[{i}]": value for i, value in enumerate(values)}
     prompt_and_completions = _prompt_and_completions(data | named, *named)
-    ranks = data.get("ranks")
-    if ranks is None:
+    if data.get("ranks") is not None and data.get("scores") is not None:
+        raise RowError('"ranks" and "scores" both say which completion is better; leave one out with --data.ignore')
+    if data.get("scores") is not None:
+        return Preference(**prompt_and_completions, scores=_numbers(data, "scores", "the best highest", len(values)))
+    if data.get("ranks") is None:
         return Preference(**prompt_and_completions, rank=range(len(values)))
-    if not isinstance(ranks, list):
-        raise RowError(f'"ranks" must be a list of numbers, the best lowest, found {json_type(ranks)}')
-    if len(ranks) != len(values):
-        raise RowError(f'"ranks" has {len(ranks)} numbers for {len(values)} completions')
-    ranks = [_number(rank, f"ranks[{i}]", -math.inf) for i, rank in enumerate(ranks)]
+    ranks = _numbers(data, "ranks", "the best lowest", len(values))
     order = sorted(set(ranks))
     return Preference(**prompt_and_completions, rank=[order.index(rank) for rank in ranks])
+
+
+def _numbers(data: dict[str, Any], name: str, meaning: str, count: int) -> list[float]:
+    values = data[name]
+    if not isinstance(values, list):
+        raise RowError(f'"{name}" must be a list of numbers, {meaning}, found {json_type(values)}')
+    if len(values) != count:
+        raise RowError(f'"{name}" has {len(values)} numbers for {count} completions')
+    return [_number(value, f"{name}[{i}]", -math.inf) for i, value in enumerate(values)]
 
 
 def _score(data: dict[str, Any]) -> ScoreRow:
@@ -200,7 +210,7 @@ PREFERENCE_ROWS = RowFormats(
             ("system", "tools"),
             _verdict,
         ),
-        RowFormat("ranking", ("prompt", "completions"), ("ranks", "system", "tools"), _ranking),
+        RowFormat("ranking", ("prompt", "completions"), ("ranks", "scores", "system", "tools"), _ranking),
         RowFormat("scores", ("prompt", "completion", "score"), ("system", "tools"), _score),
         RowFormat("labels", ("prompt", "completion", "label"), ("system", "tools"), _label),
     ],

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowalign.data.rows.formats import RowFormat, RowFormats
-from lowalign.data.rows.read import RowError
-from lowalign.data.rows.strict_json import json_type
 from lowalign.data.rows.turns import Message, Tools, as_messages, read_tools, read_turns, require_answer, unsupervised
 from lowalign.data.rows.unused import SFT_MEANINGS
+from lowalign.data.sources.row import RowError
+from lowalign.data.sources.strict_json import json_type
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lowalign.data.rows.read import RowError
-from lowalign.data.rows.strict_json import half_surrogate, json_type
+from lowalign.data.sources.row import RowError
+from lowalign.data.sources.strict_json import half_surrogate, json_type
 
 Message = dict[str, Any]
 Prompt = str | list[Message]  # plain text, or messages; also an answer to one
@@ -18,9 +18,8 @@ Tools = list[dict[str, Any]] | None
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
     "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "chatgpt", "ai", "bot"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
@@ -57,6 +56,12 @@ def require_answer(messages: list[Message], column: str = "") -> list[Message]:
 def unsupervised(messages: list[Message]) -> list[Message]:
     """The messages with "weight": 0 on all assistant turns, as in a prompt."""
     return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def only_last(messages: list[Message]) -> list[Message]:
+    """The messages with "weight": 0 on all supervised turns but the last."""
+    last = max(i for i, message in enumerate(messages) if is_supervised(message))
+    return [*unsupervised(messages[:last]), *messages[last:]]
 
 
 def as_messages(value: Any, role: str = "user") -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.data.rows.read import RowError
+from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 
 

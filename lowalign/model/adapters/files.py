@@ -23,6 +23,7 @@ from lowalign.model.adapters.kinds import BY_PEFT_TYPE
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import resolve
 from lowalign.model.base.identity import Identity
+from lowalign.model.base.weights import damaged
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD_MODULES = ["classifier", "score"]
@@ -113,13 +114,19 @@ def read(folder: Path) -> tuple[StoredAdapter, dict]:
     config = kind.config_class(**{k: v for k, v in raw.items() if k in fields})
     try:
         tensors = load_file(file)
-        meta = read_meta(folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+        raise damaged(file, error) from error
+    try:
+        meta = read_meta(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'lowalign.json'} is damaged ({error}); save or download it again") from error
     if meta.get("weights") not in (None, weights_hash(folder)):
         raise UserError(
             f"{file} is not the file that was written with lowalign.json (its hash differs); save or download it again"
         )
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise UserError(f"{file} has NaN or infinity in {broken[0]}; download it again")
     return StoredAdapter(kind, config, tensors), meta
 
 
@@ -179,7 +186,8 @@ def check_keys(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[
         parts = [f"{len(missing)} weights are missing (first: {missing[0]})"] if missing else []
         parts += [f"{len(extra)} weights have no place here (first: {extra[0]})"] if extra else []
         parts += [f"{len(shapes)} weights have another shape (first: {shapes[0]})"] if shapes else []
-        raise UserError(f"{folder} does not fit this base: {'; '.join(parts)}")
+        advice = "; download it again" if missing and not extra and not shapes else ""
+        raise UserError(f"{folder} does not fit this base: {'; '.join(parts)}{advice}")
 
 
 def weights_hash(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """FlatWeights: one adapter's weights in one fp32 buffer, so that one optimizer state, norm and update serve them all."""
 
+import weakref
 from collections.abc import Collection, Mapping
 
 import torch
@@ -14,9 +15,9 @@ class FlatWeights:
     """All weights of one adapter in one fp32 buffer, the optimizer's master.
 
     named: the adapter's parameters. They stay the same objects; only their data changes. In fp32 they become views of the
-    master. In another working_dtype they become views of a copy in that precision: the model computes with the copy,
-    gradients are summed in fp32, and `sync_working_copy` updates the copy after each optimizer step. keep_fp32: names of
-    parameters that are views of the master in any case.
+    master. In another working_dtype they become views of a copy in that precision: the model computes with the copy, each
+    gradient is added to the master's as soon as the backward has it, in fp32, and `sync_working_copy` updates the copy after
+    each optimizer step. keep_fp32: names of parameters that are views of the master in any case.
 
     master: (numel,) fp32 parameter with an fp32 .grad of the same size. Each tensor starts at a multiple of ALIGNMENT;
     the gaps between them have zero gradient and no meaning. has_gradient: names of the tensors that have received a
@@ -45,6 +46,27 @@ class FlatWeights:
                 view.copy_(self._named[name])
         self._working = None if working_dtype == torch.float32 else self.master.detach().to(working_dtype)
         self._attach_parameters()
+        if self._working is not None:
+            for name in self._named.keys() - self._keep_fp32:
+                self._add_at_once(name)
+
+    def _add_at_once(self, name: str) -> None:
+        """Have each gradient of a parameter added to the master's when the backward makes it: there is no second copy of all."""
+        flat, p = weakref.ref(self), self._named[name]
+
+        def add(p: Tensor) -> None:
+            own = flat()
+            if own is not None:  # else the adapter computes without this buffer again
+                own._add(name, p)
+
+        trained = p.requires_grad
+        p.requires_grad_().register_post_accumulate_grad_hook(add)
+        p.requires_grad_(trained)
+
+    def _add(self, name: str, p: Tensor) -> None:
+        self.has_gradient.add(name)
+        self._grads[name].add_(p.grad)
+        p.grad = None
 
     def _attach_parameters(self) -> None:
         """Make the model's parameters views of the buffers."""
@@ -78,14 +100,11 @@ class FlatWeights:
                 p.grad = None
 
     def accumulate(self) -> None:
-        """Add the gradients of the last backward to the master's, in fp32."""
+        """Add the gradients of the last backward to the master's, where the backward has not done so."""
         for name, p in self._named.items():
-            if p.grad is None or p.grad is self._grads[name]:
-                continue
-            self.has_gradient.add(name)
-            self._grads[name].add_(p.grad)
-            # In fp32 the next backward adds straight into the master's gradient.
-            p.grad = self._grads[name] if self._working is None else None
+            if p.grad is not None and p.grad is not self._grads[name]:
+                self._add(name, p)
+                p.grad = self._grads[name]  # fp32: the next backward adds straight into it
 
     def sync_working_copy(self) -> None:
         """Update the working copy; call it after each change of the master."""

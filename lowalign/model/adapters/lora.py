@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowalign.config.sections import AdapterConfig
 from lowalign.errors import UserError
+from lowalign.model.adapters import lora_step
 from lowalign.model.adapters.adapter import Adapter
 from lowalign.model.base.base import Base
 
@@ -32,6 +33,9 @@ class Lora(Adapter):
 
     def __init__(self, base: Base, name: str, config: LoraConfig) -> None:
         super().__init__(base, name, _inject(base.model, name, config))
+        if not base.exact:
+            for layer in self.layers(base.model):
+                lora_step.fuse(layer)
         self._weights = _weights(base.model, name)
         base.model.train(base.model.training)  # new layers come in train mode, with their dropout on
 

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _planned_device: ContextVar[str] = ContextVar("planned_device", default="cuda")
 
@@ -16,6 +17,11 @@ _planned_device: ContextVar[str] = ContextVar("planned_device", default="cuda")
 def device_type(tensor: Tensor) -> str:
     """ "cpu", "cuda" …; of a meta tensor, the type of the planned device."""
     return _planned_device.get() if tensor.is_meta else tensor.device.type
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """The device that a model computes on. Its embedding may be in CPU memory; its LM head is not."""
+    return model.get_output_embeddings().weight.device
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A keyword of the model's forward chooses what it computes, never a global switch, so a recomputation during the backward
 repeats its forward: `layout=` the segments of a Pack; `sampler_cache=` the sampler's keys and values; neither: ordinary
-causal attention.
+causal attention. `layer_part=` takes the place of the computation, for a layer in tiles (lowalign.model.forward.tiled).
 """
 
 import contextlib
@@ -56,6 +56,9 @@ def _attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
+    if (part := kwargs.pop("layer_part", None)) is not None:
+        attend = lambda q, k, v: _attention(module, q, k, v, attention_mask, scaling, dropout, **kwargs)[0]  # noqa: E731
+        return part(module, attend, query, key, value), None
     layout, sampler_cache = kwargs.pop("layout", None), kwargs.pop("sampler_cache", None)
     window, softcap = kwargs.pop("sliding_window", None), kwargs.pop("softcap", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -3,17 +3,19 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
+from transformers import PretrainedConfig
 
 from lowalign.data.pack import Segment
 from lowalign.log import log
 from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, flash_has_shape, visible
 from lowalign.model.attention.device import device_type
+from lowalign.model.attention.self_test import TOLERANCE, attention_error
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
 MAX_SCORES = 2**20  # on the CPU: the backward writes out all scores of a head, at most this many
@@ -91,7 +93,7 @@ class _OnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         query, key, value, mask = ctx.saved_tensors
-        b, heads, n, d = query.shape
+        b, heads, n = query.shape[:3]
         kv, k = key.shape[1:3]
         if mask is None:
             mask = torch.ones(n, k, dtype=torch.bool, device=query.device).tril()
@@ -101,8 +103,8 @@ class _OnCPU(torch.autograd.Function):
             .repeat(heads // kv, 1)
         )
         # Heads that share keys are adjacent: their queries are the rows of one product.
-        rows = lambda x: x.reshape(b * kv, heads // kv * n, d)  # noqa: E731
-        q, g, (keys, values) = rows(query), rows(grad), (x.reshape(b * kv, k, d) for x in (key, value))
+        rows = lambda x: x.reshape(b * kv, heads // kv * n, x.shape[-1])  # noqa: E731
+        q, g, (keys, values) = rows(query), rows(grad), (x.reshape(b * kv, k, x.shape[-1]) for x in (key, value))
         p = torch.baddbmm(bias, q, keys.mT, alpha=ctx.scale).softmax(-1)
         d_scores = torch._softmax_backward_data(g @ values.mT, p, -1, p.dtype).mul_(ctx.scale)
         d_key, d_value = (d_scores.mT @ q).view_as(key), (p.mT @ g).view_as(value)
@@ -115,8 +117,51 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     A segment attends causally to itself and to everything before it: the prefix, then its prompt.
     """
     prefix = layout.soft.layer(layer.index, key.dtype)
-    if _varlen_works(query, value, layer.softcap):
-        return _varlen(query, key, value, layout, prefix, layer)
+    attend = _varlen if _varlen_works(query, key, value, layer.softcap) else _by_segment
+    return attend(query, key, value, layout, prefix, layer)
+
+
+def check_attention(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Test the attention that a model of this config trains with, forward and backward. -> why it must not be used; "" if
+    it is right. Where only the flash kernel is not, one line is logged and the segments are computed one by one."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = size, getattr(config, "v_head_dim", None) or size
+    query, key, value = (
+        torch.empty(1, count, 1, width, device=device, dtype=dtype)
+        for count, width in ((heads, size), (kv_heads, size), (kv_heads, sizes[1]))
+    )
+    if _varlen_works(query, key, value, getattr(config, "attn_logit_softcapping", None)):
+        return ""
+    if device.type == "cpu":  # whose kernels are the same for heads of every size
+        sizes = (16, 16) if sizes[0] == sizes[1] else (24, 16)
+    return _why_wrong(_by_segment, device, dtype, heads // kv_heads, *sizes)
+
+
+@lru_cache(maxsize=16)
+def _why_wrong(
+    attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, groups: int, size: int, value_size: int
+) -> str:
+    """What the self-test says against a way to compute attention; "" if it is right."""
+
+    def call(query, key, value, segments, prefix, layer) -> Tensor:
+        soft = SoftPrompt(keys_values=None if prefix is None else [prefix])
+        return attend(query, key, value, Layout(tuple(segments), soft), prefix, layer)
+
+    try:
+        error = attention_error(call, device, dtype, 2 * groups, 2, size, value_size)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as refusal:
+        return f"it refuses: {str(refusal).splitlines()[0]}"
+    return "" if error < TOLERANCE else f"it is off by {error:.1e} of the norm"
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, prefix: KeysValues | None, layer: LayerAttention
+) -> Tensor:
+    """Segment by segment, in torch's own attention."""
     lengths = [s.length for s in layout.segments]
     # split, not slices: the backward of a slice makes a full-size zero tensor for every segment.
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -134,13 +179,19 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _varlen_works(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+def _varlen_works(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
     if device_type(query) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if softcap is not None or not flash_has_shape(query, value):
         _log_slow_path("the flash kernel has no soft cap, and heads of at most 256 in multiples of 8, equal for values")
         return False
-    return True
+    if query.is_meta:  # a dry run has no numbers to compare
+        return True
+    groups, size = query.shape[1] // key.shape[1], query.shape[-1]
+    why_wrong = _why_wrong(_varlen, query.device, query.dtype, groups, size, value.shape[-1])
+    if why_wrong:
+        _log_slow_path(f"the flash kernel was tested, and {why_wrong}")
+    return not why_wrong
 
 
 @cache  # reading a signature takes 29 µs, in every layer of every forward

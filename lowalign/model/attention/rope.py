@@ -15,3 +15,9 @@ def rope_scaling(config: PretrainedConfig) -> tuple[str | None, int]:
         return None, 0
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return ("dynamic" if "dynamic" in kinds else "longrope"), original
+
+
+def last_position(config: PretrainedConfig) -> int | None:
+    """How many positions a model has; None for one without that limit. config: of the text model."""
+    # Dynamic RoPE continues beyond the positions in the config.
+    return None if rope_scaling(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None) or None

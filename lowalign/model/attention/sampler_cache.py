@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowalign.model.attention import blockwise
-from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, block_attention, varlen_attention, visible
+from lowalign.model.attention.blockwise import LayerAttention, block_attention, varlen_attention, visible
 from lowalign.model.attention.sampler_layout import PromptBatch, TokenBatch
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
@@ -19,7 +19,7 @@ UNBOUNDED = (-1, -1)  # flash kernel: every query sees every key of its sequence
 
 
 class SamplerCache:
-    """Keys and values of live samples (rows 0..R-1 of `slots`, in any order) and of their prompts.
+    """Keys and values of live samples (rows 0..R-1 of `slots`, those of a prompt side by side) and of their prompts.
 
     soft: its prefix is put before the keys of every prompt. batch: the content of the next forward; set before it.
     """
@@ -104,11 +104,23 @@ def sampler_attention(
 
     sinks (H,): learned logits, each of which takes a share of its head's attention (gpt-oss).
     """
-    compute = _prompt_tokens if isinstance(cache.batch, PromptBatch) else _sample_tokens
-    out, lse = compute(query, key, value, cache, layer)
+    if isinstance(cache.batch, PromptBatch):
+        out, lse = _prompt_tokens(query, key, value, cache, layer)
+    else:
+        flash = blockwise.varlen_applies(query, key, value, layer.softcap)
+        rows, buffers = query[0].transpose(0, 1), cache.store_own(layer.index, key, value)
+        own, own_lse = (_own_varlen if flash else _own)(rows, *buffers, cache.batch, layer)
+        if flash and cache.batch.sees_prompts(layer.window):
+            keys_values, bounds = cache.joined(layer.index), cache.batch.group_bounds
+            prompt, prompt_lse = varlen_attention(rows, *keys_values, bounds, layer.scale, UNBOUNDED)
+        else:
+            prompt, prompt_lse = _shared(rows, cache, layer)
+        share = torch.sigmoid(prompt_lse - own_lse, out=torch.empty_like(own_lse, dtype=own.dtype))
+        out = own.lerp_(prompt, share[..., None])
+        lse = None if sinks is None else torch.logaddexp(own_lse, prompt_lse)
     if sinks is not None:
-        out = out * torch.sigmoid(lse - sinks)[..., None]
-    return out.to(query.dtype)[None]
+        out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+    return out[None]
 
 
 def _prompt_tokens(query: Tensor, key: Tensor, value: Tensor, cache: SamplerCache, layer: LayerAttention):
@@ -133,23 +145,6 @@ def _prompt_tokens(query: Tensor, key: Tensor, value: Tensor, cache: SamplerCach
     return torch.cat(outs), torch.cat(lses)
 
 
-def _sample_tokens(query: Tensor, key: Tensor, value: Tensor, cache: SamplerCache, layer: LayerAttention):
-    """Each row sees its prompt and its own tokens. -> (R, H, D), log-sum-exp (R, H)."""
-    batch, rows = cache.batch, query[0].transpose(0, 1)
-    buffers = cache.store_own(layer.index, key, value)
-    flash = blockwise.varlen_applies(query, key, value, layer.softcap)
-    own, own_lse = (_own_varlen if flash else _own)(rows, *buffers, batch, layer)
-    ordered = rows[batch.order]
-    if flash and batch.sees_prompts(layer.window):
-        shared = varlen_attention(ordered, *cache.joined(layer.index), batch.group_bounds, layer.scale, UNBOUNDED)
-    else:
-        shared = _shared(ordered, cache, layer)
-    prompt, prompt_lse = (x[batch.inverse] for x in shared)
-    share = torch.sigmoid(prompt_lse - own_lse)[..., None]
-    out = own.to(share.dtype).lerp(prompt.to(share.dtype), share)
-    return out, torch.logaddexp(own_lse, prompt_lse)
-
-
 def _own(rows: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, layer: LayerAttention):
     """rows (R, H, D) on the buffers (slots, room, Hkv, D) -> (R, H, D), log-sum-exp (R, H)."""
     k, v = (x[: len(rows), : batch.most_generated + 1].transpose(1, 2) for x in (key, value))
@@ -163,12 +158,11 @@ def _own_varlen(rows: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, lay
     k, v = (x[: len(rows)].flatten(0, 1) for x in (key, value))
     # No window where it would exclude nothing: the kernel is faster without.
     window_size = layer.window_size if layer.window and layer.window <= batch.most_generated else UNBOUNDED
-    bounds = VarlenBounds(batch.own_bounds, batch.own_bounds * key.shape[1], 1, batch.most_generated + 1)
-    return varlen_attention(rows, k, v, bounds, layer.scale, window_size, (batch.places + 1).int())
+    return varlen_attention(rows, k, v, batch.own_bounds(key.shape[1]), layer.scale, window_size, batch.own_keys)
 
 
 def _shared(rows: Tensor, cache: SamplerCache, layer: LayerAttention):
-    """rows (R, H, D), ordered by prompt, on the keys of their prompts -> (R, H, D), log-sum-exp (R, H)."""
+    """rows (R, H, D) on the keys of their prompts -> (R, H, D), log-sum-exp (R, H)."""
     outs, lses = [], []
     for group in cache.batch.groups:
         k, v = (x.transpose(0, 1)[None] for x in cache.prompt(layer.index, group.prompt))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowalign.model.attention.blockwise import VarlenBounds, cumulative, visible
+from lowalign.model.attention.blockwise import VarlenBounds, visible
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PromptBatch:
 
 
 class Group(NamedTuple):
-    """Rows start..stop, in the order by prompts, which share one prompt with `length` keys."""
+    """Rows start..stop, which share one prompt with `length` keys."""
 
     prompt: int
     start: int
@@ -36,9 +36,10 @@ class Group(NamedTuple):
 
 @dataclass
 class TokenBatch:
-    """A forward of one token for each of R samples.
+    """A forward of one token for each of R samples, those of a prompt side by side.
 
-    Per row: the number of its prompt, the keys of that prompt, how many tokens it generated before this one.
+    Per row: the number of its prompt, the keys of that prompt, how many tokens it generated before this one. What the layers
+    have in common is computed once, when the first of them needs it.
     """
 
     prompts: list[int]
@@ -46,25 +47,30 @@ class TokenBatch:
     generated: list[int]
     device: torch.device
     masks: dict[tuple, Tensor] = field(default_factory=dict)
+    _own_bounds: dict[int, VarlenBounds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.most_generated = max(self.generated)
         self.farthest = max(map(sum, zip(self.prompt_lengths, self.generated, strict=True)))
         self.rows = torch.arange(len(self.generated), device=self.device)
         self.places = torch.tensor(self.generated, device=self.device)  # of the token among its sample's own
-        order = sorted(range(len(self.generated)), key=self.prompts.__getitem__)
-        self.order = torch.tensor(order, device=self.device)
-        self.inverse = self.order.argsort()
-        prompts = [self.prompts[r] for r in order]
-        starts = [i for i in range(len(order)) if not i or prompts[i] != prompts[i - 1]]
-        stops = [*starts[1:], len(order)]
-        lengths = [self.prompt_lengths[r] for r in order]
-        self.groups = [Group(prompts[a], a, b, lengths[a]) for a, b in zip(starts, stops, strict=True)]
+        starts = [r for r, prompt in enumerate(self.prompts) if not r or prompt != self.prompts[r - 1]]
+        stops = [*starts[1:], len(self.prompts)]
+        self.groups = [Group(self.prompts[a], a, b, self.prompt_lengths[a]) for a, b in zip(starts, stops, strict=True)]
+        if len({group.prompt for group in self.groups}) < len(self.groups):
+            raise ValueError(f"the samples of a prompt must be side by side: {self.prompts}")
+
+    def own_bounds(self, room: int) -> VarlenBounds:
+        """Each row is a sequence of one query on `room` keys, of which it uses `own_keys`."""
+        if room not in self._own_bounds:
+            bounds = torch.arange(len(self.generated) + 1, dtype=torch.int32, device=self.device)
+            self._own_bounds[room] = VarlenBounds(bounds, bounds * room, 1, self.most_generated + 1)
+        return self._own_bounds[room]
 
     @cached_property
-    def own_bounds(self) -> Tensor:
-        """(R + 1,) int32: each row is a sequence of one query."""
-        return cumulative([1] * len(self.generated), self.device)
+    def own_keys(self) -> Tensor:
+        """(R,) int32: own keys of each row, with that of this token."""
+        return (self.places + 1).int()
 
     @cached_property
     def group_bounds(self) -> VarlenBounds:
@@ -91,6 +97,6 @@ class TokenBatch:
             return None
         key = (group.prompt, window)
         if key not in self.masks:
-            positions = group.length + self.places[self.order[group.start : group.stop]]
+            positions = group.length + self.places[group.start : group.stop]
             self.masks[key] = visible(positions, torch.arange(group.length, device=self.device), window)
         return self.masks[key]

@@ -1,6 +1,6 @@
 """The frozen base: loaded (in 4 bit), identified, and never changed."""
 
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +8,21 @@ import bitsandbytes as bnb
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lowalign import processes
 from lowalign.errors import UserError
 from lowalign.log import log
+from lowalign.model.attention.device import compute_device
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION
-from lowalign.model.base import weights
-from lowalign.model.base.hub import BASE_FILES, load_tokenizer, refuse_own_code, resolve
+from lowalign.model.attention.packed import check_attention
+from lowalign.model.base import card_memory, weights
+from lowalign.model.base.device import device_of
+from lowalign.model.base.embedding import move_to_cpu
+from lowalign.model.base.fuse import fuse
+from lowalign.model.base.fused_ops import Compile
+from lowalign.model.base.hub import BASE_FILES, load_config, load_tokenizer, resolve
 from lowalign.model.base.identity import Identity, checksum, identify
 from lowalign.model.base.probe import probe
 
@@ -28,7 +35,7 @@ class Base:
 
     packed: whether packed attention is exact for this architecture. If not, `why_not` is the reason, and every completion
     is computed as a row of its own. unquantized: share of the weights that are not in 4 bit. eos_ids: tokens that end a
-    completion.
+    completion. exact: LoRAs on it are computed by peft's code.
     """
 
     model: nn.Module
@@ -39,6 +46,7 @@ class Base:
     unquantized: float
     packed: bool
     why_not: str = ""
+    exact: bool = False
 
     @classmethod
     def load(
@@ -48,54 +56,47 @@ class Base:
         revision: str | None = None,
         dtype: torch.dtype | str = "bfloat16",
         device: str = "auto",
+        embedding: str = "device",
+        exact: bool = False,
+        compile: Compile = "auto",
+        leave_free: float = 0.7,
         quiet: bool = False,
     ) -> "Base":
         """Load a folder or a Hub model, frozen.
 
         quantization: "nf4" (every linear layer but the LM head, with double quantization, arXiv 2305.14314), or "none".
-        dtype: of computations, embeddings, norms and LM head. Raises UserError for a model that cannot be a base (no
-        safetensors, own code, encoder-decoder, quantized otherwise), for weights that are missing, too many or not
-        finite, and when free memory is too small.
+        dtype: of computations, embeddings, norms and LM head. embedding: "cpu" keeps it in CPU memory. exact: compute by
+        the code of transformers and peft alone. compile: what is fused otherwise; "auto": on a GPU. leave_free: GiB of a
+        card that are not used. Raises UserError for a model
+        that cannot be a base (no safetensors, own code, encoder-decoder, quantized otherwise), for weights that are
+        missing, too many or not finite, and when free memory is too small.
         """
         if quantization not in ("nf4", "none"):
             raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
+        device = device_of(str(device))
         folder, commit = resolve(str(path_or_hub_id), revision, BASE_FILES)
         config = _checked_config(folder, quantization)
-        head = _check_memory(folder, config, quantization, dtype, device)
-        options = {}
-        if quantization == "nf4" and not getattr(config, "quantization_config", None):
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=[head],
-            )
-        with quiet_transformers(), weights.explained(folder):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                **options,
-            )
-        weights.refuse_incomplete(folder, config, loading)
-        weights.refuse_not_finite(folder, model)
+        if device.startswith("cuda"):
+            card_memory.limit(device, leave_free)
+        head = _check_memory(folder, config, quantization, dtype, device, leave_free)
+        to_quantize = quantization == "nf4" and not getattr(config, "quantization_config", None)
+        model = _load_model(folder, config, dtype, device, nf4_config(dtype, head) if to_quantize else None)
         tokenizer = load_tokenizer(str(folder))
         freeze(model)
+        if not exact:
+            fuse(model, compile)
+        if embedding == "cpu":
+            move_to_cpu(model)
         packed, why_not = probe(config)
+        if packed and (wrong := check_attention(config.get_text_config(), compute_device(model), dtype)):
+            packed, why_not = False, f"its attention was tested on {device}, and {wrong}"
         if packed:
             model.set_attn_implementation(ATTN_IMPLEMENTATION)
         eos_ids = _eos_ids(model, tokenizer)
         set_pad_token(tokenizer, eos_ids)
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
-        base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not)
+        base = cls(model, tokenizer, identity, folder, eos_ids, _unquantized(model), packed, why_not, exact)
         if not quiet:
             log(base.summary())
         return base
@@ -103,7 +104,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.model.get_input_embeddings().weight.device
+        return compute_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,28 +148,54 @@ def freeze(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _checked_config(folder: Path, quantization: str):
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read ({error}): this is not a model folder") from error
-    refuse_own_code(folder)
-    if raw.get("is_encoder_decoder"):
+def nf4_config(dtype: torch.dtype, skipped: str) -> BitsAndBytesConfig:
+    """NF4 with double quantization of every linear layer but one. dtype: of its computations. skipped: the head."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[skipped],
+    )
+
+
+def _load_model(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, quantization: BitsAndBytesConfig | None
+) -> nn.Module:
+    """The model with all its weights. Raises UserError when some are missing, too many, damaged or not finite."""
+    options = {} if quantization is None else {"quantization_config": quantization}
+    with quiet_transformers(bars=sys.stderr.isatty() and processes.is_main()), weights.explained(folder):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **options,
+        )
+    weights.refuse_incomplete(folder, config, loading)
+    weights.refuse_not_finite(folder, model)
+    return model
+
+
+def _checked_config(folder: Path, quantization: str) -> PretrainedConfig:
+    config = load_config(folder)
+    if config.is_encoder_decoder:
         raise UserError(f"{folder} is an encoder-decoder model; lowalign trains causal language models")
-    scheme = raw.get("quantization_config") or {}
+    scheme = getattr(config, "quantization_config", None) or {}
     ours = scheme.get("quant_method") == "bitsandbytes" and scheme.get("bnb_4bit_quant_type") == "nf4"
     if scheme and not (ours and quantization == "nf4"):
         method = scheme.get("quant_method", "an unknown scheme")
         raise UserError(f"{folder} is already quantized ({method}); load the original 16-bit weights instead")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no *.safetensors file; other formats can hold code and are not read. Convert it first (transformers: model.save_pretrained)")  # fmt: skip
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"transformers does not know the model in {folder}: {error}") from error
+    return config
 
 
-def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, device: str) -> str:
+def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, device: str, leave_free: float) -> str:
     """-> the name of the LM head, which is not quantized. Raises UserError when the model does not fit in free memory."""
     with torch.device("meta"), quiet_transformers():
         try:
@@ -184,7 +211,8 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
     need = int(four_bit * NF4_BYTES + rest * dtype.itemsize)
     # During loading, the largest tensor is in memory a second time, as stored.
     need += weights.largest_tensor(folder)
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    on_card = device.startswith("cuda")
+    free = card_memory.free(device, leave_free) if on_card else psutil.virtual_memory().available
     if need > free:
         advice = "" if quantization == "nf4" else ' or load it with quantization "nf4"'
         raise UserError(f"the base needs {need / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; free some memory{advice}")  # fmt: skip
@@ -226,13 +254,17 @@ def _unquantized(model: nn.Module) -> float:
 
 
 class quiet_transformers:
-    """Context manager: no progress bars and no advice from transformers while loading."""
+    """Context manager: no advice from transformers while loading, and no progress bars unless `bars`."""
+
+    def __init__(self, bars: bool = False) -> None:
+        self.shown = bars
 
     def __enter__(self) -> None:
         self.verbosity = transformers_logging.get_verbosity()
         self.bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if not self.shown:
+            transformers_logging.disable_progress_bar()
 
     def __exit__(self, *error) -> None:
         transformers_logging.set_verbosity(self.verbosity)

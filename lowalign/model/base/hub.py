@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lowalign.errors import UserError
@@ -66,6 +66,19 @@ def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrain
         raise UserError(
             f"the tokenizer of {path_or_hub_id} cannot be loaded ({type(error).__name__}: {reason})"
         ) from error
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder; code in it is never run. Raises UserError."""
+    try:
+        json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a model folder: config.json cannot be read ({error})") from error
+    refuse_own_code(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"transformers does not know the model in {folder}: {error}") from error
 
 
 def refuse_own_code(folder: Path) -> None:

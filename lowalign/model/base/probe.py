@@ -28,7 +28,7 @@ def probe(config: PretrainedConfig) -> tuple[bool, str]:
     if kinds:
         return False, f"its layers are of type {', '.join(sorted(kinds))}"
     try:
-        model = _small(text)
+        model = small_model(text)
         packed, rows = _packed(model), _rows(model)
     except UnsupportedAttentionError as error:
         return False, f"its attention uses {error}"
@@ -41,7 +41,7 @@ def probe(config: PretrainedConfig) -> tuple[bool, str]:
     return True, ""
 
 
-def _small(config: PretrainedConfig) -> nn.Module:
+def small_model(config: PretrainedConfig) -> nn.Module:
     """A model of the same class with two layers, one of each layer type, and the same head size and groups of heads."""
     small = copy.deepcopy(config)
     heads = config.num_attention_heads
@@ -78,7 +78,7 @@ def _small(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def _examples() -> list[Example]:
+def probe_examples() -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(0, 128, (n,), generator=generator).tolist()  # noqa: E731
     return [Example(draw(14), [draw(11), draw(9)]), Example(draw(5), [draw(12)]), Example([], [draw(10)])]
@@ -87,7 +87,7 @@ def _examples() -> list[Example]:
 @torch.no_grad()
 def _packed(model: nn.Module) -> Tensor:
     model.set_attn_implementation(ATTN_IMPLEMENTATION)
-    row = pack(_examples())
+    row = pack(probe_examples())
     with no_mask():
         hidden = model.base_model(
             input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False, layout=Layout(row.segments)
@@ -99,7 +99,7 @@ def _packed(model: nn.Module) -> Tensor:
 def _rows(model: nn.Module) -> Tensor:
     model.set_attn_implementation("eager")
     logps = []
-    for example in _examples():
+    for example in probe_examples():
         for completion in example.completions:
             ids = torch.tensor(example.prompt + completion)
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()

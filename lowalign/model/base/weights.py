@@ -21,6 +21,7 @@ from lowalign.errors import UserError
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
 # Of a multimodal checkpoint, from which only the language model is loaded.
 TOWERS = r"(^|[._])(vision|visual|audio|multi_modal_projector)[._]"
+LFS_POINTER = b"version https://git-lfs"
 NAMED = 3  # weights that a message names
 
 
@@ -33,8 +34,16 @@ def largest_tensor(folder: Path) -> int:
                 sizes = (2 * math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
                 largest = max(largest, *sizes, 0)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or incomplete ({error}); download it again") from error
+            raise damaged(file, error) from error
     return largest
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """For a file of weights that cannot be read."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            return UserError(f"{file} is a Git LFS pointer, not the weights; download it again (`git lfs pull`)")
+    return UserError(f"{file} is damaged or incomplete ({error}); download it again")
 
 
 @contextlib.contextmanager
@@ -97,7 +106,17 @@ def refuse_not_finite(folder: Path, model: nn.Module) -> None:
         return
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise UserError(f"{folder} has NaN or infinity in {_some(broken)}; download it again")
+        raise UserError(f"{_files_of(folder, broken)} has NaN or infinity in {_some(broken)}; download it again")
+
+
+def _files_of(folder: Path, names: Iterable[str]) -> str:
+    """The files of a folder that hold weights of these names in the model, or the folder where their names differ."""
+    files = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            if any(name == key or name.endswith(f".{key}") for name in names for key in f.keys()):  # noqa: SIM118
+                files.append(str(file))
+    return ", ".join(files) or str(folder)
 
 
 def _some(names: Iterable[str]) -> str:

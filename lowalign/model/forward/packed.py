@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowalign.data.pack import Example, Pack, pack
+from lowalign.model.attention.device import compute_device
 from lowalign.model.attention.interface import no_mask
 from lowalign.model.attention.packed import Layout
 from lowalign.model.attention.rope import rope_scaling
 from lowalign.model.attention.soft_prompt import SoftPrompt
 from lowalign.model.forward.logprob import LMHead, token_logprobs
+from lowalign.model.forward.noise import noise_wanted, with_noise
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,13 @@ def apply_scalar_head(hidden: Tensor, scalar_head: Tensor) -> Tensor:
 
 def hidden_states(model: nn.Module, row: Pack, soft: SoftPrompt) -> Tensor:
     """(T, hidden): the last hidden states of a Pack."""
-    if soft.embeddings is None:
+    if soft.embeddings is None and not noise_wanted():
         inputs = {"input_ids": row.ids[None]}
     else:
         words = model.get_input_embeddings()(row.ids.clamp(min=0))
+        words = with_noise(words, row.positions) if noise_wanted() else words
+        inputs = {"inputs_embeds": words[None]}
+    if soft.embeddings is not None:
         virtual = soft.embeddings.to(words.dtype)[row.virtual.clamp(min=0)]
         # Not in place: writing into the embeddings would lose the gradient of the virtual tokens.
         inputs = {"inputs_embeds": torch.where(row.virtual[:, None] >= 0, virtual, words)[None]}
@@ -117,7 +122,7 @@ def hidden_states(model: nn.Module, row: Pack, soft: SoftPrompt) -> Tensor:
 
 def pack_behind(soft: SoftPrompt, examples: Sequence[Example], model: nn.Module) -> Pack:
     """A Pack of the Examples, each behind the soft prompt, on the model's device."""
-    return pack(examples, soft.virtual_tokens, soft.prefix_length).to(model.get_input_embeddings().weight.device)
+    return pack(examples, soft.virtual_tokens, soft.prefix_length).to(compute_device(model))
 
 
 def _groups(config: PretrainedConfig, examples: Sequence[Example], soft: SoftPrompt) -> list[list[int]]:

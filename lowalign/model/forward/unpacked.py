@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from lowalign.config.sections import Sampling
 from lowalign.data.pack import Example
+from lowalign.model.attention.device import compute_device
 from lowalign.model.attention.soft_prompt import KeysValues, SoftPrompt
 from lowalign.model.forward.packed import TokenOutputs, TokenRequest, apply_scalar_head
 from lowalign.model.sampling.batcher import Completion, PromptTask, SampledModel
@@ -83,7 +84,7 @@ def row_states(model: nn.Module, examples: Sequence[Example], soft: SoftPrompt) 
 def keys_values(model: nn.Module, ids: list[int]) -> list[KeysValues]:
     """For each layer the keys and values of a row of tokens, (1, kv_heads, len(ids), head_dim) each."""
     cache = DynamicCache()  # without the model's config it keeps keys outside a window too
-    row = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    row = torch.tensor([ids], device=compute_device(model))
     model.base_model(input_ids=row, past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -112,7 +113,7 @@ def _hidden(model: nn.Module, ids: list[int], soft: SoftPrompt, keep: int) -> Te
 def _inputs(model: nn.Module, ids: list[int], soft: SoftPrompt, use_cache: bool) -> dict[str, Any]:
     """The arguments of a forward of one row behind a soft prompt."""
     embed = model.get_input_embeddings()
-    device = embed.weight.device
+    device = compute_device(model)
     words = soft.prepend(embed(torch.tensor(ids, dtype=torch.long, device=device)))
     first, layers = soft.prefix_length, len(soft.keys_values or ())
     cache = DynamicCache(config=model.config) if layers or use_cache else None

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
+from lowalign.log import BAR_DELAY, progress
+from lowalign.model.attention.device import compute_device
 from lowalign.model.attention.interface import ATTN_IMPLEMENTATION, no_mask
 from lowalign.model.attention.sampler_cache import SamplerCache
 from lowalign.model.attention.sampler_layout import PromptBatch, TokenBatch
@@ -39,7 +41,7 @@ class SampledModel:
     @property
     def device(self) -> torch.device:
         """Of its embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        return compute_device(self.model)
 
 
 @dataclass
@@ -90,6 +92,9 @@ class SampleBatcher:
         self.sampled, self.sampling, self.device = sampled, sampling, sampled.device
         self.waiting = deque(waiting)
         self.max_rows = min(max_rows, len(self.waiting))
+        # A mask of four dimensions is handed down as it is. Without one transformers looks for packed rows in each forward, for
+        # which the CPU waits for the card. The attention does not read it.
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         limits = [p.limit for p, _ in waiting]
         fitting = max(1, sampling.batch_tokens // min(limits))  # rows that `_admit` can let in at a time
         self.cache = SamplerCache(min(self.max_rows, fitting), max(limits), sampled.soft)
@@ -102,12 +107,16 @@ class SampleBatcher:
 
     def finish(self) -> None:
         """Sample everything that waits into `done`, by (prompt, number)."""
-        while self.waiting or self.rows:
-            self._start(self._admit())
-            self._retire()
-            if self.rows:
-                self._append(self.rows, self._next_logits())
+        total = len(self.waiting)
+        options = {"total": total, "unit": "completion", "desc": "sampling", "leave": False, "delay": BAR_DELAY}
+        with progress(total > 1, **options) as bar:  # a single completion is streamed by the caller
+            while self.waiting or self.rows:
+                self._start(self._admit())
                 self._retire()
+                if self.rows:
+                    self._append(self.rows, self._next_logits())
+                    self._retire()
+                bar.update(len(self.done) - bar.n)
 
     def _admit(self) -> list[PartialCompletion]:
         """Take as many waiting samples as fit beside the live ones, at least one if none is live."""
@@ -172,8 +181,9 @@ class SampleBatcher:
         self.sampled.check()
         with no_mask():
             output = self.sampled.model(
-                **inputs, position_ids=positions[None].to(self.device), use_cache=False, sampler_cache=self.cache
-            )
+                **inputs, position_ids=positions[None].to(self.device), attention_mask=self.mask, use_cache=False,
+                sampler_cache=self.cache,
+            )  # fmt: skip
         return output.logits[0]
 
     def _append(self, rows: list[PartialCompletion], logits: Tensor) -> None:
@@ -197,20 +207,35 @@ class SampleBatcher:
             self.sampled.on_token(token)
 
     def _retire(self) -> None:
-        """Remove finished rows, move the last live ones into their slots, free prompts that no sample needs."""
+        """Remove finished rows, close the gaps, free prompts that no sample needs."""
         stopped = [self.sampled.ends(row.ids) for row in self.rows]
         finished = [stop or len(row.ids) == row.prompt.limit for row, stop in zip(self.rows, stopped, strict=True)]
         for row, stop, end in zip(self.rows, stopped, finished, strict=True):
             if end:
                 self.done[row.prompt.index, row.number] = Completion(row.ids, torch.tensor(row.logprobs), stop)
-        live = finished.count(False)
-        holes = [r for r in range(live) if finished[r]]
-        movers = [r for r in range(live, len(finished)) if not finished[r]]
-        if movers:
-            self.cache.move(movers, holes, max(len(self.rows[r].ids) for r in movers) - 1)
-        for hole, mover in zip(holes, movers, strict=True):
-            self.rows[hole] = self.rows[mover]
-        del self.rows[live:]
+        sources, targets = moves([row.prompt.index for row in self.rows], finished)
+        if sources:
+            self.cache.move(sources, targets, max(len(self.rows[r].ids) for r in sources) - 1)
+        rows = list(self.rows)
+        for source, target in zip(sources, targets, strict=True):
+            rows[target] = self.rows[source]
+        self.rows = rows[: finished.count(False)]
         needed = {row.prompt.index for row in self.rows} | self.first_logits.keys()
         self.cached_prompts = {i: prompt for i, prompt in self.cached_prompts.items() if i in needed}
         self.cache.keep(needed)
+
+
+def moves(prompts: Sequence[int], finished: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Rows to move, and the slots to move them to, so that the live ones fill the first slots and the rows of a prompt, which
+    are side by side, stay so. A live row stays where it is if that slot belongs to its prompt afterwards."""
+    rows: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        if not finished[row]:
+            rows.setdefault(prompt, []).append(row)
+    sources, targets, start = [], [], 0
+    for own in rows.values():
+        slots = range(start, start + len(own))
+        sources += [row for row in own if row not in slots]
+        targets += [slot for slot in slots if slot not in own]
+        start = slots.stop
+    return sources, targets

@@ -10,7 +10,7 @@ from lowalign.config.sections import Sampling
 from lowalign.data.micro_batches import free_memory, out_of_memory
 from lowalign.errors import UserError
 from lowalign.log import log
-from lowalign.model.attention.rope import rope_scaling
+from lowalign.model.attention.rope import last_position, rope_scaling
 from lowalign.model.sampling.batcher import Completion, PromptTask, SampleBatcher, SampledModel
 
 
@@ -49,9 +49,7 @@ def prompt_tasks(
             f"n must be at least 1 and seeds one per prompt: n = {n}, {len(seeds)} seeds, {len(prompts)} prompts"
         )
     config = sampled.model.config.get_text_config()
-    # Dynamic RoPE continues beyond the positions in the config.
-    last = None if rope_scaling(config)[0] == "dynamic" else getattr(config, "max_position_embeddings", None)
-    positions = last or math.inf
+    positions = last_position(config) or math.inf
     tasks = []
     for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
         length = sampled.soft.length + len(ids)

@@ -228,7 +228,7 @@ def test_the_calls_of_the_varlen_kernel(kind, soft, monkeypatch):
     assert len(calls) > 50
 
 
-@pytest.mark.parametrize("broken", ["", "lse", "used", "window", "many", "old", "refuses"])
+@pytest.mark.parametrize("broken", ["", "lse", "used", "window", "no window", "prompt", "many", "old", "refuses"])
 def test_a_wrong_varlen_kernel_is_not_used(broken, monkeypatch, capsys):
     """One line is logged. The check runs against the definition of the kernel."""
 
@@ -240,7 +240,11 @@ def test_a_wrong_varlen_kernel_is_not_used(broken, monkeypatch, capsys):
             used = used + 1
         if broken == "window" and window[0] > 0:
             window = (window[0] + 1, 0)
+        if broken == "no window":
+            window = (-1, window[1])
         options = {"return_aux": return_aux, "enable_gqa": enable_gqa, "scale": scale}
+        if broken == "prompt" and used is None:  # samples see the last key of their prompt only
+            window = (0, window[1])
         out, lse = reference_varlen(*args, seqused_k=used, window_size=window, **options)
         if broken == "many" and args[6] > 256:  # keys of the longest sequence
             out = out * 0.9

@@ -117,6 +117,8 @@ def test_shards(tmp_path):
     loaded = load(tmp_path).model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
     content = shards[1].read_bytes()
+    shards[1].write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    refused(tmp_path, f"{shards[1]} is a Git LFS pointer, not the weights")
     shards[1].write_bytes(content[: len(content) // 2])
     refused(tmp_path, f"{shards[1]} is damaged")
     shards[1].unlink()
@@ -144,7 +146,7 @@ def test_a_4_bit_checkpoint(folders, tmp_path):
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.input_layernorm.weight"])
 def test_weights_that_are_not_finite(folders, tmp_path, name, value):
     folder = edited(folders["llama"], tmp_path / "m", lambda w: w[name].view(-1)[3:4].fill_(value))
-    refused(folder, f"NaN or infinity in {name}", quantization="nf4")
+    refused(folder, f"{folder / FILE} has NaN or infinity in {name}", quantization="nf4")
 
 
 def test_the_language_model_of_a_multimodal_checkpoint(tmp_path):

@@ -12,7 +12,7 @@ from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
 from lowalign.model.attention.sampler_layout import TokenBatch
 from lowalign.model.forward.unpacked import row_sample
-from lowalign.model.sampling.batcher import SampledModel
+from lowalign.model.sampling.batcher import SampledModel, moves
 from lowalign.model.sampling.sample import sample_batched
 from tests.model.attention.test_sampler_cache import (
     GREEDY,
@@ -165,6 +165,25 @@ def test_keys_and_values_stay_within_the_budget(budget, rows):
     assert budget / 2 < max(tokens[10:]) <= budget
 
 
+def test_rows_of_a_prompt_stay_side_by_side():
+    """Whatever rows finish: the live ones fill the first slots, each is kept once, and few are copied."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sizes = torch.randint(1, 5, (6,), generator=random).tolist()
+        prompts = [p for p, size in enumerate(sizes) for _ in range(size)]
+        finished = (torch.rand(len(prompts), generator=random) < 0.4).tolist()
+        sources, targets = moves(prompts, finished)
+        slots: list = list(range(len(prompts)))
+        for source, target in zip(sources, targets, strict=True):
+            slots[target] = source
+        live = [r for r, end in enumerate(finished) if not end]
+        kept = slots[: len(live)]
+        assert sorted(kept) == live
+        assert [prompts[r] for r in kept] == [prompts[r] for r in live]
+        assert not set(sources) & {slot for slot, row in enumerate(kept) if slot == row}
+    assert moves([0, 0, 0, 1, 1], [False, True, False, False, False]) == ([2, 4], [1, 2])
+
+
 # -- the distribution -------------------------------------------------------------------------------------------------
 
 
@@ -288,5 +307,6 @@ def test_refusals():
     ],
 )
 def test_settings_out_of_range(wrong):
-    with pytest.raises(UserError, match=f"^{next(iter(wrong))} is "):
+    flag = next(iter(wrong)).replace("_", "-")
+    with pytest.raises(UserError, match=f"^--sampling.{flag} is "):
         Sampling(**wrong)

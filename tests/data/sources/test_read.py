@@ -7,7 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lowalign.data.rows.read import BadRow, Row, read_rows
+from lowalign.data.sources.read import read_rows
+from lowalign.data.sources.row import BadRow, Row
 from lowalign.errors import UserError
 
 
@@ -52,47 +53,61 @@ def test_limit_counts_bad_rows_too(tmp_path: Path, name: str) -> None:
     assert [type(row) for row in read_rows(str(path), 9)] == [Row, BadRow, Row]
 
 
-def test_hub_datasets_are_numbered_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> list[tuple]:
+    """A Hub with one dataset, whose rows are a, b, c. Returns the list of what is asked of it."""
     calls = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        calls.append((name, split))
+    def load_dataset(name: str, subset: str | None, *, split: str, **options: object) -> datasets.Dataset:
+        calls.append((name, subset, split, options))
+        if error:
+            raise error
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}, {"text": "c"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_datasets_are_numbered_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hub(monkeypatch)
     rows = read_rows("someone/things", limit=2)
     assert [(row.where, row.data) for row in rows] == [
         ("someone/things:train:1", {"text": "a"}),
         ("someone/things:train:2", {"text": "b"}),
     ]
     assert [row.where for row in read_rows("things:test")] == ["things:test:1", "things:test:2", "things:test:3"]
-    assert calls == [("someone/things", "train"), ("things", "test")]
+    read_rows("openai/gsm8k:main:train[:1000]@v1.2/x")
+    read_rows("a/b@main")
+    read_rows("a/b:test[10%:20%]")
+    safe = {"trust_remote_code": False}
+    assert calls == [
+        ("someone/things", None, "train", safe | {"revision": None}),
+        ("things", None, "test", safe | {"revision": None}),
+        ("openai/gsm8k", "main", "train[:1000]", safe | {"revision": "v1.2/x"}),
+        ("a/b", None, "train", safe | {"revision": "main"}),
+        ("a/b", None, "test[10%:20%]", safe | {"revision": None}),
+    ]
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> None:
-        raise ConnectionError(f"cannot reach {name}\nlong story")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub(monkeypatch, ConnectionError("cannot reach no/where\nlong story"))
     (tmp_path / "train.jsonl").write_text("{}")
-    (tmp_path / "train.csv").write_text("a,b")
+    (tmp_path / "train.txt").write_text("a,b")
     (tmp_path / "wide.json").write_text("[]", encoding="utf-16")
     (tmp_path / "wider.json").write_bytes('{"a": 1}'.encode("utf-16-le"))
+    (tmp_path / "empty").mkdir()
     close = f"; did you mean {tmp_path / 'train.jsonl'}?"
+    kinds = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow"
+    utf16 = "is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8"
     messages = {
-        str(tmp_path / "trian.jsonl"): f"{tmp_path}/trian.jsonl: no such file{close}",
-        str(tmp_path / "nothing" / "at" / "all"): f"{tmp_path}/nothing/at/all: no such file",
-        str(tmp_path): f"{tmp_path} is a folder; name the JSON or JSONL files in it",
-        str(
-            tmp_path / "train.csv"
-        ): f"{tmp_path}/train.csv: cannot read .csv files; convert it to JSON or JSONL (see docs/data.md)",
-        str(
-            tmp_path / "wide.json"
-        ): f"{tmp_path}/wide.json is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8",
-        str(
-            tmp_path / "wider.json"
-        ): f"{tmp_path}/wider.json is not in UTF-8 (UTF-16 or UTF-32, it seems); save it as UTF-8",
-        "no/where": "no/where: no such file, and as a Hub dataset it cannot be loaded (ConnectionError: cannot reach no/where)",
+        f"{tmp_path}/trian.jsonl": f"{tmp_path}/trian.jsonl: no such file{close}",
+        f"{tmp_path}/nothing/at/all": f"{tmp_path}/nothing/at/all: no such file",
+        f"{tmp_path}/empty": f"{tmp_path}/empty is a folder without a file of rows ({kinds})",
+        f"{tmp_path}/*.csv": f"{tmp_path}/*.csv: no file matches",
+        f"{tmp_path}/train.txt": f"{tmp_path}/train.txt: cannot read .txt files; rows can be in {kinds}",
+        f"{tmp_path}/wide.json": f"{tmp_path}/wide.json {utf16}",
+        f"{tmp_path}/wider.json": f"{tmp_path}/wider.json {utf16}",
+        "no/where": "no/where: no such file, and as a Hub dataset (NAME:SUBSET:SPLIT@REVISION) it cannot be loaded "
+        "(ConnectionError: cannot reach no/where long story)",
     }
     for name, message in messages.items():
         with pytest.raises(UserError) as caught:
