@@ -56,7 +56,7 @@ def test_stock_peft_gives_equal_logits(kind, small_base, shared, tmp_path):
         hidden = hidden_states(host.base.model, row, soft)
         got = host.base.model.lm_head(hidden[-24:])
     stock = PeftModel.from_pretrained(
-        Base.load(small_base, device="cpu", quiet=True).model,
+        Base.load(small_base, device="cpu", exact=True, quiet=True).model,
         str(out / "adapter"),
         autocast_adapter_dtype=kind != "lora",
     ).eval()
