@@ -35,7 +35,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.rewards.function import FunctionReward, Samples, same_columns
 from lowalign.rewards.reward_run import check_reward_runs
 from lowalign.rewards.rewards import RewardOptions, Rewards, load_functions, load_rewards
@@ -84,7 +84,9 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template(config.adapter))
     _, runs = files_and_runs(config.reward)
-    chat.positions = room(base.folder if base else config.model, config.base.revision, [*config.adapter, *runs])
+    chat.positions = usable_positions(
+        base.folder if base else config.model, config.base.revision, [*config.adapter, *runs]
+    )
     data = config.data
     prompts = distinct_prompts(data.files, chat, data.limit, data.max_length, data.prompt_format)
     formats = formats_of(row.prompt for row, _ in prompts)

@@ -27,7 +27,7 @@ from lowalign.model.adapters.files import adapter_template, common_format, refus
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.rewards.comparison import Judged, figures, markdown
 from lowalign.rewards.function import same_columns
 from lowalign.rewards.judge_prompt import JudgePrompt
@@ -67,7 +67,9 @@ class _Comparison:
         adapters = adapters_of(config.policies)
         refuse_reward_runs(adapters)
         self.tokenizer = base.tokenizer if base else load_tokenizer(self.model, config.base.revision)
-        self.positions = room(base.folder if base else self.model, config.base.revision, [*adapters, *self.judge_runs])
+        self.positions = usable_positions(
+            base.folder if base else self.model, config.base.revision, [*adapters, *self.judge_runs]
+        )
         self.policies = read_policies(config.policies, self.tokenizer, self.positions)
         first = self.policies[0].chat
         option = config.data.prompt_format or common_format(adapters)

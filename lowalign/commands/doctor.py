@@ -12,9 +12,9 @@ import psutil
 from packaging.requirements import Requirement
 
 from lowalign import __version__
+from lowalign.config.cards import GIB
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
-GIB = 2**30
 
 
 class Finding(NamedTuple):

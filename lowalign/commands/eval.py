@@ -29,7 +29,7 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_stack
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.rewards.heldout import PerCompletion, implicit_rewards, loss_figures, preference_figures, summed_logps
 from lowalign.rewards.reward_run import score_examples
 
@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig, base: Base | None = None) -> int:
     model = base_named_by(config.model, config.adapter)
     # Errors in rows and adapters are found before a 7B model is loaded.
     tokenizer = base.tokenizer if base else load_tokenizer(model, config.base.revision)
-    positions = room(base.folder if base else model, config.base.revision, config.adapter)
+    positions = usable_positions(base.folder if base else model, config.base.revision, config.adapter)
     policies = read_policies([*dict.fromkeys(("base", *config.adapter))], tokenizer, positions)
     if run_tasks or config.refusals:
         refuse_reward_runs(config.adapter)

@@ -14,8 +14,8 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, load_policy
-from lowalign.model.room import room
-from lowalign.train.output_file import announce_start, output_of, stoppable
+from lowalign.model.positions import usable_positions
+from lowalign.train.output_file import announce_new_file, output_of, stoppable
 from lowalign.train.run_folder import input_hashes
 
 NAMED = 5  # prompts that are too long
@@ -28,7 +28,7 @@ def generate(config: GenerateConfig) -> int:
 
 
 def _run(config: GenerateConfig) -> None:
-    announce_start(config)
+    announce_new_file(config)
     data = config.data
     prompt_format = data.prompt_format or common_format(config.adapter)
     if config.prompt is not None:
@@ -42,7 +42,7 @@ def _run(config: GenerateConfig) -> None:
     # Errors in prompts and adapters are found before a large model is loaded.
     refuse_reward_runs(config.adapter)
     chat = Chat(load_tokenizer(config.model, config.base.revision), adapter_template(config.adapter))
-    chat.positions = room(config.model, config.base.revision, config.adapter)
+    chat.positions = usable_positions(config.model, config.base.revision, config.adapter)
     rows, ids = _fitting(rows, [prompt_ids(chat, row) for row in rows], chat.positions, data.on_error)
     inputs = {"prompts": [row.prompt for row in rows]} | input_hashes((), config.adapter)
     starts = range(0, len(rows), PROMPTS_PER_BLOCK)

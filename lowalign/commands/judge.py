@@ -22,7 +22,7 @@ from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
 from lowalign.model.policy import load_policy
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.rewards.function import FunctionReward, same_columns
 from lowalign.rewards.judge_prompt import JudgePrompt
 from lowalign.rewards.pairwise import ModelJudge, Pair, RewardJudge, Sampled, VerdictLine, report, report_lines
@@ -103,7 +103,7 @@ def _adapters(config: JudgeConfig) -> tuple[str, ...]:
 def _load(config: JudgeConfig, adapters: Sequence[str]) -> tuple[Host, Chat]:
     base = Base.load(config.model, **vars(config.base))
     chat = Chat(base.tokenizer, adapter_template(adapters))
-    chat.positions = room(base.folder, None, adapters)
+    chat.positions = usable_positions(base.folder, None, adapters)
     return Host(base), chat
 
 

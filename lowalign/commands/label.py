@@ -26,7 +26,7 @@ from lowalign.model.adapters.files import common_format, refuse_reward_runs, tra
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.train.lock import lock_folder
 from lowalign.train.run_folder import Journal, content_hashes, input_hashes
 from lowalign.train.signals import Interrupted, StopSignals
@@ -95,7 +95,7 @@ def _sampled(config: LabelConfig, folder: Path, base: Base | None) -> tuple[list
     refuse_reward_runs(adapters)
     model = base_named_by(config.model, config.policies)
     tokenizer = base.tokenizer if base else load_tokenizer(model, config.base.revision)
-    positions = room(base.folder if base else model, config.base.revision, adapters)
+    positions = usable_positions(base.folder if base else model, config.base.revision, adapters)
     policies = read_policies(config.policies, tokenizer, positions)
     data, option = config.data, config.data.prompt_format or common_format(adapters)
     prompts = distinct_prompts(data.files, policies[0].chat, data.limit, data.max_length, option)

@@ -17,9 +17,9 @@ from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.rewards.reward_run import check_reward_runs, load_reward_run, score_examples
-from lowalign.train.output_file import announce_start, output_of, stoppable
+from lowalign.train.output_file import announce_new_file, output_of, stoppable
 from lowalign.train.run_folder import input_hashes
 
 EXAMPLES_PER_BLOCK = 64  # Examples that are scored and written together
@@ -31,10 +31,10 @@ def score(config: ScoreConfig) -> int:
 
 
 def _run(config: ScoreConfig) -> None:
-    announce_start(config)
+    announce_new_file(config)
     tokenizer = load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template((config.adapter,)))
-    chat.positions = room(config.model, config.base.revision, (config.adapter,))
+    chat.positions = usable_positions(config.model, config.base.revision, (config.adapter,))
     files = [load_any(file, chat, config.data) for file in config.data.files]
     formats = {name for data in files for name in data.report["prompt_formats"]}
     check_reward_runs([config.adapter], formats)

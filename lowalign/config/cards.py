@@ -43,7 +43,8 @@ CARDS = {
     "H200": Card(141, 4800, 989.0),
     "B200": Card(180, 8000, 2250.0),
 }
-UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+GIB = 2**30
+UNITS = {"gb": 10**9, "gib": GIB, "mb": 10**6, "mib": 2**20}
 
 
 def card(name: str) -> tuple[str, Card]:

@@ -37,7 +37,7 @@ class Chat:
     """A tokenizer and the template for its conversations.
 
     template: its text. end_of_turn: the id that ends an assistant turn. positions: most tokens of a row that the base has
-    positions for (lowalign.model.room), where the caller sets it.
+    positions for (lowalign.model.positions), where the caller sets it.
     """
 
     def __init__(

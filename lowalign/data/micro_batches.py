@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from lowalign import processes
+from lowalign.config.cards import GIB
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -121,4 +122,4 @@ def free_memory() -> str:
         return ""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    return f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB were free for it)"
+    return f" ({free / GIB:.1f} of {total / GIB:.1f} GiB were free for it)"

@@ -17,7 +17,7 @@ from lowalign.data.sources.row import RowError
 from lowalign.errors import UserError
 
 TEXT, CHAT = "text", "chat"
-OPTION = "--data.prompt-format"
+PROMPT_FORMAT = "--data.prompt-format"
 NAMES = {TEXT: "plain text", CHAT: "turns of a chat"}
 
 
@@ -66,9 +66,9 @@ def check_prompt_format(adapter: str, trained: str | None, formats: Collection[s
     if trained not in NAMES or other is None:
         return
     hint = (
-        f"A string is plain text; {OPTION} chat makes it a turn"
+        f"A string is plain text; {PROMPT_FORMAT} chat makes it a turn"
         if other == TEXT
-        else f"Write prompts and answers as strings, without {OPTION} chat"
+        else f"Write prompts and answers as strings, without {PROMPT_FORMAT} chat"
     )
     raise UserError(f"{adapter} was trained on {NAMES[trained]}, and these prompts are {NAMES[other]}. {hint}")
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from lowalign.config.cards import GIB
 from lowalign.log import log
+from lowalign.model.attention.device import compute_device
 
 ops = torch.ops.mkldnn
 PACKED_ROWS = 32  # of activations, for which oneDNN chooses the layout
@@ -47,17 +49,16 @@ def _four_bit(model: nn.Module) -> list[bnb.nn.Linear4bit]:
 
 def _dequantizes(model: nn.Module, choice: str) -> bool:
     """Whether to dequantize, given the choice and the free memory."""
-    weight = model.get_input_embeddings().weight
-    if choice == "off" or weight.is_meta or (choice == "auto" and weight.device.type != "cpu"):
+    device = compute_device(model)
+    if choice == "off" or device.type == "meta" or (choice == "auto" and device.type != "cpu"):
         return False
     need = dequantized_bytes(model)
-    card = weight.device.type == "cuda"
-    free = torch.cuda.mem_get_info(weight.device)[0] if card else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if need <= SHARE_OF_FREE_MEMORY[choice] * free:
         return need > 0
     if choice == "on":
         log(
-            f"--sampling.dequantize on needs {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: sampling with 4-bit "
+            f"--sampling.dequantize on needs {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free: sampling with 4-bit "
             "weights, slower with the same results"
         )
     return False

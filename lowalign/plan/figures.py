@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lowalign.config.cards import Card
+from lowalign.config.cards import GIB, Card
 from lowalign.plan.dry_run import DryRun, Phase
 from lowalign.plan.meter import Work
 from lowalign.train.optim import state_bytes
 
-GIB = 2**30
 CONTEXT = GIB // 2  # the CUDA context and the kernels it loads; not seen by a dry run
 # Shares of a card's published figures that large kernels reach, and the time to start a small one.
 MATRIX_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.8, 0.85, 2e-6

@@ -1,6 +1,6 @@
 """`--fit`: the options of a run that fit in the memory of the device that trains, and what a prediction is checked with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -8,20 +8,23 @@ import psutil
 import torch
 
 from lowalign.config import cards, recipe
+from lowalign.config.cards import GIB
 from lowalign.config.training import PPOConfig, RunConfig
 from lowalign.data.pack import Example
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.base import card_memory
 from lowalign.model.base.base import Base
+from lowalign.model.base.device import device_of
 from lowalign.plan.dry_run import DryRun
-from lowalign.plan.figures import CONTEXT, GIB, Figures
+from lowalign.plan.figures import CONTEXT, Figures
 from lowalign.plan.meta_base import base_tensors, load_config, meta_base
 from lowalign.plan.planner import Planner, Setting
 from lowalign.plan.verbs import run_phases
+from lowalign.train.peak import Predict
+from lowalign.train.run_folder import RECIPE_FILE
 
 C = TypeVar("C", bound=RunConfig)
-Predict = Callable[[Sequence[Example]], int]
 ENOUGH = 2048  # tokens of a micro-batch, below which a card is not busy: offload rather than take fewer
 FITTED = ("token_budget", "checkpointing", "keep_layers")  # of --train; and --data.max-length
 
@@ -73,12 +76,10 @@ def fitted(config: C, base: Base | None = None) -> tuple[C, Predict | None]:
     """
     if config.fit is None:
         return config, None
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.base.device == "auto" else config.base.device
-    )
+    device = torch.device(device_of(config.base.device))
     architecture = load_config(str(base.folder)) if base else load_config(config.model, config.base.revision)
     predict = prediction(architecture, config, device.type)
-    if config.resume and (config.out / "recipe.yaml").exists():
+    if config.resume and (config.out / RECIPE_FILE).exists():
         return _as_before(config), predict
     vram = _memory(config, device, base)
     planner = Planner(architecture, config, device.type)
@@ -107,7 +108,7 @@ def fitted(config: C, base: Base | None = None) -> tuple[C, Predict | None]:
 
 def _as_before(config: C) -> C:
     """The config with the values that the run in OUT was fitted with."""
-    earlier = recipe.parse(type(config), [], config.out / "recipe.yaml")
+    earlier = recipe.parse(type(config), [], config.out / RECIPE_FILE)
     train = replace(config.train, **{key: getattr(earlier.train, key) for key in FITTED})
     return replace(config, train=train, data=replace(config.data, max_length=earlier.data.max_length))
 

@@ -39,7 +39,7 @@ class Planner:
         c = self.config
         if length is not None:
             return Setting(length, 0)
-        return Setting(c.data.max_length, c.token_budget) if isinstance(c, BestOfNConfig) else Setting(c.data.max_length, c.train.token_budget)  # fmt: skip
+        return Setting(c.data.max_length, c.token_budget if isinstance(c, BestOfNConfig) else c.train.token_budget)
 
     def figures(self, setting: Setting, **changes: Any) -> Figures:
         """Run the phases of one step. changes: r, and options of train."""

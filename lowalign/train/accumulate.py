@@ -48,9 +48,8 @@ class MicroBatches:
             for flat in self.flats.values():
                 flat.zero_grad()
             if seed is not None:
-                torch.manual_seed(
-                    seed + processes.rank()
-                )  # the same dropout on different rows would not be independent
+                # The same dropout on the rows of each process would not be independent.
+                torch.manual_seed(seed + processes.rank())
 
         def compute(micro_batch: list[Example]) -> None:
             self.stop.check()

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowalign import processes
 from lowalign.durable import file_hash, new_folder, remove_folder, remove_leftovers, sync, write_file, write_point
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -122,6 +123,24 @@ def steps(out: Path) -> list[int]:
     """The steps of all checkpoints, in ascending order."""
     matches = (re.fullmatch(r"step-(\d+)", p.name) for p in (out / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in matches if match)
+
+
+def starting_point(out: Path, resume: bool) -> Checkpoint | None:
+    """The checkpoint to continue from; None to start from the beginning. Raises UserError unless OUT fits `resume`."""
+    if not processes.is_main():
+        step = processes.from_main(None)
+        return None if step is None else at_step(out, step)
+    newest = newest_valid(out) if resume else None
+    if newest is not None:
+        log(f"resuming from {newest.folder}")
+    elif steps(out):
+        why = "no checkpoint is intact" if resume else "there are checkpoints of an earlier run: go on with --resume"
+        raise UserError(f"{out}: {why}; or choose another --out")
+    elif resume:
+        log(f"{out} has no checkpoint to resume: starting from the beginning")
+    clean(out, best=newest is None)
+    processes.from_main(None if newest is None else newest.step)
+    return newest
 
 
 def clean(out: Path, best: bool) -> None:

@@ -26,11 +26,10 @@ from lowalign.train.accumulate import MicroBatches
 from lowalign.train.guards import assert_all_have_gradients, assert_base_unchanged, refuse_not_finite
 from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method, MixingMethod, SamplingMethod, TrainableHost
-from lowalign.train.metrics import MetricsLog, NoMetricsLog
+from lowalign.train.metrics import MetricsLog, metrics_log
 from lowalign.train.optim import free_paged_state, load_state, make_optimizer, read_state, schedule, state_bytes
-from lowalign.train.peak import PeakCheck
+from lowalign.train.peak import PeakCheck, Predict
 from lowalign.train.signals import Interrupted, StopSignals
-from lowalign.train.tracker import Tracker
 from lowalign.train.usage import Usage
 
 OnStep = Callable[[int, dict[str, float]], bool | None]
@@ -60,7 +59,7 @@ def train(
     resume: bool = False,
     on_step: OnStep | None = None,
     options: Mapping[str, Any] | None = None,
-    predict: Callable[[Sequence[Example]], int] | None = None,
+    predict: Predict | None = None,
 ) -> Result:
     """Train the method's adapters for `config.steps` optimizer steps; the host then holds the trained weights.
 
@@ -77,49 +76,22 @@ def train(
         raise ValueError("config.steps must be set; the caller converts epochs to steps")
     with processes.joined(), lock_folder(out), StopSignals() as stop:
         run = _Run(host, method, config, out, heldout, stop, predict)
-        start = _starting_point(out, resume)
+        start = checkpoint.starting_point(out, resume)
         if processes.is_main():
             checkpoint.check_space(out, run.checkpoint_bytes(), config.keep)
         if start is not None:
             run.restore(start)
         redo_eval = run.evaluated != run.step
         done = None if start is None else run.step
-        with _metrics_log(config, out, options or {}, done, redo_eval) as metrics_log:
+        with metrics_log(config, out, options or {}, done, redo_eval) as metrics:
             run.train_mode()
             host.check = stop.check
             try:
-                return run.loop(metrics_log, on_step)
+                return run.loop(metrics, on_step)
             finally:
                 host.check = lambda: None
                 host.training(None)
                 free_paged_state(run.optimizer)
-
-
-def _metrics_log(
-    config: TrainConfig, out: Path, options: Mapping[str, Any], done: int | None, redo_eval: bool
-) -> MetricsLog | NoMetricsLog:
-    if not processes.is_main():
-        return NoMetricsLog()
-    tracker = Tracker(config.track, config.run_name, out, options, done) if config.track != "none" else None
-    return MetricsLog(out, tracker, config.steps, done, redo_eval)
-
-
-def _starting_point(out: Path, resume: bool) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from; None to start from the beginning. Raises UserError unless OUT fits `resume`."""
-    if not processes.is_main():
-        step = processes.from_main(None)
-        return None if step is None else checkpoint.at_step(out, step)
-    newest = checkpoint.newest_valid(out) if resume else None
-    if newest is not None:
-        log(f"resuming from {newest.folder}")
-    elif checkpoint.steps(out):
-        why = "no checkpoint is intact" if resume else "there are checkpoints of an earlier run: go on with --resume"
-        raise UserError(f"{out}: {why}; or choose another --out")
-    elif resume:
-        log(f"{out} has no checkpoint to resume: starting from the beginning")
-    checkpoint.clean(out, best=newest is None)
-    processes.from_main(None if newest is None else newest.step)
-    return newest
 
 
 @dataclass
@@ -132,7 +104,7 @@ class _Run:
     out: Path
     heldout: Sequence[Any]
     stop: StopSignals
-    predict: Callable[[Sequence[Example]], int] | None
+    predict: Predict | None
 
     def __post_init__(self) -> None:
         self.host.train_only(*self.method.lr_multipliers)
@@ -151,7 +123,7 @@ class _Run:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def loop(self, metrics_log: MetricsLog, on_step: OnStep | None) -> Result:
+    def loop(self, log_file: MetricsLog, on_step: OnStep | None) -> Result:
         config, stopped_by = self.config, None
         tokens, since = 0, time.perf_counter()
         peak = PeakCheck(self.predict, next(iter(self.flats.values())).master.device)
@@ -160,7 +132,7 @@ class _Run:
             while True:
                 paused = time.perf_counter()
                 if self._evaluation_due():
-                    self.evaluate(metrics_log)
+                    self.evaluate(log_file)
                 if self._save_due():
                     self.save()
                 since += time.perf_counter() - paused
@@ -180,7 +152,7 @@ class _Run:
                     peak.metrics = {}
                 self.metrics |= metrics
                 self.method.last_metrics = metrics
-                metrics_log.step(self.step, metrics, log_due)
+                log_file.step(self.step, metrics, log_due)
                 if log_due:
                     tokens, since = 0, time.perf_counter()
                 if on_step is not None:
@@ -269,7 +241,7 @@ class _Run:
                 self.save()
             raise
 
-    def evaluate(self, metrics_log: MetricsLog) -> None:
+    def evaluate(self, log_file: MetricsLog) -> None:
         """Metrics of the held-out rows; the weights with the lowest loss, or the highest reward, so far are saved."""
         goal, sign = ("reward", -1) if isinstance(self.method, SamplingMethod) else ("loss", 1)
         self.host.training(None)
@@ -287,7 +259,7 @@ class _Run:
             checkpoint.save_best(self.out, self.step, self._weights())
             self.best = {"step": self.step, goal: value}
         self.metrics |= metrics
-        metrics_log.evaluation(self.step, metrics)
+        log_file.evaluation(self.step, metrics)
         self.evaluated = self.step
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from lowalign import processes
+from lowalign.config.sections import TrainConfig
 from lowalign.durable import write_file, write_point
 from lowalign.errors import UserError
 from lowalign.log import log, progress
@@ -103,6 +106,16 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact.") from error
+
+
+def metrics_log(
+    config: TrainConfig, out: Path, options: Mapping[str, Any], done: int | None, drop_eval: bool
+) -> "MetricsLog | NoMetricsLog":
+    """The log of this process, with the tracker of --train.track. options: of the run, for it. done, drop_eval: as MetricsLog."""
+    if not processes.is_main():
+        return NoMetricsLog()
+    tracker = Tracker(config.track, config.run_name, out, options, done) if config.track != "none" else None
+    return MetricsLog(out, tracker, config.steps, done, drop_eval)
 
 
 class NoMetricsLog(contextlib.nullcontext):

@@ -135,9 +135,8 @@ def free_paged_state(optimizer: Optimizer) -> None:
     paged.clear()
     with contextlib.suppress(RuntimeError):  # some libraries do not show the runtime's functions
         for pointer in pointers:
-            lib.cudaFree(
-                ctypes.c_void_p(pointer)
-            )  # of the runtime that bitsandbytes is linked with, which allocated it
+            # Of the runtime that bitsandbytes is linked with, which allocated it.
+            lib.cudaFree(ctypes.c_void_p(pointer))
 
 
 def move_state(optimizer: Optimizer, name: str, device: torch.device | str) -> None:

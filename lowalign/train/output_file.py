@@ -63,7 +63,7 @@ def output_of(config: Any, inputs: Mapping[str, object]) -> Iterator[Journal | P
             yield Journal(config.out)
 
 
-def announce_start(config: Any) -> None:
+def announce_new_file(config: Any) -> None:
     """With --resume where there is nothing to resume, say so before anything else is logged. config: as in output_of."""
     if config.resume and not config.out.exists():
         log(f"--resume: there is no {config.out} yet; this starts it")

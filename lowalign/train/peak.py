@@ -5,21 +5,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lowalign.config.cards import GIB
 from lowalign.data.pack import Example
 from lowalign.log import log
 
 STEPS = 10
+Predict = Callable[[Sequence[Example]], int]  # bytes of tensors at most in a step with this micro-batch
 SAID_FROM = 0.10  # of the prediction: a larger difference is said
-GIB = 2**30
 
 
 class PeakCheck:
-    """Counts from its creation on. predict: bytes of tensors at most in a step with this micro-batch; None: nothing is done.
+    """Counts from its creation on. Without predict nothing is done.
 
     metrics: what the next line of metrics.jsonl gets beside its peak_gpu_memory_gib.
     """
 
-    def __init__(self, predict: Callable[[Sequence[Example]], int] | None, device: torch.device) -> None:
+    def __init__(self, predict: Predict | None, device: torch.device) -> None:
         self.predict, self.device, self.steps = predict, device, 0
         self.largest: Sequence[Example] = ()
         self.metrics: dict[str, float] = {}
@@ -42,7 +43,7 @@ class PeakCheck:
             self._compare(measured, predict)
         return time.perf_counter() - started
 
-    def _compare(self, measured: int, predict: Callable[[Sequence[Example]], int]) -> None:
+    def _compare(self, measured: int, predict: Predict) -> None:
         try:
             predicted = predict(self.largest)
         except Exception as error:  # a prediction must not end a run

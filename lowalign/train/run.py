@@ -29,7 +29,7 @@ from lowalign.data.dataset import Dataset, split_heldout
 from lowalign.data.losses import filter_by_loss, filter_lines
 from lowalign.data.mixture import MixedExamples, epoch_length, mixed
 from lowalign.data.pack import Example
-from lowalign.data.prompt_format import OPTION, check_prompt_format
+from lowalign.data.prompt_format import PROMPT_FORMAT, check_prompt_format
 from lowalign.data.report import report_lines
 from lowalign.durable import write_json
 from lowalign.errors import UserError
@@ -41,11 +41,12 @@ from lowalign.model.base.device import device_of
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack, check_start, load_stack, start_policy
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from lowalign.train import checkpoint
 from lowalign.train.engine import OnStep, train
 from lowalign.train.lock import lock_folder
 from lowalign.train.method import Method
+from lowalign.train.peak import Predict
 from lowalign.train.result import choose, refuse_best_without_heldout
 from lowalign.train.run_folder import (
     META,
@@ -58,8 +59,6 @@ from lowalign.train.run_folder import (
 )
 from lowalign.train.signals import Interrupted
 from lowalign.train.tracker import refuse_not_installed
-
-Predict = Callable[[Sequence[Example]], int]
 
 
 @dataclass(frozen=True)
@@ -110,20 +109,7 @@ def run(
         inputs = input_hashes((*config.data.files, *config.data.eval, *losses, *job.data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
         try:
-            # The rows first: errors in them are reported before a large model is loaded.
-            tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
-            chat = load_chat(tokenizer, config.data)
-            chat.positions = room(*_source(config, base), adapters, config.adapter)
-            with processes.main_first():  # it fills the cache of tokenized rows
-                data = job.read(tokenizer, chat)
-            rows, heldout = data.train, data.heldout
-            meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
-            write_json(config.out / META, meta)
-            host = Host(base or Base.load(config.model, **vars(config.base)))
-            policy, initial = start_policy(
-                host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
-            )
-            method = job.start(host, rows, heldout, policy, initial)
+            r = _started(config, job, adapters, base)
         except (Interrupted, KeyboardInterrupt) as stopped:
             received = getattr(stopped, "signal", signal.SIGINT)
             log(
@@ -132,31 +118,60 @@ def run(
             )
             return 128 + received
         epochs, size = config.train.epochs, config.train.batch_size
-        count = job.steps(len(rows)) if job.steps else math.ceil(epochs * epoch_length(rows) / size)
+        count = job.steps(len(r.rows)) if job.steps else math.ceil(epochs * epoch_length(r.rows) / size)
         settings = replace(config.train, steps=config.train.steps or max(1, count))
         _announce_longer(config, settings)
         options = flat_options(config)
-        more = {"heldout": heldout, "resume": config.resume, "on_step": on_step, "options": options, "predict": predict}
-        result = train(host, method, settings, config.out, **more)
+        more = {"resume": config.resume, "on_step": on_step, "options": options, "predict": predict}
+        result = train(r.host, r.method, settings, config.out, heldout=r.heldout, **more)
         if result.stopped_by is not None:
             log(
                 f"stopped by {result.stopped_by.name} after step {result.step}; go on with the same command and --resume"
             )
             return 128 + result.stopped_by
-        if shares := {
-            name.partition("/")[2]: value for name, value in result.metrics.items() if name.startswith("share/")
-        }:
+        shares = {name[6:]: value for name, value in result.metrics.items() if name.startswith("share/")}
+        if shares:
             log("realised shares: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
         if processes.is_main():
-            chosen = choose(host, config, result)
-            meta |= job.finish(host, policy, rows, heldout, config)
-            save_adapter(host, policy, chat, config, chosen, meta, config.out / "adapter")
+            chosen = choose(r.host, config, result)
+            meta = r.meta | job.finish(r.host, r.policy, r.rows, r.heldout, config)
+            save_adapter(r.host, r.policy, r.chat, config, chosen, meta, config.out / "adapter")
             log(f"{result.step:,} steps in {duration(started)}. Next: {_next_command(config, job.name)}")
             log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
         processes.wait()
-        for adapter in tuple(host.adapters):
-            host.delete(adapter)
+        for adapter in tuple(r.host.adapters):
+            r.host.delete(adapter)
     return 0
+
+
+@dataclass(frozen=True)
+class _Started:
+    """All that a run has before its first step. meta: of the adapter's lowalign.json, as far as it is known."""
+
+    chat: Chat
+    rows: list
+    heldout: list
+    host: Host
+    policy: Stack
+    method: Method
+    meta: dict[str, Any]
+
+
+def _started(config: RunConfig, job: Job, adapters: Sequence[str], base: Base | None) -> _Started:
+    """Rows, host, policy and method. The rows first: errors in them are reported before a large model is loaded."""
+    tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
+    chat = load_chat(tokenizer, config.data)
+    chat.positions = usable_positions(*_source(config, base), adapters, config.adapter)
+    with processes.main_first():  # it fills the cache of tokenized rows
+        data = job.read(tokenizer, chat)
+    meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
+    write_json(config.out / META, meta)
+    host = Host(base or Base.load(config.model, **vars(config.base)))
+    policy, initial = start_policy(
+        host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
+    )
+    method = job.start(host, data.train, data.heldout, policy, initial)
+    return _Started(chat, data.train, data.heldout, host, policy, method, meta)
 
 
 def _announce_longer(config: RunConfig, settings: TrainConfig) -> None:
@@ -197,7 +212,7 @@ def _prompt_format(config: RunConfig, formats: Collection[PromptFormat]) -> str 
         try:
             check_prompt_format(f"--init {config.init}", trained, formats)
         except UserError as error:
-            raise UserError(f"{error}. {OPTION} text or chat accepts both formats") from error
+            raise UserError(f"{error}. {PROMPT_FORMAT} text or chat accepts both formats") from error
     return "mixed" if len(formats) > 1 else next(iter(formats), trained)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from lowalign.config.cards import GIB
 
 
 class Usage:

@@ -7,7 +7,7 @@ import pytest
 from lowalign.cli import main
 from lowalign.commands.generate import _fitting
 from lowalign.config.sections import AdapterConfig
-from lowalign.model.room import room
+from lowalign.model.positions import usable_positions
 from tests.commands.tiny_runs import FP32
 from tests.tiny import tiny_folder
 
@@ -76,7 +76,7 @@ def test_the_last_position_is_for_a_completion(world):
 
 
 def test_virtual_tokens_take_positions(world):
-    assert room(world / "model") == POSITIONS
-    assert room(world / "model", fresh=AdapterConfig(kind="prompt", virtual_tokens=5)) == POSITIONS - 5
-    assert room(world / "model", fresh=AdapterConfig(kind="lora", virtual_tokens=5)) == POSITIONS
-    assert room(world / "dynamic") is None
+    assert usable_positions(world / "model") == POSITIONS
+    assert usable_positions(world / "model", fresh=AdapterConfig(kind="prompt", virtual_tokens=5)) == POSITIONS - 5
+    assert usable_positions(world / "model", fresh=AdapterConfig(kind="lora", virtual_tokens=5)) == POSITIONS
+    assert usable_positions(world / "dynamic") is None

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.utils import logging as transformers_logging
 
 from lowalign import processes
+from lowalign.config.cards import GIB
 from lowalign.errors import UserError
 from lowalign.log import log
 from lowalign.model.attention.device import compute_device
@@ -67,9 +68,10 @@ class Base:
         quantization: "nf4" (every linear layer but the LM head, with double quantization, arXiv 2305.14314), or "none".
         dtype: of computations, embeddings, norms and LM head. embedding: "cpu" keeps it in CPU memory. exact: compute by
         the code of transformers and peft alone. compile: what is fused otherwise; "auto": on a GPU. leave_free: GiB of a
-        card that are not used. Raises UserError for a model
-        that cannot be a base (no safetensors, own code, encoder-decoder, quantized otherwise), for weights that are
-        missing, too many or not finite, and when free memory is too small.
+        card that are not used.
+
+        Raises UserError for a model that cannot be a base (no safetensors, own code, encoder-decoder, quantized otherwise),
+        for weights that are missing, too many or not finite, and when free memory is too small.
         """
         if quantization not in ("nf4", "none"):
             raise UserError(f'quantization "{quantization}" is not known; use "nf4" or "none"')
@@ -88,11 +90,7 @@ class Base:
             fuse(model, compile)
         if embedding == "cpu":
             move_to_cpu(model)
-        packed, why_not = probe(config)
-        if packed and (wrong := check_attention(config.get_text_config(), compute_device(model), dtype)):
-            packed, why_not = False, f"its attention was tested on {device}, and {wrong}"
-        if packed:
-            model.set_attn_implementation(ATTN_IMPLEMENTATION)
+        packed, why_not = _pack(model, config, dtype)
         eos_ids = _eos_ids(model, tokenizer)
         set_pad_token(tokenizer, eos_ids)
         identity = identify(str(path_or_hub_id), folder, commit, tokenizer, quantization)
@@ -128,6 +126,17 @@ class Base:
         if not self.packed:
             lines.append(f"packed attention is off ({self.why_not}): one row per completion, slower, same results")
         return "\n".join(lines)
+
+
+def _pack(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
+    """Let the model compute packed rows where that is exact -> whether it is, and why not."""
+    packed, why_not = probe(config)
+    device = compute_device(model)
+    if packed and (wrong := check_attention(config.get_text_config(), device, dtype)):
+        packed, why_not = False, f"its attention was tested on {device}, and {wrong}"
+    if packed:
+        model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    return packed, why_not
 
 
 def freeze(model: nn.Module) -> None:
@@ -215,7 +224,7 @@ def _check_memory(folder: Path, config, quantization: str, dtype: torch.dtype, d
     free = card_memory.free(device, leave_free) if on_card else psutil.virtual_memory().available
     if need > free:
         advice = "" if quantization == "nf4" else ' or load it with quantization "nf4"'
-        raise UserError(f"the base needs {need / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; free some memory{advice}")  # fmt: skip
+        raise UserError(f"the base needs {need / GIB:.1f} GiB on {device} and {free / GIB:.1f} GiB are free; free some memory{advice}")  # fmt: skip
     return head
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-GIB = 2**30
+from lowalign.config.cards import GIB
 
 
 def usable(device: torch.device | str | int, leave_free: float) -> int:

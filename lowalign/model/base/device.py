@@ -8,8 +8,9 @@ from lowalign.errors import UserError
 
 def device_of(name: str) -> str:
     """The device that a name means: auto is the GPU of this process if there is one, else the CPU.
-    Raises UserError for one that is unknown or
-    absent."""
+
+    Raises UserError for one that is unknown or absent.
+    """
     if name == "auto":
         return processes.device()
     try:

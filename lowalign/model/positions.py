@@ -10,7 +10,7 @@ from lowalign.model.attention.rope import last_position
 from lowalign.model.base.hub import TOKENIZER_FILES, load_config, resolve
 
 
-def room(
+def usable_positions(
     base: str | Path, revision: str | None = None, adapters: Sequence[str] = (), fresh: AdapterConfig | None = None
 ) -> int | None:
     """Tokens of a row, prompt and completion, on this base under each of these adapters; None where there is no limit.
