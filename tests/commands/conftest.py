@@ -4,12 +4,18 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS = 150
+
+
+def some_of(cases: Iterable[tuple], quick: Collection[tuple]) -> list:
+    """All cases as pytest's parameters; those that are not in `quick` run with the slow tests."""
+    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="session")
