@@ -101,17 +101,24 @@ def _print_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerB
         facts = [f"supervised {marked}: {example.supervised:,} of {example.length:,} tokens"]
         facts += [f"margin {example.margin:g}"] if example.margin else []
         facts += [f"weight {example.weight:g}"] if example.weight != 1 else []
+        facts += [f"weights of its turns {', '.join(_turn_weights(example))}"] if example.token_weights else []
         print(f"\n{example.source} ({', '.join(facts)})")
         print(marked_text(example, tokenizer, colour))
 
 
+def _turn_weights(example: Example) -> list[str]:
+    """The weights of the supervised turns of a conversation, in their order."""
+    (weights,) = example.token_weights
+    return [f"{weight:g}" for weight, _ in groupby(weights) if weight]
+
+
 def _as_json(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The Example as a line of the file of --examples; rank, label, margin and weight where it has them."""
+    """The Example as a line of the file of --examples; rank, label, margin and weights where it has them."""
     masks = [example.mask(i) for i in range(len(example.completions))]
     parts = [(example.prompt, [False] * len(example.prompt)), *zip(example.completions, masks, strict=True)]
     line = {"source": example.source, "prompt": example.prompt, "completions": example.completions, "masks": masks}
     line["text"] = [_marked(ids, mask, tokenizer, False, whole=True) for ids, mask in parts]
-    defaults = {"rank": None, "label": None, "margin": 0.0, "weight": 1.0}
+    defaults = {"rank": None, "label": None, "margin": 0.0, "weight": 1.0, "token_weights": None}
     return line | {name: getattr(example, name) for name in defaults if getattr(example, name) != defaults[name]}
 
 

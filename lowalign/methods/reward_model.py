@@ -79,7 +79,7 @@ def scored(example: Example) -> Example:
     for i, completion in enumerate(example.completions):
         last = max((t for t, supervised in enumerate(example.mask(i)) if supervised), default=len(completion) - 1)
         completions.append(completion[: last + 1])
-    return replace(example, completions=completions, masks=None)
+    return replace(example, completions=completions, masks=None, token_weights=None)
 
 
 def reward_metrics(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:
