@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowalign.data.pack import Example, total_weight
-from lowalign.methods.fixed_data import FixedDataMethod
+from lowalign.methods.fixed_data import FixedDataMethod, by_source
 from lowalign.methods.losses import negative_log_likelihood
 from lowalign.model.forward.noise import embedding_noise
 
@@ -24,8 +24,9 @@ class SFT(FixedDataMethod):
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """The weight of the step's tokens, and of those of each source in it where there are several."""
-        by_source = {f"weight/{name}": total_weight(own) for name, own in _by_source(examples).items()}
-        return {"weight": total_weight(examples)} | by_source
+        sources = by_source(examples).items()
+        of_sources = {f"weight/{name}": total_weight(examples[i] for i in places) for name, places in sources}
+        return {"weight": total_weight(examples)} | of_sources
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
@@ -34,8 +35,8 @@ class SFT(FixedDataMethod):
         logps = weighted(logps, examples)
         loss = negative_log_likelihood(logps, normalizers["weight"])
         metrics = {"loss": loss.detach()}
-        for name in _by_source(examples):
-            own = [logp.detach() for logp, example in zip(logps, examples, strict=True) if example.dataset == name]
+        for name, places in by_source(examples).items():
+            own = [logps[i].detach() for i in places]
             metrics[f"loss/{name}"] = negative_log_likelihood(own, normalizers[f"weight/{name}"])
         return loss, metrics
 
@@ -51,12 +52,3 @@ def weighted(logps: Sequence[Sequence[Tensor]], examples: Sequence[Example]) -> 
             logp = logp * torch.tensor(weights, dtype=logp.dtype, device=logp.device)
         products.append(logp)
     return products
-
-
-def _by_source(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """The Examples of each source, by its name; empty where there is only one."""
-    sources: dict[str, list[Example]] = {}
-    for example in examples:
-        if example.dataset:
-            sources.setdefault(example.dataset, []).append(example)
-    return sources
