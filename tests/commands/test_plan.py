@@ -100,6 +100,38 @@ def test_in_words(model, capsys):
         assert part in text
 
 
+def test_several_cards(model, capsys):
+    """The time of the largest share and of the sum of the gradients, worked by hand; the memory of one card."""
+    words = ["lora/sft", "--model", model, "--length", "256", "--train.batch-size"]
+    one, share = planned(capsys, *words, "16"), planned(capsys, *words, "6")
+    three = planned(capsys, *words, "16", "--cards", "3", "--link-bandwidth", "0.01")
+    assert (one["cards"], one["all_reduce_seconds"], one["examples_per_card"]) == (1, 0, 16)
+    ring = 2 * (3 - 1) / 3 * 4 * three["trained_weights"] / 0.01e9
+    assert three["all_reduce_seconds"] == pytest.approx(ring, abs=1e-4) and three["examples_per_card"] == 6
+    assert three["step_seconds"] == pytest.approx(share["step_seconds"] + ring, abs=2e-3)
+    assert three["tokens_per_second"] == pytest.approx(16 * 256 / three["step_seconds"], rel=0.01)
+    assert three["peak_gib"] == one["peak_gib"] and three["components"] == one["components"]
+    words = [
+        "lora/ppo",
+        "--model",
+        model,
+        "--length",
+        "64",
+        "--sampling.max-new-tokens",
+        "32",
+        "--rollout.prompts",
+        "32",
+    ]
+    words += ["--train.batch-size", "16", "--ppo.epochs", "2"]  # four optimizer steps a round
+    round_of_two = planned(capsys, *words, "--cards", "2", "--link-bandwidth", "0.1")
+    once = 2 * 1 / 2 * 4 * round_of_two["trained_weights"] / 0.1e9
+    assert round_of_two["all_reduce_seconds"] == pytest.approx(4 * once, abs=1e-4)
+    assert cli.main(["plan", "--model", model, "--length", "256", "--cards", "2"]) == 0
+    assert "2 × RTX 4090" in (text := capsys.readouterr().out) and "at most 8 of a step's examples" in text
+    assert cli.main(["plan", "lora/best_of_n", "--model", model, "--cards", "2"]) == 1
+    assert "--cards is for commands that train in several processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -107,6 +139,7 @@ def test_in_words(model, capsys):
         (["--vram", "much"], "expected a size such as 24GB"),
         (["--rank"], "--rank goes with --vram"),
         (["--length", "1"], "it must be at least 2"),
+        (["--cards", "0"], "it must be at least 1"),
         (["--length", "9000"], "the model has positions for 4,096"),
         (["--vram", "1GB", "--rank", "--adapter.kind", "prefix"], "prefix has no rank"),
         (["--adapter.kind", "lola"], "--adapter.kind: expected one of lora, prompt, prefix, not 'lola'"),
