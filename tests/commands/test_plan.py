@@ -1,12 +1,15 @@
 """`lowalign plan` on tiny configs: what it prints, finds, writes and refuses."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowalign import cli
 from lowalign.config import recipe
-from lowalign.config.training import SFTConfig
+from lowalign.config.training import PPOConfig, SFTConfig
+from lowalign.plan import several_cards
 from tests.tiny import CONFIGS, tiny_folder
 
 KEYS = {
@@ -111,21 +114,12 @@ def test_several_cards(model, capsys):
     assert three["step_seconds"] == pytest.approx(share["step_seconds"] + ring, abs=2e-3)
     assert three["tokens_per_second"] == pytest.approx(16 * 256 / three["step_seconds"], rel=0.01)
     assert three["peak_gib"] == one["peak_gib"] and three["components"] == one["components"]
-    words = [
-        "lora/ppo",
-        "--model",
-        model,
-        "--length",
-        "64",
-        "--sampling.max-new-tokens",
-        "32",
-        "--rollout.prompts",
-        "32",
-    ]
-    words += ["--train.batch-size", "16", "--ppo.epochs", "2"]  # four optimizer steps a round
-    round_of_two = planned(capsys, *words, "--cards", "2", "--link-bandwidth", "0.1")
-    once = 2 * 1 / 2 * 4 * round_of_two["trained_weights"] / 0.1e9
-    assert round_of_two["all_reduce_seconds"] == pytest.approx(4 * once, abs=1e-4)
+    ppo = several_cards.share(PPOConfig("m", Path("o")), 3)
+    assert (ppo.train.batch_size, ppo.rollout.prompts) == (6, 12)  # of 16 and 32
+    steps = SimpleNamespace(phases=[SimpleNamespace(name="optimizer step", repeats=4)], trained=10**9)
+    assert (
+        several_cards.all_reduce_seconds(steps, 2, 8.0) == 4 * 0.5
+    )  # 4 GB of fp32 gradients, each card sends them once
     assert cli.main(["plan", "--model", model, "--length", "256", "--cards", "2"]) == 0
     assert "2 × RTX 4090" in (text := capsys.readouterr().out) and "at most 8 of a step's examples" in text
     assert cli.main(["plan", "lora/best_of_n", "--model", model, "--cards", "2"]) == 1
