@@ -51,6 +51,10 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
     def read(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> RunRows:
         nonlocal teacher
         data = load_rows(config, load_examples, tokenizer, chat)
+        if uneven := next((e.source for e in (*data.train, *data.heldout) if e.token_weights), None):
+            raise UserError(
+                f'{uneven}: a turn has a "weight" that is neither 0 nor 1; bitdelta distil cannot weigh turns'
+            )
         # Now, so that the fine-tuned model is not in memory together with the base.
         options = replace(config.base, quantization=config.teacher_quantization, revision=None)
         teacher = teacher_states(config.finetuned, [*data.train, *data.heldout], options)

@@ -19,6 +19,7 @@ from lowalign.data.chat import load_chat
 from lowalign.data.cleaning.report import cleaning_report
 from lowalign.data.cleaning.text import cleaning_lines, longest_lines, table
 from lowalign.data.dataset import SFT_ENCODER, Dataset, list_bad, read_examples
+from lowalign.data.losses import filter_by_loss, filter_lines
 from lowalign.data.pack import Example
 from lowalign.data.preferences import PREFERENCE_ENCODER
 from lowalign.data.report import report_lines
@@ -48,8 +49,9 @@ def check(
     as_json: bool = False,
 ) -> int:
     """Print the report on config.files (formats, lengths, dropped rows, what should be cleaned) and the first `rows` Examples
-    with their supervised tokens marked; write all Examples to `out`. config.eval are compared with them. as_json: print the
-    report alone. Returns 1 when training would refuse the rows, else 0.
+    with their supervised tokens marked; write all Examples to `out`. Those that config.losses leaves out are counted alone.
+    config.eval are compared with the others. as_json: print the report alone. Returns 1 when training would refuse the rows,
+    else 0.
 
     Of `model` (a folder or a Hub id) only the tokenizer is loaded. Raises UserError when it or a file cannot be read.
     """
@@ -60,20 +62,22 @@ def check(
     lenient, encoder = replace(config, on_error="skip"), _encoder(config)
     dataset = read_examples(config.files, chat, lenient, encoder=encoder)
     heldout = read_examples(config.eval, chat, lenient, heldout=True, encoder=encoder) if config.eval else None
-    cleaning = cleaning_report(dataset.examples, heldout.examples if heldout else (), dataset, tokenizer)
+    examples, filtered = filter_by_loss(dataset.examples, config) if dataset.examples else ([], {})
+    cleaning = cleaning_report(examples, heldout.examples if heldout else (), dataset, tokenizer)
     parts = [dataset] + ([heldout] if heldout else [])
     refused = [reason for part in parts if (reason := _refused(part, config))]
     if as_json:
         reports = {"train": dataset.report} | ({"eval": heldout.report} if heldout else {})
         bad = [vars(row) for part in parts for row in part.bad]
-        print(json.dumps({**reports, "cleaning": cleaning, "bad": bad, "refused": refused}, ensure_ascii=False))
+        facts = {**reports, "cleaning": cleaning, "filtered": filtered, "bad": bad, "refused": refused}
+        print(json.dumps(facts, ensure_ascii=False))
     else:
-        _print_reports(parts, cleaning, refused)
+        _print_reports(parts, filter_lines(filtered), cleaning, refused)
     if out is not None:
-        write_jsonl(out, (_as_json(example, tokenizer) for example in dataset.examples))
-        print(f"{len(dataset.examples):,} examples written to {out}", file=sys.stderr if as_json else sys.stdout)
+        write_jsonl(out, (_as_json(example, tokenizer) for example in examples))
+        print(f"{len(examples):,} examples written to {out}", file=sys.stderr if as_json else sys.stdout)
     if not as_json:
-        _print_examples(dataset.examples[:rows], tokenizer)
+        _print_examples(examples[:rows], tokenizer)
     return 1 if refused else 0
 
 
@@ -85,9 +89,11 @@ def _refused(dataset: Dataset, config: AnyDataConfig) -> str:
     return "" if dataset.examples else f"no row of {files} can be used"
 
 
-def _print_reports(parts: Sequence[Dataset], cleaning: dict[str, Any], refused: Sequence[str]) -> None:
+def _print_reports(
+    parts: Sequence[Dataset], filtered: Sequence[str], cleaning: dict[str, Any], refused: Sequence[str]
+) -> None:
     for part in parts:
-        print("\n".join(report_lines(part.report)))
+        print("\n".join([*report_lines(part.report), *(filtered if part is parts[0] else ())]))
         if part.bad:
             print("\n".join(list_bad(part)))
     print("\n".join(["", *table(cleaning), "", *cleaning_lines(cleaning), *longest_lines(cleaning)]))
@@ -101,17 +107,24 @@ def _print_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerB
         facts = [f"supervised {marked}: {example.supervised:,} of {example.length:,} tokens"]
         facts += [f"margin {example.margin:g}"] if example.margin else []
         facts += [f"weight {example.weight:g}"] if example.weight != 1 else []
+        facts += [f"weights of its turns {', '.join(_turn_weights(example))}"] if example.token_weights else []
         print(f"\n{example.source} ({', '.join(facts)})")
         print(marked_text(example, tokenizer, colour))
 
 
+def _turn_weights(example: Example) -> list[str]:
+    """The weights of the supervised turns of a conversation, in their order."""
+    (weights,) = example.token_weights
+    return [f"{weight:g}" for weight, _ in groupby(weights) if weight]
+
+
 def _as_json(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The Example as a line of the file of --examples; rank, label, margin and weight where it has them."""
+    """The Example as a line of the file of --examples; rank, label, margin and weights where it has them."""
     masks = [example.mask(i) for i in range(len(example.completions))]
     parts = [(example.prompt, [False] * len(example.prompt)), *zip(example.completions, masks, strict=True)]
     line = {"source": example.source, "prompt": example.prompt, "completions": example.completions, "masks": masks}
     line["text"] = [_marked(ids, mask, tokenizer, False, whole=True) for ids, mask in parts]
-    defaults = {"rank": None, "label": None, "margin": 0.0, "weight": 1.0}
+    defaults = {"rank": None, "label": None, "margin": 0.0, "weight": 1.0, "token_weights": None}
     return line | {name: getattr(example, name) for name in defaults if getattr(example, name) != defaults[name]}
 
 

@@ -10,6 +10,7 @@ from lowalign.config.plan import PlanOptions, planned_verb, without_plan
 from lowalign.durable import write_file
 from lowalign.errors import UserError
 from lowalign.log import log
+from lowalign.plan import several_cards
 from lowalign.plan.figures import CONTEXT, GIB, Figures
 from lowalign.plan.fit import search
 from lowalign.plan.meta_base import load_config
@@ -23,7 +24,10 @@ def plan(options: PlanOptions) -> int:
     config, (name, card) = without_plan(options), cards.card(options.card)
     if options.write and options.write.exists():
         raise UserError(f"{options.write} exists and is not overwritten; name another file")
-    planner = Planner(load_config(config.model, config.base.revision), config)
+    if options.cards > 1 and planned_verb(options) == "best-of-n":
+        raise UserError("--cards is for commands that train in several processes; best-of-n runs in one")
+    own = several_cards.share(config, options.cards)
+    planner = Planner(load_config(config.model, config.base.revision), own)
     setting = planner.setting(options.length)
     if setting.length > planner.positions:
         raise UserError(
@@ -41,6 +45,7 @@ def plan(options: PlanOptions) -> int:
         "length": setting.length,
         "checkpointing": figures.checkpointing,
         **figures.report(card),
+        **several_cards.timing(figures, card, config, options.cards, options.link_bandwidth),
         "fits": figures.needed <= vram,
         "max_length": None,
         "token_budget": setting.token_budget or None,
@@ -101,13 +106,29 @@ def _text(report: dict[str, Any], figures: Figures) -> str:
     others = {name: size for name, size in report["phases"].items() if name != figures.highest.name}
     lines += [f"     {size:8.2f}       peak of: {name}" for name, size in others.items()]
     lines += [
-        f"\ntime on an {report['card']}: {report['tokens_per_second']:,.0f} tokens a second at most ({report['step_seconds']:.1f} s a {'round' if report['verb'] in ROUNDS else 'step'}), by roofline",
+        f"\ntime on {_cards(report)}: {report['tokens_per_second']:,.0f} tokens a second at most ({report['step_seconds']:.1f} s a {'round' if report['verb'] in ROUNDS else 'step'}), by roofline",
+        *_several(report),
         f"a micro-batch: {report['kernels']:,} kernels, {report['bytes_moved_gb']:,.0f} GB moved, {report['tflops']:,.0f} TFLOP",
         f"CPU memory for offload: {report['cpu_gib']:.1f} GiB; disk: {report['checkpoint_gb']:.2f} GB a checkpoint",
     ]
     if "needs_offload" in report:
         lines.append(_found(report))
     return "\n".join(lines)
+
+
+def _cards(report: dict[str, Any]) -> str:
+    return f"an {report['card']}" if report["cards"] == 1 else f"{report['cards']} × {report['card']}"
+
+
+def _several(report: dict[str, Any]) -> list[str]:
+    """What each of several cards does, as lines of text."""
+    if report["cards"] == 1:
+        return []
+    examples = report["examples_per_card"]
+    return [
+        f"each card holds the base and all adapters, and computes at most {examples} of a step's examples; summing the gradients takes "
+        f"{report['all_reduce_seconds']:.3f} s of it"
+    ]
 
 
 def _found(report: dict[str, Any]) -> str:

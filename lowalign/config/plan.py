@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from lowalign.config.cards import card, memory
 from lowalign.config.commands import BestOfNConfig
-from lowalign.config.ranges import Checked, Range
+from lowalign.config.ranges import Checked, PositiveFloat, PositiveInt, Range
 from lowalign.config.sections import OutDir
 from lowalign.config.training import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lowalign.config.yaml_flags import suggest, verb_in
@@ -24,6 +24,11 @@ class PlanOptions(Checked):
     train.token_budget. ppo: tokens of a prompt."""
     card: str = "RTX 4090"
     """The card that the time is predicted for, such as "RTX 3090", "L4" or "H100"; its memory, unless vram is given."""
+    cards: PositiveInt = 1
+    """Number of cards, each with a process of its own (torchrun): each holds the whole base, a step's examples are shared out.
+    Not for best-of-n."""
+    link_bandwidth: PositiveFloat = 20.0
+    """With cards: GB/s between two of them, over which gradients are summed. 20: PCIe 4.0 x16; H100 with NVLink: about 400."""
     vram: str | None = None
     """Find the largest length and token budget that fit in this much memory: 24GB, 22.5GiB."""
     rank: bool = False

@@ -20,9 +20,16 @@ from transformers import PreTrainedTokenizerBase
 from lowalign.data.pack import Example, all_supervised
 from lowalign.durable import write_file
 
-FORMAT = 7  # to be raised when the meaning of a stored file or the result of tokenizing changes
+FORMAT = 8  # to be raised when the meaning of a stored file or the result of tokenizing changes
 TYPES = {"ids": ("I32", 4), "lengths": ("I32", 4), "mask": ("BOOL", 1)}  # others: bytes
-FIELDS = ("rank", "margin", "label", "weight", "source")  # fields of an Example that are stored besides its tokens
+FIELDS = (  # fields of an Example that are stored besides its tokens
+    "rank",
+    "margin",
+    "label",
+    "weight",
+    "token_weights",
+    "source",
+)
 
 
 def cache_folder() -> Path:

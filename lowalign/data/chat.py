@@ -144,21 +144,23 @@ class Chat:
         self.notes.update([HIDDEN_NOTE] if hidden else [])
         return self._encoder.encode(text, hidden, start)
 
-    def _ids(self, pieces: list[Piece], hidden: list[str]) -> tuple[list[int], list[bool]]:
-        """The ids of all pieces, and whether each is supervised."""
-        ids, supervised = [], []
+    def _ids(self, pieces: list[Piece], hidden: list[str]) -> tuple[list[int], list[float]]:
+        """The ids of all pieces, and the weight of each."""
+        ids, weights = [], []
         for piece in pieces:
             piece_ids = self._encoder.encode(piece.text, hidden, start=not ids)
             piece_ids = piece_ids if ids else self._encoder.one_bos(piece_ids)
             piece_ids = [*piece_ids, self._encoder.eos] if piece.eos else piece_ids
             ids += piece_ids
-            supervised += [piece.supervised] * len(piece_ids)
-        return ids, supervised
+            weights += [piece.weight] * len(piece_ids)
+        return ids, weights
 
     def _example(self, pieces: list[Piece], hidden: list[str]) -> Example:
-        ids, supervised = self._ids(pieces, hidden)
-        if True not in supervised:
+        ids, weights = self._ids(pieces, hidden)
+        start = next((i for i, weight in enumerate(weights) if weight), None)
+        if start is None:
             raise Unrenderable("no answer to learn from: its only assistant turn is the first turn")
-        start = supervised.index(True)
-        mask = supervised[start:]
-        return Example(ids[:start], [ids[start:]], [all_supervised(len(mask)) if all(mask) else mask])
+        weights = weights[start:]
+        mask = all_supervised(len(weights)) if all(weights) else list(map(bool, weights))
+        token_weights = None if all(piece.weight in (0, 1) for piece in pieces) else [weights]
+        return Example(ids[:start], [ids[start:]], [mask], token_weights=token_weights)

@@ -1,7 +1,7 @@
 """The loss of each row under the base and its adapters: written by `lowalign eval --per-row`, read by --data.losses.
 
 A line is {"source": file:line, "loss": {policy: nats per supervised token}, "tokens": supervised tokens, "key": …}; the loss is the
-mean of -log p over the supervised tokens of a row; of preferences, of the best answers. The key is of the first supervised
+mean of -log p over the supervised tokens of a row, in the weights of its turns; of preferences, of the best answers. The key is of the first supervised
 tokens, so that losses of other rows are not taken for those of these.
 """
 
@@ -28,16 +28,18 @@ def best_answers(example: Example) -> Iterator[int]:
 
 
 def row_losses(examples: Sequence[Example], logps: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
-    """The lines of these Examples, one for each row. logps: by policy, the summed log-probability of each completion."""
+    """The lines of these Examples, one for each row. logps: by policy, Σ w_t log π of each completion's tokens."""
     rows: dict[str, dict[str, Any]] = {}
+    weights: dict[str, float] = {}
     for k, example in enumerate(examples):
         row = rows.setdefault(example.source, {"source": example.source, "loss": {}, "tokens": 0, "key": _key(example)})
         for i in best_answers(example):
             row["tokens"] += sum(example.mask(i))
+            weights[example.source] = weights.get(example.source, 0.0) + sum(example.weights(i))
             for policy, sums in logps.items():
                 row["loss"][policy] = row["loss"].get(policy, 0.0) - sums[k][i]
-    for row in rows.values():
-        row["loss"] = {policy: nats / max(row["tokens"], 1) for policy, nats in row["loss"].items()}
+    for source, row in rows.items():
+        row["loss"] = {policy: nats / (weights.get(source) or 1) for policy, nats in row["loss"].items()}
     return list(rows.values())
 
 

@@ -17,6 +17,7 @@ class Example:
     rank: of each completion, lowest is best; equal numbers tie. margin: required lead of the better completion (reward
     model). label: thumbs up (True) or down, for a single completion. weight: factor of the Example in the loss.
     reference: for each completion, the summed log-probability of its supervised tokens under the reference.
+    token_weights: for each completion, the factors of its tokens in the loss of SFT; None: 1 for every supervised token.
     source: where the row is, file:line. dataset: the short name of its source, where there are several.
     """
 
@@ -28,14 +29,16 @@ class Example:
     label: bool | None = None
     weight: float = 1.0
     reference: list[float] | None = None
+    token_weights: list[list[float]] | None = None
     source: str = ""
     dataset: str = ""
 
     def __post_init__(self) -> None:
         if not self.completions or not all(self.completions):
             raise ValueError(f"an Example needs at least one completion, and none of them empty {self.source}".rstrip())
-        if self.masks is not None and list(map(len, self.masks)) != list(map(len, self.completions)):
-            raise ValueError(f"masks and completions of an Example differ in length {self.source}".rstrip())
+        for name, lists in (("masks", self.masks), ("token_weights", self.token_weights)):
+            if lists is not None and list(map(len, lists)) != list(map(len, self.completions)):
+                raise ValueError(f"{name} and completions of an Example differ in length {self.source}".rstrip())
         if self.rank is not None and len(self.rank) != len(self.completions):
             raise ValueError(f"rank and completions of an Example differ in length {self.source}".rstrip())
 
@@ -55,6 +58,11 @@ class Example:
     def supervised(self) -> int:
         """Number of supervised tokens in all completions."""
         return sum(sum(self.mask(i)) for i in range(len(self.completions)))
+
+    def weights(self, i: int) -> list[float]:
+        """The factor of each token of completion i in the loss of SFT; 0 where it is not supervised."""
+        mask = self.mask(i)
+        return mask if self.token_weights is None else [w * m for w, m in zip(self.token_weights[i], mask, strict=True)]
 
 
 @lru_cache(maxsize=10_000)
@@ -169,3 +177,8 @@ def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 def total_supervised(examples: Iterable[Example]) -> int:
     """Number of supervised tokens in all Examples: the denominator of a mean over tokens."""
     return sum(example.supervised for example in examples)
+
+
+def total_weight(examples: Iterable[Example]) -> float:
+    """Sum of the weights of all tokens in all Examples; the number of supervised tokens where all weights are 0 or 1."""
+    return sum(sum(example.weights(i)) for example in examples for i in range(len(example.completions)))

@@ -23,7 +23,7 @@ from lowalign.data.pack import Example
 from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
-from lowalign.data.rows.turns import Message, Tools, unsupervised
+from lowalign.data.rows.turns import Message, Tools, unsupervised, weight_of
 from lowalign.data.rows.votes import decide, ranks_of
 from lowalign.data.sources.row import RowDropped, RowError
 from lowalign.data.truncate import fit
@@ -154,6 +154,10 @@ def _split(prompt: list[Message], answers: list[list[Message]]) -> tuple[list[Me
             raise RowError(f"its answers differ at a turn of the {answer[0]['role']}; they must answer the same prompt")
         if answer[0].get("weight") == 0:
             raise RowError('the first turn in which its answers differ has a "weight" of 0')
+        if fraction := next((weight for weight in map(weight_of, answer) if weight not in (0, 1)), None):
+            raise RowError(
+                f'a turn has a "weight" of {fraction:g}; only lowalign sft weighs turns, here it must be 0 or 1'
+            )
     if not prompt:
         raise RowError("there is no turn before its answers")
     return unsupervised(prompt), rest

@@ -25,10 +25,14 @@ def fit(example: Example, max_length: int, bos_ids: list[int]) -> tuple[Example 
         bos = bos if len(bos) <= room else []
         rest = prompt[len(bos) :]
         prompt = bos + rest[len(rest) - (room - len(bos)) :]
-        masks = [mask[:longest] for mask in example.masks]
-        completions = [completion[:longest] for completion in example.completions]
-        example = replace(example, prompt=prompt, completions=completions, masks=masks)
+        example = replace(_begin(example, longest), prompt=prompt)
     return (example if all(any(example.mask(i)) for i in range(len(example.completions))) else None), cut
+
+
+def _begin(example: Example, tokens: int) -> Example:
+    cut = lambda lists: None if lists is None else [values[:tokens] for values in lists]  # noqa: E731
+    lists = {name: cut(getattr(example, name)) for name in ("completions", "masks", "token_weights")}
+    return replace(example, **lists)
 
 
 def whole_turns(example: Example, max_length: int) -> Example | None:
@@ -47,7 +51,7 @@ def turn_ends(example: Example) -> list[int]:
 
 def up_to(example: Example, end: int) -> Example:
     """The Example with the first `end` tokens of its completion."""
-    return replace(example, completions=[example.completions[0][:end]], masks=[example.masks[0][:end]])
+    return _begin(example, end)
 
 
 def chunks(document: Example, max_length: int) -> list[Example]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lowalign.data.pack import Example
-from lowalign.methods.fixed_data import ReferenceMethod
+from lowalign.methods.fixed_data import ReferenceMethod, by_source, completions_of
 from lowalign.methods.losses import PAIR_LOSSES, PairLoss
-from lowalign.methods.pairs import all_pairs, count
+from lowalign.methods.pairs import Pairs, all_pairs, count, rankings_by_source
 
 
 class DPO(ReferenceMethod):
@@ -36,8 +36,8 @@ class DPO(ReferenceMethod):
         return not self.pair_loss.reference_free
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Rankings and pairs of the step."""
-        return count(examples)
+        """Rankings and pairs of the step, and rankings of each source in it where there are several."""
+        return count(examples) | rankings_by_source(examples)
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
@@ -47,18 +47,11 @@ class DPO(ReferenceMethod):
         length = length.to(logp.device)
         pairs = all_pairs(examples, logp.device)
         w, l = pairs.better, pairs.worse  # noqa: E741  y_w and y_l of the papers
-        c, per_token = self.config, length if self.pair_loss.per_token else 1
-        if ref is None:
-            better, worse = (logp / per_token)[w], (logp / per_token)[l]
-            reward = c.beta * (logp / per_token)
-        else:
-            score = (logp - ref) / per_token
-            better, worse = score[w], score[l]
-            reward = c.beta * (logp - ref)
-        summed = (pairs.weight * self.pair_loss.loss(better, worse, c)).sum()
-        sft = c.sft or self.pair_loss.sft
-        nll = (best_weights(examples, logp.device) * -logp / length).sum()
-        loss = (summed + sft * nll) / normalizers["rankings"] if sft else summed / normalizers["rankings"]
+        per_token = length if self.pair_loss.per_token else 1
+        score = (logp if ref is None else logp - ref) / per_token
+        reward = self.config.beta * (score if ref is None else logp - ref)
+        nll = best_weights(examples, logp.device) * -logp / length
+        loss = self._sum(score, pairs, nll) / normalizers["rankings"]
         mean = lambda values: values.detach().sum() / normalizers["pairs"]  # noqa: E731
         metrics = {
             "loss": loss.detach(),
@@ -69,7 +62,25 @@ class DPO(ReferenceMethod):
             "rewards/margins": mean(reward[w] - reward[l]),
             "rewards/accuracies": mean((reward[w] > reward[l]).float()),
         }
-        return loss, metrics | ({"nll": nll.detach() / normalizers["rankings"]} if sft else {})
+        if self.sft:
+            metrics["nll"] = nll.detach().sum() / normalizers["rankings"]
+        for name, places in by_source(examples).items():
+            own = completions_of(examples, places)
+            of_source = self._sum(
+                score[own].detach(), all_pairs([examples[i] for i in places], logp.device), nll[own].detach()
+            )
+            metrics[f"loss/{name}"] = of_source / normalizers[f"rankings/{name}"]
+        return loss, metrics
+
+    @property
+    def sft(self) -> float:
+        """Weight of the best completions' own loss."""
+        return self.config.sft or self.pair_loss.sft
+
+    def _sum(self, score: Tensor, pairs: Pairs, nll: Tensor) -> Tensor:
+        """The losses of these rankings, added up. score, nll (C,): of each completion; nll is 0 but for the best."""
+        summed = (pairs.weight * self.pair_loss.loss(score[pairs.better], score[pairs.worse], self.config)).sum()
+        return summed + self.sft * nll.sum() if self.sft else summed
 
 
 def best_weights(examples: Sequence[Example], device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """What the methods on fixed data share: SFT, reward model, DPO and KTO."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,6 +50,21 @@ class FixedDataMethod:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def by_source(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """The places of the Examples of each source, by its name; empty where there is only one source."""
+    places: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        if example.dataset:
+            places.setdefault(example.dataset, []).append(i)
+    return places
+
+
+def completions_of(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
+    """The places of the completions of some of the Examples, counted over all completions in order."""
+    ends = list(accumulate((len(e.completions) for e in examples), initial=0))
+    return [place for i in places for place in range(ends[i], ends[i + 1])]
 
 
 class ReferenceMethod(FixedDataMethod):

@@ -16,7 +16,7 @@ from lowalign import processes
 from lowalign.data.micro_batches import in_micro_batches, own_share
 from lowalign.data.pack import Example
 from lowalign.methods import losses
-from lowalign.methods.fixed_data import ReferenceMethod
+from lowalign.methods.fixed_data import ReferenceMethod, by_source, completions_of
 
 
 class KTO(ReferenceMethod):
@@ -30,11 +30,14 @@ class KTO(ReferenceMethod):
         return longest_row(self.examples)
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Completions of the step, those with thumbs up and down, their total weight, and z0."""
+        """Completions of the step, those with thumbs up and down, their total weight, that of each source in it where there
+        are several, and z0."""
         up = labels(examples)
-        weight = sum(e.weight * len(e.completions) for e in examples)
+        weight = lambda own: sum(e.weight * len(e.completions) for e in own)  # noqa: E731
+        sources = by_source(examples).items()
+        of_sources = {f"weight/{name}": weight([examples[i] for i in places]) for name, places in sources}
         counts = {"completions": len(up), "up": sum(up) or 1, "down": len(up) - sum(up) or 1}
-        return counts | {"weight": weight, "z0": self.z0(examples)}
+        return counts | {"weight": weight(examples), **of_sources, "z0": self.z0(examples)}
 
     @torch.no_grad()
     def z0(self, examples: Sequence[Example]) -> float:
@@ -57,7 +60,8 @@ class KTO(ReferenceMethod):
         up = torch.tensor(labels(examples), device=ratio.device)
         weight = torch.tensor([e.weight for e in examples for _ in e.completions], device=ratio.device)
         weight = weight * torch.where(up, c.desirable, c.undesirable)
-        loss = (weight * losses.kto(ratio, up, normalizers["z0"], c.beta)).sum() / normalizers["weight"]
+        each = weight * losses.kto(ratio, up, normalizers["z0"], c.beta)
+        loss = each.sum() / normalizers["weight"]
         reward = c.beta * ratio.detach()
         chosen, rejected = reward[up].sum() / normalizers["up"], reward[~up].sum() / normalizers["down"]
         metrics = {
@@ -67,6 +71,9 @@ class KTO(ReferenceMethod):
             "rewards/margins": chosen - rejected,
             "kl": normalizers["z0"] * len(ratio) / normalizers["completions"],
         }
+        for name, places in by_source(examples).items():
+            own = each.detach()[completions_of(examples, places)]
+            metrics[f"loss/{name}"] = own.sum() / normalizers[f"weight/{name}"]
         return loss, metrics
 
 

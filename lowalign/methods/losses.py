@@ -13,12 +13,13 @@ from torch.nn.functional import logsigmoid, relu
 from lowalign.config.training import DPOLossConfig
 
 
-def negative_log_likelihood(logps: list[Tensor], tokens: float) -> Tensor:
-    """-1/tokens Σ log π(y_t | x, y_<t). logps: of supervised tokens, each (length,). tokens: their number in the whole step.
+def negative_log_likelihood(logps: list[Tensor], weight: float) -> Tensor:
+    """-1/weight Σ w_t log π(y_t | x, y_<t). logps: w_t log π, each (length,). weight: Σ w_t of the whole step, the number of
+    supervised tokens where each weighs 1.
 
-    Divided by the step's number, not this micro-batch's, so that the sum over micro-batches is the step's mean.
+    Divided by the step's weight, not this micro-batch's, so that the sum over micro-batches is the step's mean.
     """
-    return -sum(logp.sum() for logp in logps) / tokens
+    return -sum(logp.sum() for logp in logps) / weight
 
 
 # -- reward model ----------------------------------------------------------------------------------------------------

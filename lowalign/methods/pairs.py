@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowalign.data.pack import Example
+from lowalign.methods.fixed_data import by_source
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def compare(rank: Sequence[float]) -> tuple[list[tuple[int, int]], list[tuple[in
     wins = [(i, j) for i in order for j in order if rank[i] < rank[j]]
     draws = [(i, j) for i in order for j in order if i < j and rank[i] == rank[j]]
     return wins, draws
+
+
+def rankings_by_source(examples: Sequence[Example], ties: bool = False) -> dict[str, float]:
+    """Normalizers "rankings/NAME" of the sources, as `count` has them for all; empty where there is only one source."""
+    sources = by_source(examples).items()
+    return {f"rankings/{name}": count([examples[i] for i in places], ties)["rankings"] for name, places in sources}
 
 
 def count(examples: Sequence[Example], ties: bool = False) -> dict[str, float]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lowalign.config.training import PPOConfig
-from lowalign.data.pack import Example, step_order, total_supervised
+from lowalign.data.pack import Example, step_order, total_supervised, total_weight
 from lowalign.methods import losses, ppo_round
 from lowalign.methods.advantages import AdaptiveKL, RunningMoments
 from lowalign.methods.ppo_loss import StepMeans, policy_loss, supervised_lengths
 from lowalign.methods.ppo_round import Roles, ScoreFunction
 from lowalign.methods.rollout import Rollout, from_tensors, supervised_values, to_tensors
+from lowalign.methods.sft import weighted
 from lowalign.model.host import Host
 
 
@@ -137,10 +138,10 @@ class PPO:
         self.round, self.first_step, self.unit_ratio_packs, self.value_bias = number, step, packs, bias
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Rollouts, their supervised tokens, their completions with such tokens, and tokens of the pretraining mix."""
+        """Rollouts, their supervised tokens, their completions with such tokens, and the weight of the pretraining mix."""
         rollouts = [e for e in examples if isinstance(e, Rollout)]
         others = [e for e in examples if not isinstance(e, Rollout)]
-        tokens, ptx = total_supervised(rollouts) or 1, total_supervised(others) or 1
+        tokens, ptx = total_supervised(rollouts) or 1, total_weight(others) or 1
         completions = len(supervised_lengths(rollouts)) or 1
         return {"rollouts": len(rollouts), "tokens": tokens, "completions": completions, "ptx": ptx}
 
@@ -200,10 +201,10 @@ class PPO:
         every = self.config.rollout.eval_every
         return every > 0 and self.round >= 0 and self.round_over(step) and (self.round + 1) % every == 0
 
-    def _ptx_loss(self, examples: Sequence[Example], tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _ptx_loss(self, examples: Sequence[Example], weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         with self.host.use(*self.roles.policy):
             logps = self.host.logprobs(examples, supervised_only=True)
-        nll = losses.negative_log_likelihood([torch.cat(row) for row in logps], tokens)
+        nll = losses.negative_log_likelihood(weighted(logps, examples), weight)
         loss = self.config.ppo.ptx_coef * nll
         return loss, {"loss": loss.detach(), "ptx_loss": nll.detach()}
 

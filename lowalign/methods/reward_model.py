@@ -16,8 +16,8 @@ from lowalign.config.sections import TrainConfig
 from lowalign.config.training import RewardLossConfig
 from lowalign.data.pack import Example
 from lowalign.methods import losses
-from lowalign.methods.fixed_data import FixedDataMethod
-from lowalign.methods.pairs import all_pairs, compare, count
+from lowalign.methods.fixed_data import FixedDataMethod, by_source
+from lowalign.methods.pairs import Pairs, all_pairs, compare, count, rankings_by_source
 from lowalign.model.host import Host
 from lowalign.model.policy import Stack
 
@@ -41,8 +41,9 @@ class RewardModel(FixedDataMethod):
         self.config, self.ties = config, ties
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Rankings, pairs and completions of the step."""
-        return count(examples, self.ties) | {"completions": sum(len(e.completions) for e in examples)}
+        """Rankings, pairs and completions of the step, and rankings of each source in it where there are several."""
+        completions = {"completions": sum(len(e.completions) for e in examples)}
+        return count(examples, self.ties) | completions | rankings_by_source(examples, self.ties)
 
     def loss(self, examples: Sequence[Example], normalizers: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, as its share of the step's."""
@@ -50,6 +51,23 @@ class RewardModel(FixedDataMethod):
             r = self.host.scores(examples, self.stack[-1])
         flat = torch.cat(r)
         pairs = all_pairs(examples, flat.device, self.ties)
+        loss = self._sum(examples, r, pairs) / normalizers["rankings"]
+        d = (flat[pairs.better] - flat[pairs.worse]).detach()
+        metrics = {
+            "loss": loss.detach(),
+            "rewards/accuracies": (d > 0).sum() / normalizers["pairs"],
+            "rewards/margins": d.sum() / normalizers["pairs"],
+            "rewards/mean": flat.detach().sum() / normalizers["completions"],
+        }
+        for name, places in by_source(examples).items():
+            own = [examples[i] for i in places]
+            of_source = self._sum(own, [r[i].detach() for i in places], all_pairs(own, flat.device, self.ties))
+            metrics[f"loss/{name}"] = of_source / normalizers[f"rankings/{name}"]
+        return loss, metrics
+
+    def _sum(self, examples: Sequence[Example], r: Sequence[Tensor], pairs: Pairs) -> Tensor:
+        """The losses of these rankings, added up. r: the scores of each, (K,)."""
+        flat = torch.cat(list(r))
         r_w, r_l = flat[pairs.better], flat[pairs.worse]
         if self.config.loss == "plackett-luce":
             rank = lambda e: torch.tensor(e.rank, device=flat.device)  # noqa: E731
@@ -62,15 +80,7 @@ class RewardModel(FixedDataMethod):
             summed = summed + (pairs.tied_weight * tie).sum()
         if self.config.centring:
             summed = summed + self.config.centring * (pairs.weight * losses.centring(r_w, r_l)).sum()
-        loss = summed / normalizers["rankings"]
-        d = (r_w - r_l).detach()
-        metrics = {
-            "loss": loss.detach(),
-            "rewards/accuracies": (d > 0).sum() / normalizers["pairs"],
-            "rewards/margins": d.sum() / normalizers["pairs"],
-            "rewards/mean": flat.detach().sum() / normalizers["completions"],
-        }
-        return loss, metrics
+        return summed
 
 
 def scored(example: Example) -> Example:
@@ -79,7 +89,7 @@ def scored(example: Example) -> Example:
     for i, completion in enumerate(example.completions):
         last = max((t for t, supervised in enumerate(example.mask(i)) if supervised), default=len(completion) - 1)
         completions.append(completion[: last + 1])
-    return replace(example, completions=completions, masks=None)
+    return replace(example, completions=completions, masks=None, token_weights=None)
 
 
 def reward_metrics(scores: Sequence[Tensor], examples: Sequence[Example]) -> dict[str, float]:

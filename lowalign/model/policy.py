@@ -131,4 +131,6 @@ def mean_kl(host: Host, p: Stack, q: Stack, examples: Sequence[Example]) -> floa
 def _shortened(example: Example) -> Example:
     """The end of the prompt and the beginnings of the completions."""
     completions = [c[:CHECK_TOKENS] for c in example.completions]
-    return replace(example, prompt=example.prompt[-CHECK_TOKENS:], completions=completions, masks=None)
+    return replace(
+        example, prompt=example.prompt[-CHECK_TOKENS:], completions=completions, masks=None, token_weights=None
+    )

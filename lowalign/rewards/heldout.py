@@ -1,6 +1,7 @@
 """How well a policy or a reward run predicts held-out rows.
 
-loss         -1/N Σ log π(y_t | x, y_<t) over the N supervised tokens; of preferences, of the best answers only
+loss         -1/N Σ w_t log π(y_t | x, y_<t) over the supervised tokens, N = Σ w_t, their number unless turns have weights of
+             their own; of preferences, of the best answers only
 perplexity   exp(loss)
 reward       of a policy: r(x, y) = β [log π(y|x) - log π_base(y|x)] (arXiv 2305.18290 eq. 5, without its constant), with the
              base without adapters as reference; of a reward run: its score
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowalign.data.micro_batches import in_micro_batches
 from lowalign.data.pack import Example
@@ -28,14 +30,14 @@ PerCompletion = Sequence[Sequence[float]]
 
 @torch.no_grad()
 def summed_logps(host: Host, stack: Stack, examples: Sequence[Example], token_budget: int) -> PerCompletion:
-    """Σ log π of the supervised tokens of each completion, under the adapters of the stack. Raises UserError when one is not
+    """Σ w_t log π of the supervised tokens of each completion, under the adapters of the stack. Raises UserError when one is not
     finite."""
     sums: dict[int, list[float]] = {}
     with host.use(*stack), progress(total=len(examples), unit="row") as bar:
 
         def compute(batch: list[Example]) -> None:
             for example, logps in zip(batch, host.logprobs(batch, supervised_only=True), strict=True):
-                sums[id(example)] = [logp.double().sum().item() for logp in logps]
+                sums[id(example)] = [_weighted_sum(example, i, logp) for i, logp in enumerate(logps)]
                 if not all(map(math.isfinite, sums[id(example)])):
                     raise UserError(f"a log-probability of {example.source} is not finite; try --base.dtype float32")
             bar.update(len(batch))
@@ -44,15 +46,23 @@ def summed_logps(host: Host, stack: Stack, examples: Sequence[Example], token_bu
     return [sums[id(example)] for example in examples]
 
 
+def _weighted_sum(example: Example, i: int, logp: Tensor) -> float:
+    logp = logp.double()
+    if example.token_weights is not None:
+        logp = logp * torch.tensor(example.weights(i), dtype=logp.dtype, device=logp.device)
+    return logp.sum().item()
+
+
 def loss_figures(examples: Sequence[Example], logps: PerCompletion) -> dict[str, Any]:
     """loss, perplexity and the supervised tokens that they are about."""
-    total, tokens = 0.0, 0
+    total, tokens, weight = 0.0, 0, 0.0
     for example, sums in zip(examples, logps, strict=True):
         for i, value in enumerate(sums):
             if example.rank is None or example.rank[i] == min(example.rank):
                 total -= value
                 tokens += sum(example.mask(i))
-    loss = total / max(tokens, 1)
+                weight += sum(example.weights(i))
+    loss = total / (weight or 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
 
 

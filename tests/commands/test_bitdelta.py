@@ -221,3 +221,11 @@ def test_wrong_use(world, straight, tmp_path, capsys):
     assert "cannot be copied: it is BITDELTA" in refused(*init, "--init-mode", "copy")
     assert "--adapter.kind" in refused(*init, "--adapter.kind", "bitdelta")
     assert refused("bitdelta") and not (tmp_path / "x" / "adapter").exists()
+
+
+def test_turns_with_weights_are_refused(world, tmp_path, capsys):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    words = [f"{tmp_path}/rows.jsonl" if w == f"{world}/rows.jsonl" else w for w in flags(world, tmp_path / "run")]
+    assert main([*words, "--data.eval-rows", "0"]) == 1
+    assert 'rows.jsonl:1: a turn has a "weight" that is neither 0 nor 1' in capsys.readouterr().err

@@ -1,12 +1,15 @@
 """`lowalign plan` on tiny configs: what it prints, finds, writes and refuses."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowalign import cli
 from lowalign.config import recipe
-from lowalign.config.training import SFTConfig
+from lowalign.config.training import PPOConfig, SFTConfig
+from lowalign.plan import several_cards
 from tests.tiny import CONFIGS, tiny_folder
 
 KEYS = {
@@ -100,6 +103,29 @@ def test_in_words(model, capsys):
         assert part in text
 
 
+def test_several_cards(model, capsys):
+    """The time of the largest share and of the sum of the gradients, worked by hand; the memory of one card."""
+    words = ["lora/sft", "--model", model, "--length", "256", "--train.batch-size"]
+    one, share = planned(capsys, *words, "16"), planned(capsys, *words, "6")
+    three = planned(capsys, *words, "16", "--cards", "3", "--link-bandwidth", "0.01")
+    assert (one["cards"], one["all_reduce_seconds"], one["examples_per_card"]) == (1, 0, 16)
+    ring = 2 * (3 - 1) / 3 * 4 * three["trained_weights"] / 0.01e9
+    assert three["all_reduce_seconds"] == pytest.approx(ring, abs=1e-4) and three["examples_per_card"] == 6
+    assert three["step_seconds"] == pytest.approx(share["step_seconds"] + ring, abs=2e-3)
+    assert three["tokens_per_second"] == pytest.approx(16 * 256 / three["step_seconds"], rel=0.01)
+    assert three["peak_gib"] == one["peak_gib"] and three["components"] == one["components"]
+    ppo = several_cards.share(PPOConfig("m", Path("o")), 3)
+    assert (ppo.train.batch_size, ppo.rollout.prompts) == (6, 12)  # of 16 and 32
+    steps = SimpleNamespace(phases=[SimpleNamespace(name="optimizer step", repeats=4)], trained=10**9)
+    assert (
+        several_cards.all_reduce_seconds(steps, 2, 8.0) == 4 * 0.5
+    )  # 4 GB of fp32 gradients, each card sends them once
+    assert cli.main(["plan", "--model", model, "--length", "256", "--cards", "2"]) == 0
+    assert "2 × RTX 4090" in (text := capsys.readouterr().out) and "at most 8 of a step's examples" in text
+    assert cli.main(["plan", "lora/best_of_n", "--model", model, "--cards", "2"]) == 1
+    assert "--cards is for commands that train in several processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -107,6 +133,7 @@ def test_in_words(model, capsys):
         (["--vram", "much"], "expected a size such as 24GB"),
         (["--rank"], "--rank goes with --vram"),
         (["--length", "1"], "it must be at least 2"),
+        (["--cards", "0"], "it must be at least 1"),
         (["--length", "9000"], "the model has positions for 4,096"),
         (["--vram", "1GB", "--rank", "--adapter.kind", "prefix"], "prefix has no rank"),
         (["--adapter.kind", "lola"], "--adapter.kind: expected one of lora, prompt, prefix, not 'lola'"),

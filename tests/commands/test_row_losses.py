@@ -114,6 +114,27 @@ def test_training_leaves_out_the_rows_beyond_the_bounds(world, tmp_path, monkeyp
     assert "copy.jsonl:1 is another row than the one in --data.losses" in capsys.readouterr().err
 
 
+def test_preferences_are_filtered_by_the_loss_of_their_best_answers(world, tmp_path, capsys):
+    """Of dpo and of reward; data check says the same before."""
+    data, losses = str(world / "pairs.jsonl"), str(tmp_path / "losses.jsonl")
+    assert evaluate(world, "--data", data, "--per-row", losses) == 0
+    bound = sorted(line["loss"]["base"] for line in lines(tmp_path / "losses.jsonl"))[4]
+    filtered = ["--data.losses", losses, "--data.max-loss", "50%"]  # of 9 rows: the fifth is the highest
+    message = f"4 of 9 rows left out: their loss under base is above {bound:.4g} nats a token"
+    for verb in ("dpo", "reward"):
+        words = ["--model", str(world / "model"), "--data", data, "--out", str(tmp_path / verb), "--train.steps", "1"]
+        capsys.readouterr()
+        assert main([verb, *words, *filtered, *FP32, "--train.optimizer", "adamw"]) == 0
+        assert message in capsys.readouterr().err
+        report = json.loads((tmp_path / verb / "data_report.json").read_text())
+        assert (report["filtered"]["above"], report["cleaning"]["compared"]) == (4, 5)
+    check = ["data", "check", data, "--model", str(world / "model"), *filtered]
+    assert main(check) == 0
+    assert message in capsys.readouterr().out
+    assert main([*check, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["filtered"] == report["filtered"]
+
+
 def test_all_examples_of_a_row_go_together_and_quantiles_are_nearest_ranks(tmp_path):
     for file, message in (("no.jsonl", "cannot be read"), ("bad.jsonl", r"bad.jsonl:1: no line of lowalign eval")):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "q"}')

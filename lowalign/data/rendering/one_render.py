@@ -8,7 +8,7 @@ its own, once for each kind of conversation.
 from lowalign.data.rendering.special_tokens import SpecialTokens
 from lowalign.data.rendering.template import ANSWER, SYSTEM, USER, Template, Unrenderable
 from lowalign.data.rendering.turns import Piece, Turns, text_after_last
-from lowalign.data.rows.turns import Message, is_supervised
+from lowalign.data.rows.turns import Message, weight_of
 
 TEXTS = ("a", "Two\n\nlines, 1 + 1 = 2.", "  spaces \n", "ü 💡 {x} {{ y }} `z`", "A longer text. " * 40, "1. a\n2. b\n")
 PLAIN = {"role", "content", "weight"}
@@ -47,7 +47,7 @@ class OneRender:
             text, found, after = part.partition(end_token)
             if not found:
                 return None
-            pieces += [Piece(before + header), Piece(text + end_token, is_supervised(messages[i]), message=i)]
+            pieces += [Piece(before + header), Piece(text + end_token, weight_of(messages[i]), message=i)]
             before = after
         return pieces
 

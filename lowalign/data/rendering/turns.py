@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lowalign.data.rendering.special_tokens import SpecialTokens
 from lowalign.data.rendering.template import Template, Unrenderable
 from lowalign.data.rows.thoughts import close_tag, thoughts_of
-from lowalign.data.rows.turns import Message, Tools, is_supervised
+from lowalign.data.rows.turns import Message, Tools, is_supervised, weight_of
 
 PROBE = "\U0010fffd"  # a text that no row and no template has; one character of the private-use plane 16
 BREAK = re.compile(r"(?=[<\[])|(?<=[\n>\]])")  # where a generation prompt may be cut: before and after tags and lines
@@ -23,13 +23,18 @@ OPEN_TAG = re.compile(r"(<(?![/!])[^<>]*>|\[(?!/)[A-Z_]+\])(\s*)$")  # an openin
 
 @dataclass
 class Piece:
-    """A part of rendered text that is tokenized by itself. eos: add the end-of-sequence id after it. message: the number
-    of the message whose turn it is; None: text between the turns."""
+    """A part of rendered text that is tokenized by itself. weight: factor of its tokens in the loss; 0: not supervised. eos: add
+    the end-of-sequence id after it. message: the number of the message whose turn it is; None: text between the turns."""
 
     text: str
-    supervised: bool = False
+    weight: float = 0
     eos: bool = False
     message: int | None = None
+
+    @property
+    def supervised(self) -> bool:
+        """Whether its tokens are learned."""
+        return self.weight != 0
 
 
 class Turns:
@@ -69,7 +74,7 @@ class Turns:
         text = self._template.render(messages, tools, True) if text is None else text
         pieces = self.pieces(messages, tools, text) or []
         end = sum(len(piece.text) for piece in pieces)
-        return [*(replace(piece, supervised=False) for piece in pieces), Piece(text[end:])]
+        return [*(replace(piece, weight=0) for piece in pieces), Piece(text[end:])]
 
     def each(self, messages: list[Message], tools: Tools) -> Iterator[list[Piece]]:
         """For each supervised turn the pieces of its prompt, and the turn."""
@@ -110,7 +115,7 @@ class Turns:
             piece = Piece(text.rstrip() + self._marker(messages, i, tools, whole))
         else:
             piece = self._ended(text)
-        return prompt, replace(piece, supervised=is_supervised(messages[i]), message=i)
+        return prompt, replace(piece, weight=weight_of(messages[i]), message=i)
 
     def _found(self, messages: list[Message], i: int, tools: Tools, prompt: str, whole: str) -> str:
         """The text of turn i in `whole`, as it continues `prompt`.
@@ -172,7 +177,7 @@ class Turns:
         pieces, end = [], 0
         for i, (start, stop) in zip(turns, spans, strict=True):
             turn = self._up_to_token(full[start:stop]) or full[start:stop]  # no model writes white space after its end
-            pieces += [Piece(full[end:start]), Piece(turn, is_supervised(messages[i]), message=i)]
+            pieces += [Piece(full[end:start]), Piece(turn, weight_of(messages[i]), message=i)]
             end = start + len(turn)
         return pieces
 

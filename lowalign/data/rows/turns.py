@@ -1,7 +1,8 @@
 """Turns of a conversation, in OpenAI's or ShareGPT's format, to the messages and tools that chat templates expect.
 
 A message is {"role": "system" | "user" | "assistant" | "tool", "content": str} with, where they apply, "tool_calls",
-"tool_call_id" and "name", "reasoning_content", and "weight": 0 on an assistant turn that is not supervised.
+"tool_call_id" and "name", "reasoning_content", and "weight" on an assistant turn: its factor in the loss of SFT, 0 where it is
+not supervised; absent: 1.
 """
 
 import difflib
@@ -23,6 +24,7 @@ ROLES = {
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
+HIGHEST_WEIGHT = 10  # a percentage is a mistake
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -41,9 +43,14 @@ def closest(name: str, names: Collection[str]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+def weight_of(message: Message) -> float:
+    """The factor of the message's tokens in the loss: 0 where it is no assistant turn to learn from."""
+    return message.get("weight", 1) if message["role"] == "assistant" else 0
+
+
 def is_supervised(message: Message) -> bool:
     """Whether the message is an assistant turn to learn from."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+    return weight_of(message) != 0
 
 
 def require_answer(messages: list[Message], column: str = "") -> list[Message]:
@@ -112,12 +119,16 @@ def _message(turn: Any, at: str, role_key: str) -> Message:
         if not calls and not reasoning and not message["content"].strip():
             raise RowError(f"{at}: the assistant turn is empty")
         weight = turn.get("weight", turn.get("loss_weight"))
-        if weight not in (None, 0, 1):
-            raise RowError(f'{at}: "weight" must be 0 or 1, found {json.dumps(weight)}')
-        if weight == 0:
-            message["weight"] = 0
+        if weight not in (None, 1):
+            message["weight"] = _weight(weight, at)
     message |= {key: turn[key] for key in ("tool_call_id", "name") if role == "tool" and isinstance(turn.get(key), str)}
     return message
+
+
+def _weight(value: Any, at: str) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= HIGHEST_WEIGHT:
+        raise RowError(f'{at}: "weight" must be a number from 0 to {HIGHEST_WEIGHT}, found {json.dumps(value)}')
+    return value or 0  # false too
 
 
 def _content(value: Any, at: str) -> str:
