@@ -60,9 +60,8 @@ def evaluate(config: EvalConfig, base: Base | None = None) -> int:
             table = _aligned(refusal_table(results))
         else:
             table, results = _measure(host, policies, rows, config, run_tasks)
-    finally:  # for a caller that goes on with the base
-        for name in tuple(host.adapters):
-            host.delete(name)
+    finally:
+        host.delete_all()
     print(table)
     if config.out:
         source = {"tasks": config.tasks.split(",")} if config.tasks else {"data": list(config.data.files)}

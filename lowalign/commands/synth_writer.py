@@ -76,8 +76,8 @@ class Writer:
 
     def close(self) -> None:
         """Leave the base without adapters."""
-        for name in tuple(self.host.adapters) if self.host else ():
-            self.host.delete(name)
+        if self.host:
+            self.host.delete_all()
 
     def learn(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of a round that is on the disk: later ones must differ from them."""
