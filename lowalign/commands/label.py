@@ -50,10 +50,8 @@ def label(config: LabelConfig, base: Base | None = None) -> int:
         with LabelServer(Labelling(items, judgements, mode, config.annotator), config.port) as server:
             _serve(server, config.open)
             judgements.close()
-        done = [judgements.of(name) for name in judgements.annotators]
-        log(
-            f"{sum('row' in event for own in done for event in own.values()):,} judgements are in {config.out}; the same command goes on"
-        )
+        done = [event for name in judgements.annotators for event in judgements.of(name).values()]
+        log(f"{sum('row' in event for event in done):,} judgements are in {config.out}; the same command goes on")
     return 0
 
 

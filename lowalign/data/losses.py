@@ -1,8 +1,8 @@
 """The loss of each row under the base and its adapters: written by `lowalign eval --per-row`, read by --data.losses.
 
-A line is {"source": file:line, "loss": {policy: nats per supervised token}, "tokens": supervised tokens, "key": …}; the loss is the
-mean of -log p over the supervised tokens of a row; of preferences, of the best answers. The key is of the first supervised
-tokens, so that losses of other rows are not taken for those of these.
+A line is {"source": file:line, "loss": {policy: nats per supervised token}, "tokens": supervised tokens, "key": …}; the
+loss is the mean of -log p over the supervised tokens of a row; of preferences, of the best answers. The key is of the first
+supervised tokens, so that losses of other rows are not taken for those of these.
 """
 
 import json
@@ -42,9 +42,10 @@ def row_losses(examples: Sequence[Example], logps: Mapping[str, Sequence[Sequenc
 
 
 def filter_by_loss(examples: Sequence[Example], config: DataConfig) -> tuple[list[Example], dict[str, Any]]:
-    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out above
-    and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first policy of the
-    file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when none is left."""
+    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out
+    above and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first
+    policy of the file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when
+    none is left."""
     if config.losses is None:
         return list(examples), {}
     known, policy = _read(config.losses)
