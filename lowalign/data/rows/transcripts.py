@@ -19,7 +19,7 @@ def transcript(text: str, speakers: Mapping[str, str] | None = None, before: str
     for a text that begins with something else.
     """
     speakers = HUMAN if speakers is None else speakers
-    names = "|".join(map(re.escape, sorted(speakers, key=len, reverse=True)))
+    names = "|".join(map(re.escape, speakers))
     parts = re.split(rf"(?:\A|{re.escape(before)})\s*({names}):", text.strip())
     if parts[0].strip() or len(parts) < 3:
         raise ValueError(f"it does not begin with one of {', '.join(speakers)}: {text.strip()[:40]!r}")

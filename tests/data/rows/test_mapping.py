@@ -74,6 +74,8 @@ BAD = {
     "{{ question.__class__ }}": "access to attribute '__class__' of 'str' object is unsafe",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe",
     "{{ 'a' * 10**12 }}": "a repetition of",
+    "{{ 10**12 * 'a' }}": "a repetition of",
+    "{{ [1, 2] * 10**12 }}": "a repetition of",
     "{{ 9 ** 99999 }}": "a power of too large numbers",
     "{% include 'x' %}": "no loader for this environment specified",
 }

@@ -381,6 +381,41 @@ def test_messages_whose_tree_is_not_there(tmp_path: Path) -> None:
     )
 
 
+def test_trees_with_gaps(tmp_path: Path) -> None:
+    """Answers without a rank come last, a question without an answer is left out, ranked questions are no ranking of answers,
+    and rankings stand in the order of the tree."""
+    answers = lambda name: [tree(f"{name}{k}", rank=k, role="assistant") for k in (1, 0)]  # noqa: E731
+    root = tree(
+        "Q",
+        tree("unranked", tree("first?", *answers("a")), tree("second?", *answers("b")), role="assistant"),
+        tree("best", tree("open?", rank=1), tree("open too?", rank=0), rank=0, role="assistant"),
+    )
+    assert read(tmp_path, "oasst", [{"prompt": root}]) == [{"messages": [user("Q"), bot("best")]}]
+    prompt = [user("Q"), bot("unranked")]
+    assert read(tmp_path, "oasst-rankings", [{"prompt": root}], PREFERENCE_ROWS) == [
+        {"prompt": [*prompt, user("first?")], "chosen": [bot("a0")], "rejected": [bot("a1")]},
+        {"prompt": [*prompt, user("second?")], "chosen": [bot("b0")], "rejected": [bot("b1")]},
+    ]
+
+
+ROWS_OF_EVERY_FORMAT = [
+    {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5},
+    {"prompt": "q", "chosen": [bot("a")], "rejected": "b", "tools": TOOLS},
+    {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")], "tools": TOOLS, "margin": 1.5},
+    {"prompt": "q", "completions": ["a", "b", "c"], "ranks": [2, 1, 1]},
+    {"prompt": [user("q")], "completions": ["a", "b"], "scores": [1, 2.5], "tools": TOOLS},
+    {"prompt": [user("q")], "completion": "a", "label": False, "tools": TOOLS},
+    {"prompt": [user("q")], "completion": "a", "score": 3, "tools": TOOLS},
+    {"prompt": [user("q")], "completion_a": "a", "completion_b": "b", "annotator": 7, "verdict": "tie", "tools": TOOLS},
+]
+
+
+@pytest.mark.parametrize("row", ROWS_OF_EVERY_FORMAT)
+def test_a_row_means_the_same_when_it_is_written_again(row: dict[str, Any]) -> None:
+    parsed = PREFERENCE_ROWS.parse(row)
+    assert vars(PREFERENCE_ROWS.parse(normalised(parsed))) == vars(parsed)
+
+
 def test_ids_that_are_no_ids(tmp_path: Path) -> None:
     rows = [flat(TREE)[0] | {"message_id": [1]}, flat(TREE)[1] | {"parent_id": {}}, *flat(TREE)]
     *bad, best = read(tmp_path, "oasst", rows)
