@@ -13,7 +13,7 @@ base=${BASE:-Qwen/Qwen2.5-7B} # BASE=meta-llama/Llama-3.1-8B for another one
 # 1. Check the machine. The script stops here if something necessary is missing.
 lowalign doctor
 
-# 2. Check the rows: their shape, what is dropped, which tokens are supervised. Read this before training.
+# 2. Check the rows: their format, what is dropped, which tokens are supervised. Read this before training.
 lowalign data check "$data" --model "$base"
 
 # 3. Train. 100 rows are held out; the weights with the lowest loss on them are kept beside the newest checkpoints.

@@ -1,9 +1,8 @@
 """Atomic writing of files and folders, file hashes, and JSON lines.
 
 Of several processes of one run only the first writes. Content is written under a temporary name, flushed to the disk,
-and then renamed. Between these steps are write points. A
-test names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third time it is reached), and the process kills itself there,
-like a power cut.
+and then renamed. Between these steps are write points. A test names one in LOWALIGN_KILL_AT (NAME, or NAME:3 for the third
+time it is reached), and the process kills itself there, like a power cut.
 """
 
 import contextlib

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm.auto import tqdm  # a widget in a notebook
@@ -31,3 +32,9 @@ def progress(shown: bool = True, **options: Any) -> tqdm:
     notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
     visible = shown and processes.is_main() and (notebook or sys.stderr.isatty())
     return tqdm(file=sys.stderr, disable=not visible, **options)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of text: each column as wide as its widest cell, two spaces between."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

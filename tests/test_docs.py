@@ -109,6 +109,7 @@ def test_links_between_pages(page):
             assert heading in ids, f"{target}#{heading}"
 
 
-def test_every_page_is_in_the_navigation():
-    named = set(re.findall(r"(\w+\.md)", (ROOT / "mkdocs.yml").read_text()))
-    assert named == {page.name for page in DOCS.glob("*.md")}
+def test_every_page_is_in_the_navigation_and_on_the_first_page():
+    pages = {page.name for page in DOCS.glob("*.md")}
+    assert set(re.findall(r"(\w+\.md)", (ROOT / "mkdocs.yml").read_text())) == pages
+    assert set(re.findall(r"\((\w+\.md)\)", (DOCS / "index.md").read_text())) == pages - {"index.md"}

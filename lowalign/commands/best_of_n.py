@@ -83,7 +83,7 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         _check_kind(config)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = Chat(tokenizer, adapter_template(config.adapter))
-    _, runs = files_and_runs(config.reward)
+    files, runs = files_and_runs(config.reward)
     chat.positions = usable_positions(
         base.folder if base else config.model, config.base.revision, [*config.adapter, *runs]
     )
@@ -94,7 +94,6 @@ def _run(config: BestOfNConfig, base: Base | None) -> int:
         for adapter in config.adapter:
             check_prompt_format(f"--adapter {adapter}", adapter_files.trained_format(adapter), formats)
     folders = [config.out / f"round-{k + 1}" for k in range(config.rounds)] if config.train else [config.out]
-    files, runs = files_and_runs(config.reward)
     check_reward_runs(runs, formats)
     columns = same_columns([row.columns for row, _ in prompts])
     functions = load_functions(config.reward, columns[0])
@@ -144,12 +143,13 @@ def _sample_round(config: BestOfNConfig, base: Base, read: Reading, folder: Path
     blocks = journal.resume([range(start, min(start + PROMPTS_PER_BLOCK, total)) for start in starts])
     if blocks:
         host = Host(base)
-        stack = load_policy(host, config.adapter, config.allow_base_mismatch)
         options = RewardOptions(config.allow_base_mismatch, config.allow_training_spread, config.token_budget)
-        rewards = load_rewards(config.reward, host, read.chat, options, read.functions)
-        journal.fill(blocks, partial(_candidates, config, host, stack, rewards, read), "prompt")
-        for name in tuple(host.adapters):
-            host.delete(name)
+        try:
+            stack = load_policy(host, config.adapter, config.allow_base_mismatch)
+            rewards = load_rewards(config.reward, host, read.chat, options, read.functions)
+            journal.fill(blocks, partial(_candidates, config, host, stack, rewards, read), "prompt")
+        finally:
+            host.delete_all()
     figures = report(journal.lines) | write_datasets(folder, journal.lines, config.unfinished == "keep")
     write_json(folder / "report.json", figures)
     log("\n".join([*report_lines(figures), f"all of it is in {folder}"]))

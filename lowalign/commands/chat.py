@@ -5,15 +5,17 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 from transformers import TextStreamer
 
 from lowalign.commands.policies import base_named_by
 from lowalign.config.commands import ChatConfig
+from lowalign.config.sections import Sampling
 from lowalign.data.chat import Chat
 from lowalign.data.rows.turns import Message
 from lowalign.durable import json_line
@@ -124,8 +126,12 @@ class Session:
 
     def regenerate(self, _: list[str]) -> None:
         """Replace the last answer."""
-        self.messages = self._before_answer()
-        self._answer()
+        before, self.messages = self.messages, self._before_answer()
+        try:
+            self._answer()
+        except UserError:
+            self.messages = before
+            raise
 
     def reset(self, _: list[str]) -> None:
         """Keep the system message only."""
@@ -137,7 +143,7 @@ class Session:
         if not words:
             log("  ".join(f"{name} {value}" for name, value in options.items()))
             return
-        kinds = {field.name: type(options[field.name]) for field in fields(self.sampling)}
+        kinds = {name: type(value) for name, value in options.items()}
         name = words[0].replace("-", "_")
         if len(words) != 2 or name not in kinds:
             raise UserError(f"/set NAME VALUE, where NAME is one of {', '.join(kinds)}")
@@ -145,6 +151,8 @@ class Session:
             value = kinds[name](words[1])
         except ValueError:
             raise UserError(f"{name} takes a number, not {words[1]}") from None
+        if (choices := get_args(get_type_hints(Sampling)[name])) and value not in choices:
+            raise UserError(f"{name} is one of {', '.join(choices)}, not {words[1]}")
         self.sampling = replace(self.sampling, **{name: value})
 
     def save(self, words: list[str]) -> None:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lowalign.commands.judge import preferences_of
-from lowalign.commands.policies import PolicyAnswers, adapters_of, base_named_by, read_policies
+from lowalign.commands.policies import PolicyAnswers, adapters_of, base_named_by, prompts_for, read_policies
 from lowalign.config.evaluation import CompareConfig
 from lowalign.data.chat import Chat
-from lowalign.data.prompt_format import check_prompt_format, formats_of
-from lowalign.data.prompts import distinct_prompts
+from lowalign.data.prompt_format import formats_of
 from lowalign.data.rows.answers import Answers
 from lowalign.durable import write_file, write_json, write_jsonl
 from lowalign.log import log
-from lowalign.model.adapters.files import adapter_template, common_format, refuse_reward_runs, trained_format
+from lowalign.model.adapters.files import adapter_template, refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -71,13 +70,8 @@ class _Comparison:
             base.folder if base else self.model, config.base.revision, [*adapters, *self.judge_runs]
         )
         self.policies = read_policies(config.policies, self.tokenizer, self.positions)
-        first = self.policies[0].chat
-        option = config.data.prompt_format or common_format(adapters)
-        self.prompts = distinct_prompts(config.data.files, first, config.data.limit, config.data.max_length, option)
-        formats = formats_of(row.prompt for row, _ in self.prompts)
-        check_reward_runs(self.judge_runs, formats)
-        for adapter in adapters if config.data.prompt_format is None else ():
-            check_prompt_format(adapter, trained_format(adapter), formats)
+        self.prompts = prompts_for(self.policies, config.data.files, config.data)
+        check_reward_runs(self.judge_runs, formats_of(row.prompt for row, _ in self.prompts))
         self.columns = same_columns([row.columns for row, _ in self.prompts])
         self.functions = load_functions([config.judge] if self.function else [], self.columns[0])
         self._base = base
@@ -90,8 +84,7 @@ class _Comparison:
     def close(self) -> None:
         """Leave the base without adapters, for a caller that goes on with it."""
         if "host" in vars(self):
-            for name in tuple(self.host.adapters):
-                self.host.delete(name)
+            self.host.delete_all()
 
     def run(self) -> None:
         """Answer, judge, and write the results."""

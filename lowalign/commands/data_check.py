@@ -1,4 +1,4 @@
-"""`lowalign data check`: the report on files of rows, what should be cleaned, and examples with their supervised tokens marked."""
+"""`lowalign data check`: the report on files of rows, what should be cleaned, and examples with supervised tokens marked."""
 
 import json
 import os

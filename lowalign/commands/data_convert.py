@@ -10,7 +10,7 @@ from lowalign.data.dataset import LISTED
 from lowalign.data.prompt_format import formatted
 from lowalign.data.rows.mapping import SkippedRow, mappings_of
 from lowalign.data.rows.normalised import normalised
-from lowalign.data.sources.row import BadRow, Row, RowError
+from lowalign.data.sources.row import BadRow, RowError
 from lowalign.durable import json_line, write_file
 from lowalign.errors import UserError
 from lowalign.log import log
@@ -65,12 +65,13 @@ def _rows(config: Any, counts: _Counts) -> Iterator[dict[str, Any]]:
             if isinstance(row, SkippedRow):
                 counts.skipped[row.why] = counts.skipped.get(row.why, 0) + 1
                 continue
-            if isinstance(row, Row):
-                try:
-                    counts.written += 1
-                    yield normalised(formatted(formats.parse(row.data), config.prompt_format))
-                    continue
-                except RowError as error:
-                    counts.written -= 1
-                    row = BadRow(row.where, str(error), "")
-            counts.add_bad(row)
+            if isinstance(row, BadRow):
+                counts.add_bad(row)
+                continue
+            try:
+                converted = normalised(formatted(formats.parse(row.data), config.prompt_format))
+            except RowError as error:
+                counts.add_bad(BadRow(row.where, str(error), ""))
+                continue
+            counts.written += 1
+            yield converted

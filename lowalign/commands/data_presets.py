@@ -2,14 +2,14 @@
 
 from lowalign.config.commands import DataPresetsConfig
 from lowalign.config.recipe import data_presets as files
-from lowalign.data.rows.presets import load_preset
+from lowalign.data.rows.presets import load_preset, preset_file
 
 
 def data_presets(config: DataPresetsConfig) -> None:
     """Run the command. Raises UserError for a name that is none."""
     if config.name is not None:
         load_preset(config.name)
-        print(files()[config.name].read_text(encoding="utf-8"), end="")
+        print(preset_file(config.name).read_text(encoding="utf-8"), end="")
         return
     names = files()
     width = max(map(len, names))

@@ -1,7 +1,7 @@
 """`lowalign eval`: held-out loss, perplexity, reward accuracy and margins of several adapters, from one load of the base.
 
-With --tasks the same adapters answer the benchmarks of lm-eval (lowalign/commands/lm_eval_host.py), with --refusals prompts that
-they should refuse or should not (lowalign/commands/refusals.py). --per-row writes the loss of each row.
+With --tasks the same adapters answer the benchmarks of lm-eval (lowalign/commands/lm_eval_host.py), with --refusals prompts
+that they should refuse or should not (lowalign/commands/refusals.py). --per-row writes the loss of each row.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from lowalign.data.preferences import refuse_labels
 from lowalign.data.prompt_format import check_prompt_format
 from lowalign.durable import write_json, write_jsonl
 from lowalign.errors import UserError
-from lowalign.log import log
+from lowalign.log import aligned, log
 from lowalign.methods.reward_model import scored
 from lowalign.model.adapters import files as adapter_files
 from lowalign.model.adapters.files import refuse_reward_runs
@@ -57,12 +57,11 @@ def evaluate(config: EvalConfig, base: Base | None = None) -> int:
     try:
         if refusals:
             results = refusals.measure(host)
-            table = _aligned(refusal_table(results))
+            table = "\n".join(aligned(refusal_table(results)))
         else:
             table, results = _measure(host, policies, rows, config, run_tasks)
-    finally:  # for a caller that goes on with the base
-        for name in tuple(host.adapters):
-            host.delete(name)
+    finally:
+        host.delete_all()
     print(table)
     if config.out:
         source = {"tasks": config.tasks.split(",")} if config.tasks else {"data": list(config.data.files)}
@@ -185,7 +184,8 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
             lines += [(f"  {file}", own) for file, own in figures["sources"].items()]
     used = [column for column in COLUMNS if any(figures[column] is not None for _, figures in lines)]
     cell = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
-    return _aligned([["", *used], *([name, *(cell(f[c], COLUMNS[c]) for c in used)] for name, f in lines)])
+    cells = [[name, *(cell(f[c], COLUMNS[c]) for c in used)] for name, f in lines]
+    return "\n".join(aligned([["", *used], *cells]))
 
 
 def _task_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -198,12 +198,7 @@ def _task_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
                 error = metrics.get(key.replace(",", "_stderr,"))
                 error = format(error, ".4f") if isinstance(error, float) else "-"
                 lines.append([name, task, key.removesuffix(",none"), format(value, ".4f"), error])
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def _task_runner(config: EvalConfig) -> Callable[[Host, Stack, Chat], dict[str, Any]]:

@@ -73,7 +73,7 @@ def _fitting(
     if on_error == "stop" or len(long) == len(rows):
         raise UserError(f"{text}; shorten them" + ("" if len(long) == len(rows) else ", or --data.on-error skip"))
     log(f"{text}; they are left out")
-    kept = [k for k in range(len(rows)) if k not in set(long)]
+    kept = sorted(set(range(len(rows))) - set(long))
     return [rows[k] for k in kept], [ids[k] for k in kept]
 
 

@@ -66,7 +66,8 @@ def judge(config: JudgeConfig) -> int:
 
 
 def _blocks(pairs: Sequence[Pair], whole_rows: bool) -> Iterator[list[Pair]]:
-    """The pairs in order, PAIRS_PER_BLOCK together. whole_rows: do not divide the pairs of a row; such a block may be larger."""
+    """The pairs in order, PAIRS_PER_BLOCK together. whole_rows: do not divide the pairs of a row; such a block may be
+    larger."""
     block: list[Pair] = []
     for pair in pairs:
         if len(block) >= PAIRS_PER_BLOCK and not (whole_rows and pair.row is block[-1].row):

@@ -10,10 +10,9 @@ import json
 import webbrowser
 from pathlib import Path
 
-from lowalign.commands.policies import PolicyAnswers, adapters_of, base_named_by, read_policies
+from lowalign.commands.policies import PolicyAnswers, adapters_of, base_named_by, prompts_for, read_policies
 from lowalign.config.label import LabelConfig
-from lowalign.data.prompt_format import check_prompt_format, formats_of, formatted
-from lowalign.data.prompts import distinct_prompts
+from lowalign.data.prompt_format import formatted
 from lowalign.data.rows.answers import Answers, read_answers
 from lowalign.durable import write_json
 from lowalign.errors import UserError
@@ -22,7 +21,7 @@ from lowalign.labelling.judgements import Judgements
 from lowalign.labelling.server import LabelServer
 from lowalign.labelling.task import Labelling
 from lowalign.log import log
-from lowalign.model.adapters.files import common_format, refuse_reward_runs, trained_format
+from lowalign.model.adapters.files import refuse_reward_runs
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
 from lowalign.model.host import Host
@@ -51,10 +50,8 @@ def label(config: LabelConfig, base: Base | None = None) -> int:
         with LabelServer(Labelling(items, judgements, mode, config.annotator), config.port) as server:
             _serve(server, config.open)
             judgements.close()
-        done = [judgements.of(name) for name in judgements.annotators]
-        log(
-            f"{sum('row' in event for own in done for event in own.values()):,} judgements are in {config.out}; the same command goes on"
-        )
+        done = [event for name in judgements.annotators for event in judgements.of(name).values()]
+        log(f"{sum('row' in event for event in done):,} judgements are in {config.out}; the same command goes on")
     return 0
 
 
@@ -97,12 +94,7 @@ def _sampled(config: LabelConfig, folder: Path, base: Base | None) -> tuple[list
     tokenizer = base.tokenizer if base else load_tokenizer(model, config.base.revision)
     positions = usable_positions(base.folder if base else model, config.base.revision, adapters)
     policies = read_policies(config.policies, tokenizer, positions)
-    data, option = config.data, config.data.prompt_format or common_format(adapters)
-    prompts = distinct_prompts(data.files, policies[0].chat, data.limit, data.max_length, option)
-    rows = [row for row, _ in prompts]
-    formats = formats_of(row.prompt for row in rows)
-    for adapter in adapters if data.prompt_format is None else ():
-        check_prompt_format(adapter, trained_format(adapter), formats)
+    rows = [row for row, _ in prompts_for(policies, config.data.files, config.data)]
     journal = Journal(folder / "answers.jsonl")
     options = {
         "model": model,
@@ -120,8 +112,7 @@ def _sampled(config: LabelConfig, folder: Path, base: Base | None) -> tuple[list
             answer = PolicyAnswers(host, policies, rows, n, config.sampling, config.allow_base_mismatch)
             journal.fill(blocks, answer, "prompt")
         finally:
-            for name in tuple(host.adapters):
-                host.delete(name)
+            host.delete_all()
     completions = [line["completions"] for line in journal.lines]
     answers = [
         Answers(row.prompt, [c["completion"] for c in own], row.where)

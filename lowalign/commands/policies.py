@@ -7,12 +7,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.evaluation import BARE
+from lowalign.config.rows import MeasuredRowsConfig, ShortPromptsConfig
 from lowalign.config.sections import Sampling
 from lowalign.data.chat import Chat
-from lowalign.data.prompts import PromptRow, prompt_ids
+from lowalign.data.prompt_format import check_prompt_format, formats_of
+from lowalign.data.prompts import PromptRow, Prompts, distinct_prompts, prompt_ids
 from lowalign.errors import UserError
 from lowalign.export.sources import base_of
-from lowalign.model.adapters.files import adapter_template
+from lowalign.model.adapters.files import adapter_template, common_format, trained_format
 from lowalign.model.host import Host
 from lowalign.model.policy import load_stack
 
@@ -47,6 +49,23 @@ def read_policies(
     for chat in chats.values():
         chat.positions = positions
     return [Policy(name, own, chats[template]) for name, own, template in zip(names, adapters, templates, strict=True)]
+
+
+def prompts_for(
+    policies: Sequence[Policy], files: Sequence[str], data: ShortPromptsConfig | MeasuredRowsConfig
+) -> Prompts:
+    """The different prompts of the files, with the ids of the first policy's template. Strings are plain text or turns, as the
+    policies were trained on them; --data.prompt-format holds over that.
+
+    Raises UserError as distinct_prompts does, and for a policy that was trained on prompts of the other format.
+    """
+    adapters = adapters_of([policy.name for policy in policies])
+    prompt_format = data.prompt_format or common_format(adapters)
+    prompts = distinct_prompts(files, policies[0].chat, data.limit, data.max_length, prompt_format)
+    formats = formats_of(row.prompt for row, _ in prompts)
+    for adapter in adapters if data.prompt_format is None else ():
+        check_prompt_format(adapter, trained_format(adapter), formats)
+    return prompts
 
 
 def base_named_by(model: str | None, names: Sequence[str]) -> str:

@@ -7,17 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lowalign.commands.policies import Policy, PolicyAnswers, adapters_of
+from lowalign.commands.policies import Policy, PolicyAnswers, prompts_for
 from lowalign.config.evaluation import EvalConfig
 from lowalign.data.cleaning.words import refuses
-from lowalign.data.prompt_format import check_prompt_format, formats_of
-from lowalign.data.prompts import PromptRow, distinct_prompts
+from lowalign.data.prompts import PromptRow
 from lowalign.durable import write_jsonl
+from lowalign.errors import UserError
 from lowalign.log import log, progress
-from lowalign.model.adapters.files import common_format, trained_format
 from lowalign.model.host import Host
 from lowalign.rewards.rewards import load_functions
-from lowalign.rewards.spec import parse_spec
 
 PROMPTS_PER_BLOCK = 64
 Z = 1.96  # of a 95 % interval
@@ -29,19 +27,16 @@ class Refusals:
     def __init__(self, config: EvalConfig, policies: Sequence[Policy]) -> None:
         """Raises UserError for rows without a prompt, and for a judge that cannot be loaded."""
         self.config, self.policies = config, policies
-        adapters = adapters_of([policy.name for policy in policies])
-        data = config.data
-        option = data.prompt_format or common_format(adapters)
-        self.rows: dict[str, list[PromptRow]] = {}
-        for file in data.files:
-            prompts = distinct_prompts([file], policies[0].chat, data.limit, data.max_length, option)
-            self.rows[file] = [row for row, _ in prompts]
-            for adapter in adapters if data.prompt_format is None else ():
-                check_prompt_format(adapter, trained_format(adapter), formats_of(row.prompt for row in self.rows[file]))
+        self.rows: dict[str, list[PromptRow]] = {
+            file: [row for row, _ in prompts_for(policies, [file], config.data)] for file in config.data.files
+        }
         self.judge = None
         if config.refusal_judge:
-            parse_spec(config.refusal_judge).function("--refusal-judge")
-            (self.judge,) = load_functions([config.refusal_judge]).values()
+            (self.judge,) = load_functions([config.refusal_judge], option="--refusal-judge").values()
+            if required := self.judge.parameters.required:
+                raise UserError(
+                    f"{self.judge.where} requires {required[0]}; a refusal judge gets prompts and completions"
+                )
 
     def measure(self, host: Host) -> dict[str, dict[str, Any]]:
         """By policy, and by file: prompts, refused, rate and its 95 % interval (Wilson's). Writes the answers to --per-row."""

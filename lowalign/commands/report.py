@@ -1,4 +1,4 @@
-"""`lowalign report`: a page about runs, from the files that they have written. It changes nothing in them, and needs no model."""
+"""`lowalign report`: a page about runs, from the files that they have written. It changes none of them and needs no model."""
 
 import time
 from dataclasses import replace

@@ -24,7 +24,8 @@ EVALUATED_ROWS = 1024  # most rankings that a finished reward model is evaluated
 
 
 def reward(config: RewardConfig, base: Base | None = None, on_step: OnStep | None = None) -> int:
-    """Run `lowalign reward`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit code."""
+    """Run `lowalign reward`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit
+    code."""
     config, predict = fitted(config, base)
 
     def load(*args: Any, **options: Any) -> Dataset:

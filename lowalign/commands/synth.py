@@ -21,6 +21,8 @@ from lowalign.log import log, progress
 from lowalign.model.adapters.files import adapter_template, refuse_reward_runs, trained_format
 from lowalign.model.base.base import Base
 from lowalign.model.base.hub import load_tokenizer
+from lowalign.model.positions import usable_positions
+from lowalign.rewards.reward_run import check_reward_runs
 from lowalign.rewards.spec import files_and_runs
 from lowalign.train.lock import lock_folder
 from lowalign.train.output_file import check_or_write, stoppable
@@ -46,8 +48,13 @@ def _run(config: SynthConfig, base: Base | None) -> int:
     refuse_reward_runs(config.adapter)
     seeds = read_seeds(config.data.files)
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
-    writer = Writer(config, seeds, Chat(tokenizer, adapter_template(config.adapter)))
+    chat = Chat(tokenizer, adapter_template(config.adapter))
     files, runs = files_and_runs(config.reward)
+    chat.positions = usable_positions(
+        base.folder if base else config.model, config.base.revision, [*config.adapter, *runs]
+    )
+    writer = Writer(config, seeds, chat)
+    check_reward_runs(runs, ())
     for run in runs:
         if trained_format(run) not in (None, "mixed", config.ask):
             raise UserError(

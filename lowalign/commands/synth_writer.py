@@ -76,8 +76,8 @@ class Writer:
 
     def close(self) -> None:
         """Leave the base without adapters."""
-        for name in tuple(self.host.adapters) if self.host else ():
-            self.host.delete(name)
+        if self.host:
+            self.host.delete_all()
 
     def learn(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of a round that is on the disk: later ones must differ from them."""
@@ -162,6 +162,12 @@ class Writer:
         decode = partial(self.host.base.tokenizer.decode, skip_special_tokens=True)
         stop = (lambda ids: False) if chat else (lambda ids: f"\n{MARK}" in decode(ids[-MARK_TOKENS:]))
         ids = [prompt_ids(self.chat, row) for row in rows]
+        longest, positions = max(map(len, ids)), self.chat.positions
+        if positions is not None and longest >= positions:
+            raise UserError(
+                f"guidelines and examples take {longest:,} tokens, and the base has positions for {positions:,}: give a lower "
+                "--shown, or shorter seeds"
+            )
         with self.host.use(*self.stack):
             groups = self.host.generate(ids, n, self.config.sampling, [2 * s + part for s in seeds], stop=stop)
         return [[(_cut(decode(c.ids), chat), c.stopped) for c in group] for group in groups]

@@ -27,8 +27,9 @@ class RowEncoder:
     """How rows become Examples.
 
     name: in the key of the cache, as two readings of one file have different tokens. formats: the row formats. group_key:
-    rows of a file with the same key (not None) are encoded as one group. encode: (parsed rows of a group, chat, options, stats) -> Examples of at most config.max_length tokens; none when no
-    supervised token is left. It raises RowError, RowDropped or Unrenderable.
+    rows of a file with the same key (not None) are encoded as one group. encode: (parsed rows of a group, chat, options,
+    stats) -> Examples of at most config.max_length tokens; none when no supervised token is left. It raises RowError,
+    RowDropped or Unrenderable.
     """
 
     name: str

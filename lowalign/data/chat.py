@@ -1,7 +1,7 @@
 """Conversations and texts to Examples, with the mask of supervised tokens.
 
-The mask comes from rendering (lowalign/data/rendering/turns.py), not from a search for token ids. So a pad token that equals eos, or
-eos in the user's text, changes nothing.
+The mask comes from rendering (lowalign/data/rendering/turns.py), not from a search for token ids. So a pad token that
+equals eos, or eos in the user's text, changes nothing.
 
 The pieces (generation prompt | assistant turn | what follows | …) are tokenized one by one, in `prompt_ids` too, so a
 model is trained after the same prompt ids as it gets in generation.

@@ -1,14 +1,15 @@
 """The loss of each row under the base and its adapters: written by `lowalign eval --per-row`, read by --data.losses.
 
-A line is {"source": file:line, "loss": {policy: nats per supervised token}, "tokens": supervised tokens, "key": …}; the loss is the
-mean of -log p over the supervised tokens of a row, in the weights of its turns; of preferences, of the best answers. The key is of the first supervised
-tokens, so that losses of other rows are not taken for those of these.
+A line is {"source": file:line, "loss": {policy: nats per supervised token}, "tokens": supervised tokens, "key": …}; the
+loss is the mean of -log p over the supervised tokens of a row, in the weights of its turns; of preferences, of the best
+answers. The key is of the first supervised tokens, so that losses of other rows are not taken for those of these.
 """
 
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,19 @@ def row_losses(examples: Sequence[Example], logps: Mapping[str, Sequence[Sequenc
 
 
 def filter_by_loss(examples: Sequence[Example], config: DataConfig) -> tuple[list[Example], dict[str, Any]]:
-    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out above
-    and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first policy of the
-    file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when none is left."""
+    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out
+    above and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first
+    policy of the file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when
+    none is left."""
     if config.losses is None:
         return list(examples), {}
-    known, policy = _read(config.losses)
+    place = _place_reader()
+    known, policy = _read(config.losses, place)
     losses: dict[str, float] = {}
     for example in examples:
         if example.source in losses:
             continue
-        line = known.get(_place(example.source))
+        line = known.get(place(example.source))
         if line is None:
             raise UserError(
                 f"{example.source} has no loss in --data.losses {config.losses}: measure these files with lowalign eval --per-row"
@@ -110,14 +113,22 @@ def _key(example: Example) -> str:
     return f"{zlib.crc32(json.dumps(ids[:KEY_TOKENS]).encode()):08x}"
 
 
-def _place(source: str) -> tuple[str, str]:
-    """(file, line): the same for every way to write the path of a file."""
-    file, _, line = source.rpartition(":")
-    path = Path(file).expanduser()
-    return str(path.resolve()) if path.exists() else file, line
+def _place_reader() -> Callable[[str], tuple[str, str]]:
+    """A function: file:line -> (file, line), the same for every way to write the path of a file, which is looked up once."""
+
+    @cache
+    def whole(file: str) -> str:
+        path = Path(file).expanduser()
+        return str(path.resolve()) if path.exists() else file
+
+    def place(source: str) -> tuple[str, str]:
+        file, _, line = source.rpartition(":")
+        return whole(file), line
+
+    return place
 
 
-def _read(file: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
+def _read(file: Path, place: Callable[[str], tuple[str, str]]) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
     """-> the lines by place, and the first policy. Raises UserError, with file:line, for what is no such line."""
     try:
         raw = file.read_text(encoding="utf-8").splitlines()
@@ -129,7 +140,7 @@ def _read(file: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
     policy = next(iter(lines[0]["loss"]))
     if lacking := next((line for line in lines if policy not in line["loss"]), None):
         raise UserError(f"{file}: {lacking['source']} has no loss under {policy}, the first policy of the file")
-    return {_place(line["source"]): line for line in lines}, policy
+    return {place(line["source"]): line for line in lines}, policy
 
 
 def _line(text: str, where: str) -> dict[str, Any]:

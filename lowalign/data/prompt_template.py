@@ -15,7 +15,8 @@ class PromptTemplate:
     """A template and its text. what: its name in messages, such as "judge's template". variables: those it may use."""
 
     def __init__(self, file: Path, what: str, variables: Sequence[str], trim: bool = False) -> None:
-        """trim: a line with nothing but a statement is no line of the text. Raises UserError, with file:line, for a file that cannot be read or is no template."""
+        """trim: a line with nothing but a statement is no line of the text. Raises UserError, with file:line, for a file that
+        cannot be read or is no template."""
         self.file, self._what, self._variables = file, what, variables
         try:
             self.text = file.read_text(encoding="utf-8")

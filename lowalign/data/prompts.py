@@ -23,7 +23,7 @@ ANSWERS = ("completion", "chosen", "rejected", "completion_a", "completion_b")
 
 
 class PromptRow(NamedTuple):
-    """A prompt, file:line, and the columns of its row as they are in the file."""
+    """A prompt, file:line, and the columns of its row: those of the file, and those that options made of them."""
 
     prompt: Prompt
     where: str
@@ -55,8 +55,7 @@ def distinct_prompts(
     data: DataConfig | None = None,
 ) -> Prompts:
     """Each different prompt once, in the order of the rows (the first `limit`), without those of more than `max_tokens`
-    tokens; logs the counts. prompt_format, data: as in read_prompts. Raises UserError when
-    no prompt is left."""
+    tokens; logs the counts. prompt_format, data: as in read_prompts. Raises UserError when no prompt is left."""
     rows: dict[str, PromptRow] = {}
     for row in read_prompts(files, prompt_format, data):
         rows.setdefault(json.dumps(row.prompt), row)

@@ -79,8 +79,7 @@ def evaluate(
     if reference:
         examples = [Example(p, [c.ids]) for p, c in zip(ids, answers, strict=True)]
         kl = completion_kl(host, policy, load_stack(host, "reference", reference), examples)
-    for adapter_name in tuple(host.adapters):
-        host.delete(adapter_name)
+    host.delete_all()
     texts = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in answers]
     scores = [world.score(p, text, c.stopped) for p, text, c in zip(prompts, texts, answers, strict=True)]
     shown = [format_answer(p, text) for p, text in zip(prompts, texts, strict=True)]

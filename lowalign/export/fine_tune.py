@@ -114,4 +114,5 @@ def _config(folder: Path) -> PretrainedConfig:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return all(torch.equal(x.float(), y.float()) for x, y in zip(*(t.reshape(-1).split(WEIGHTS_AT_A_TIME) for t in (a, b)), strict=True))  # fmt: skip
+    parts = zip(a.reshape(-1).split(WEIGHTS_AT_A_TIME), b.reshape(-1).split(WEIGHTS_AT_A_TIME), strict=True)
+    return all(torch.equal(x.float(), y.float()) for x, y in parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowalign.data.rows.turns import Prompt, as_messages
-from lowalign.durable import write_jsonl
+from lowalign.durable import json_line, write_jsonl
 from lowalign.errors import UserError
 from lowalign.labelling.items import Item
 from lowalign.train.run_folder import Journal
@@ -33,7 +33,7 @@ class Judgements:
         self._rows: Journal | None = None  # OUT; None: to be written again
         self._lock = threading.Lock()
         self._done: dict[str, dict[str, Event]] = {}  # by annotator, then by item
-        if not self._journal.lines and out.exists() and out.stat().st_size:
+        if _has_other_rows(out, self._journal.lines):
             raise UserError(f"{out} exists and holds no judgements of lowalign label; choose another --out")
         for event in self._journal.lines:
             self._apply(event)
@@ -42,7 +42,7 @@ class Judgements:
     @property
     def annotators(self) -> list[str]:
         """Those with a judgement or a skip."""
-        return [name for name, done in self._done.items() if done]
+        return [name for name, done in list(self._done.items()) if done]  # another thread may add one
 
     def of(self, annotator: str) -> dict[str, Event]:
         """The judgements and skips of one, by key of the item, in order of time."""
@@ -123,6 +123,13 @@ class Judgements:
         events = [event for done in self._done.values() for event in done.values() if "row" in event]
         write_jsonl(self.out, [event["row"] for event in sorted(events, key=lambda event: event["at"])])
         self._rows = Journal(self.out)
+
+
+def _has_other_rows(out: Path, events: Sequence[Event]) -> bool:
+    """Whether OUT has a line that follows from none of the events, but for a last one that a kill left incomplete."""
+    lines = out.read_bytes().splitlines(keepends=True) if out.exists() else []
+    written = {json_line(event["row"]).encode() for event in events if "row" in event}
+    return bool(lines) and (not events or any(line.endswith(b"\n") and line not in written for line in lines))
 
 
 def row_of(

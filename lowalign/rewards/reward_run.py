@@ -107,8 +107,8 @@ def check_template(run: str, chat: Chat) -> None:
 
 
 def check_reward_runs(runs: Sequence[str], formats: Collection[str]) -> None:
-    """Raises UserError for a reward run without a head, and for one that was trained on prompts of another format than those of the
-    completions."""
+    """Raises UserError for a reward run without a head, and for one that was trained on prompts of another format than
+    those of the completions."""
     for run in runs:
         stored, _ = read(locate(run))
         if not any(key.endswith(SCALAR_HEAD) for key in stored.tensors):

@@ -64,16 +64,19 @@ class RewardOptions:
     token_budget: int = TOKEN_BUDGET
 
 
-def load_functions(specs: Sequence[str], columns: Collection[str] | None = None) -> dict[str, FunctionReward]:
-    """The functions that the specs name, by RewardSpec.name. columns: of the prompts' rows; None where there are none.
+def load_functions(
+    specs: Sequence[str], columns: Collection[str] | None = None, option: str = "--reward"
+) -> dict[str, FunctionReward]:
+    """The functions that the specs name, by RewardSpec.name. columns: of the prompts' rows; None where there are none. option:
+    the flag, for messages.
 
     Raises UserError for a file that fails, and for a function that requires a parameter which is no column.
     """
     functions = {}
-    for spec in _parsed(specs):
+    for spec in _parsed(specs, option):
         if (given := FUNCTIONS.get(spec.name)) is not None:
             functions[spec.name] = FunctionReward.of(_source_file(given) or Path(spec.name), spec.name, given)
-        elif (place := spec.function()) is not None:
+        elif (place := spec.function(option)) is not None:
             functions[spec.name] = load_function(*place)
     if columns is not None:
         for function in functions.values():
@@ -108,12 +111,12 @@ def load_rewards(
     return Rewards(parts)
 
 
-def _parsed(specs: Sequence[str]) -> list[RewardSpec]:
+def _parsed(specs: Sequence[str], option: str = "--reward") -> list[RewardSpec]:
     """Raises UserError for a reward that is named twice."""
-    parsed = [parse_spec(spec) for spec in specs]
+    parsed = [parse_spec(spec, option) for spec in specs]
     names = [spec.name for spec in parsed]
     if len(set(names)) < len(names):
-        raise UserError(f"--reward names {next(n for n in names if names.count(n) > 1)} more than once")
+        raise UserError(f"{option} names {next(n for n in names if names.count(n) > 1)} more than once")
     return parsed
 
 

@@ -24,7 +24,8 @@ class RewardSpec(NamedTuple):
         return self.name not in FUNCTIONS and self.function() is None
 
     def function(self, option: str = "--reward") -> tuple[Path, str] | None:
-        """(FILE, NAME) of a function; None for a run. option: the flag, for a message. Raises UserError when there is no such file."""
+        """(FILE, NAME) of a function; None for a run. option: the flag, for a message. Raises UserError when there is no such
+        file."""
         match = re.fullmatch(r"(?P<file>.+\.py):(?P<name>\w+)", self.name)
         if match:
             file = Path(match["file"]).expanduser()
@@ -38,15 +39,16 @@ class RewardSpec(NamedTuple):
         return None
 
 
-def parse_spec(text: str) -> RewardSpec:
-    """ "0.5*runs/reward" -> (0.5, "runs/reward"); the weight is 1 when left out. Raises UserError."""
+def parse_spec(text: str, option: str = "--reward") -> RewardSpec:
+    """ "0.5*runs/reward" -> (0.5, "runs/reward"); the weight is 1 when left out. option: the flag, for a message. Raises
+    UserError."""
     weight, star, name = text.rpartition("*")
     try:
         number = float(weight) if star else 1.0
     except ValueError:
         number = math.nan
     if not name or not math.isfinite(number):
-        raise UserError(f"--reward {text}: expected [WEIGHT*]RUN or [WEIGHT*]FILE.py:NAME, as in 0.5*runs/reward")
+        raise UserError(f"{option} {text}: expected [WEIGHT*]RUN or [WEIGHT*]FILE.py:NAME, as in 0.5*runs/reward")
     return RewardSpec(number, name)
 
 

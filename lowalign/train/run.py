@@ -139,8 +139,7 @@ def run(
             log(f"{result.step:,} steps in {duration(started)}. Next: {_next_command(config, job.name)}")
             log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
         processes.wait()
-        for adapter in tuple(r.host.adapters):
-            r.host.delete(adapter)
+        r.host.delete_all()
     return 0
 
 

@@ -13,10 +13,13 @@ import torch
 from lowalign import Example, Host, Sampling
 from lowalign.cli import main
 from lowalign.commands import best_of_n
+from lowalign.config.commands import BestOfNConfig
+from lowalign.config.recipe import parse
 from lowalign.config.sections import DataConfig, PreferenceConfig
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
 from lowalign.data.preferences import load_preferences
+from lowalign.errors import UserError
 from lowalign.model.adapters.flat import FlatWeights
 from tests.commands.tiny_runs import FP32, load, make
 from tests.train import toy
@@ -133,6 +136,16 @@ def test_a_function_with_the_columns_of_the_rows(world, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "other")]) == 1
     assert "f.py:1: f requires solution, which is no column of the prompts' rows" in capsys.readouterr().err
     assert not (tmp_path / "other/candidates.jsonl").exists()
+
+
+def test_a_reward_that_fails_leaves_the_base_without_adapters(world, tmp_path):
+    (world / "fails.py").write_text("def f(prompts, completions):\n    return 1 / 0\n")
+    base = load(world / "model")
+    words = flags(world, tmp_path / "out", str(world / "fails.py") + ":f", reward="reward")
+    words.insert(words.index("--out"), words.pop())
+    with pytest.raises(UserError, match=r"fails.py:2: f: ZeroDivisionError"):
+        best_of_n.best_of_n(parse(BestOfNConfig, [*words[1:], "--allow-training-spread"]), base)
+    assert not [name for name, _ in base.model.named_parameters() if "lora_" in name]
 
 
 def test_best_pairs_and_rankings(straight):

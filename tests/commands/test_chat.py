@@ -108,6 +108,14 @@ def test_a_seed_gives_new_answers_with_regenerate(talk):
     assert len(set(out.out.split("\n"))) >= 3
 
 
+def test_an_answer_is_kept_where_another_one_cannot_be_made(talk, tmp_path):
+    """The system text leaves no room for it."""
+    saved = tmp_path / "rows.jsonl"
+    printed = talk("a fox", f"/system {'fox ' * 600}", "/regenerate", "/system", f"/save {saved}")
+    assert "positions; shorten it" in printed.err
+    assert [m["role"] for m in json.loads(saved.read_text())["messages"]] == ["user", "assistant"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -120,6 +128,7 @@ def test_a_seed_gives_new_answers_with_regenerate(talk):
         ("/regenerate", "ask something first"),
         ("/set temperature warm", "temperature takes a number, not warm"),
         ("/set temperature -1", "temperature is -1.0; it must be at least 0"),
+        ("/set dequantize often", "dequantize is one of auto, on, off, not often"),
         ("/set heat 1", "/set NAME VALUE, where NAME is one of max_new_tokens"),
         ("/save", "/save FILE keeps a conversation that ends with an answer"),
     ],

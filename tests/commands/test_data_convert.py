@@ -60,11 +60,14 @@ def test_converted_rows_mean_the_same(shared: Path, tmp_path: Path, name: str) -
     assert before == after
 
 
-def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_are_listed_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "presets"]) == 0
     listed = capsys.readouterr().out
     assert "dolly" in listed and "templates/summarisation" in listed
     assert main(["data", "presets", "gsm8k"]) == 0
     assert "columns: {instruction: question, output: answer}" in capsys.readouterr().out
+    (tmp_path / "own.yaml").write_text("columns: {prompt: q, completion: a}")
+    assert main(["data", "presets", str(tmp_path / "own.yaml")]) == 0
+    assert capsys.readouterr().out == "columns: {prompt: q, completion: a}"
     assert main(["data", "presets", "gsm9k"]) == 1
     assert "there is no preset gsm9k; did you mean gsm8k?" in capsys.readouterr().err

@@ -184,6 +184,7 @@ def test_refusal_rates_by_file_before_and_after(world, tmp_path, monkeypatch, ca
     (tmp_path / "judge.py").write_text(
         "def even(prompts, completions):\n    return [1 if int(p.split()[-1][:-1]) % 2 == 0 else 0 for p in prompts]\n"
     )
+    (tmp_path / "needy.py").write_text("def f(prompts, completions, answer):\n    return answer\n")
     capsys.readouterr()
     assert evaluate(world, *words, "--out", str(out), "--refusal-judge", f"{tmp_path / 'judge.py'}:even") == 0
     table = capsys.readouterr().out.splitlines()
@@ -197,6 +198,14 @@ def test_refusal_rates_by_file_before_and_after(world, tmp_path, monkeypatch, ca
         (
             ["--refusals", "--data", files[0], "--refusal-judge", "x.py:f"],
             "--refusal-judge x.py:f: there is no file x.py",
+        ),
+        (
+            ["--refusals", "--data", files[0], "--refusal-judge", f"{tmp_path / 'needy.py'}:f"],
+            "needy.py:1: f requires answer; a refusal judge gets prompts and completions",
+        ),
+        (
+            ["--refusals", "--data", files[0], "--refusal-judge", "nan*x.py:f"],
+            "--refusal-judge nan*x.py:f: expected",
         ),
         (["--data", files[0], "--per-row", "no/file.jsonl"], "--per-row no/file.jsonl: there is no folder no"),
     ):

@@ -187,6 +187,13 @@ def test_it_stops_where_nothing_new_comes(config, base, capsys):
     assert "stopped: the last 2 rounds gave no row" in capsys.readouterr().err and report(config)["rounds"] <= 20
 
 
+def test_examples_that_do_not_fit(config, base, tmp_path):
+    write_jsonl(tmp_path / "long.jsonl", [{"prompt": "Paint a cat. " * 100, "completion": "A cat."}])
+    long = replace(config, data=SeedsConfig((str(tmp_path / "long.jsonl"),)))
+    with pytest.raises(UserError, match="the base has positions for 256: give a lower --shown"):
+        synth(long, base)
+
+
 def test_a_chat_model_is_asked_in_turns_with_templates_of_the_user(config, world, base, tmp_path, monkeypatch):
     (tmp_path / "ask.jinja").write_text(
         "{% for example in examples %}{{ example.prompt }};{% endfor %} chat={{ chat }}"

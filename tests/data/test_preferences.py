@@ -115,6 +115,12 @@ def test_margin_ranks_and_labels(tmp_path: Path, chat: Chat) -> None:
         assert example.label is expected and example.rank is None and rendered(example, chat) == (HI, [HO])
 
 
+def test_scores_of_a_ranking_tie_within_the_gap(tmp_path: Path, chat: Chat) -> None:
+    row = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [3, 5, 4.5]}
+    assert one(tmp_path, row, chat).rank == [2, 0, 1]
+    assert one(tmp_path, row, chat, gap=1).rank == [1, 0, 0]
+
+
 def test_tools_stand_in_the_prompt(tmp_path: Path) -> None:
     chat = Chat(made.chatml(made.CHATML_TOOLS))
     calling = {"role": "assistant", "content": "", "tool_calls": [made.weather_call("Graz")]}

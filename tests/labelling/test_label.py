@@ -116,6 +116,23 @@ def test_each_judgement_is_on_disk_before_the_next_item_and_outlives_a_kill(tmp_
     }  # fmt: skip
 
 
+def test_rows_of_somebody_else_are_not_overwritten(tmp_path):
+    """Also where the judgements are there and another file took the place of the rows."""
+    out = tmp_path / "prefs.jsonl"
+    with serving(out, PAIRS) as page:
+        page.pick("x0")
+        page.pick(None)
+        page.post("undo")
+    kept = lines(out)
+    out.write_text(json.dumps(kept[0] | {"verdict": "b"}) + "\n")
+    with pytest.raises(UserError, match="holds no judgements of lowalign label"), serving(out, PAIRS):
+        pass
+    assert lines(out)[0]["verdict"] == "b"
+    out.unlink()
+    with serving(out, PAIRS):
+        assert lines(out) == kept
+
+
 def test_order_is_random_the_same_again_and_names_are_not_sent(tmp_path):
     policies = [["runs/secret", "base"]] * 12
     with serving(tmp_path / "out.jsonl", PAIRS, policies=policies) as page:

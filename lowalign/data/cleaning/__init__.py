@@ -1,1 +1,1 @@
-"""What may be wrong with rows that can be read: repeated, leaked into the held-out ones, empty, in another language, refusing."""
+"""What may be wrong with rows that can be read: repeated, held out too, empty, in another language, refusals."""

@@ -1,10 +1,10 @@
 """Rows that are nearly the same, by MinHash of their token ids.
 
-A row is its set of shingles: three consecutive tokens. Shingles of most rows, such as those of a common system text, are left
-out. The similarity of two rows is |A ∩ B| / |A ∪ B| of their sets (Jaccard). Of each row PERMUTATIONS minima of random hashes are
-kept (Broder, On the resemblance and containment of documents, 1997); two of them are equal with the probability of the
-similarity. Rows that agree in a whole band of minima are compared exactly, so no pair below THRESHOLD is reported. A pair of
-similarity s is missed with a probability of (1 - s^ROWS)^BANDS in the bands: 1.2 % at 0.7, 2e-4 at 0.8.
+A row is its set of shingles: three consecutive tokens. Shingles of more than a tenth of the rows, such as those of a
+common system text, are left out. The similarity of two rows is |A ∩ B| / |A ∪ B| of their sets (Jaccard). Of each row PERMUTATIONS minima of random
+hashes are kept (Broder, On the resemblance and containment of documents, 1997); two of them are equal with the probability
+of the similarity. Rows that agree in a whole band of minima are compared exactly, so no pair below THRESHOLD is reported. A
+pair of similarity s is missed with a probability of (1 - s^ROWS)^BANDS in the bands: 1.2 % at 0.7, 2e-4 at 0.8.
 """
 
 from collections.abc import Iterator, Sequence

@@ -56,11 +56,11 @@ class _Row:
 def cleaning_report(
     train: Sequence[Example], heldout: Sequence[Example], data: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The counts by source of the rows to train on. data: all that was read; train are those of its Examples that are not held out.
+    """The counts by source of the rows to train on. data: all that was read; train: its Examples that are not held out.
 
-    sources: by --data FILE, the counts of KINDS, languages and refusals (shares of a sample of its answers), rows, share of all rows,
-    lengths (a histogram of tokens, [upper bound, rows] each). places: of each kind the first rows, with the row that each
-    repeats. longest: [file:line, tokens]. compared: rows that were compared with each other.
+    sources: by --data FILE, the counts of KINDS, languages and refusals (shares of a sample of its answers), rows, share of
+    all rows, lengths (a histogram of tokens, [upper bound, rows] each). places: of each kind the first rows, with the row
+    that each repeats. longest: [file:line, tokens]. compared: rows that were compared with each other.
     """
     rows, held = list(_rows(train)), list(_rows(heldout))
     found = _repeats(rows, held)

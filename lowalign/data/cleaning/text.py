@@ -3,6 +3,7 @@
 from typing import Any
 
 from lowalign.data.cleaning.report import KINDS
+from lowalign.log import aligned
 
 COLUMNS = {
     "exact": "exact",
@@ -26,8 +27,7 @@ def table(report: dict[str, Any]) -> list[str]:
         refusals = "-" if source["refusals"] is None else f"{source['refusals']:.1%}"
         counts = [f"{source[kind]:,}" for kind in used]
         lines.append([name, f"{source['rows']:,}", f"{source['share']:.1%}", *counts, refusals, languages or "-"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return aligned(lines)
 
 
 def cleaning_lines(report: dict[str, Any]) -> list[str]:

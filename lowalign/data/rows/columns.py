@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lowalign.data.sources.row import Row
-from lowalign.data.sources.strict_json import StrictParser
+from lowalign.data.sources.row import Row, RowError
+from lowalign.data.sources.strict_json import StrictParser, half_surrogate
 
 LISTS = {
     "messages",
@@ -23,7 +23,8 @@ TRUTH = {"true": True, "false": False}
 def typed(row: Row) -> dict[str, Any]:
     """The row's data, with values in the columns that are never texts: JSON in lists, numbers and true or false.
 
-    A cell that is none stays text, and the format's own message says what it must be. An empty one is null.
+    A cell that is none stays text, and the format's own message says what it must be. An empty one is null. Raises RowError for
+    half of a surrogate pair in JSON.
     """
     return {name: _value(name, cell) for name, cell in row.data.items()} if row.untyped else row.data
 
@@ -41,6 +42,9 @@ def _value(name: str, cell: Any) -> Any:
 
 
 def _parsed(text: str, cell: str) -> Any:
-    parser = StrictParser()
-    value, end, problem = parser.parse(text, 0)
-    return cell if problem or end is None or text[end:].strip() else value
+    value, end, problem = StrictParser().parse(text, 0)
+    if problem or end is None or text[end:].strip():
+        return cell
+    if problem := half_surrogate(value, text):
+        raise RowError(problem)
+    return value

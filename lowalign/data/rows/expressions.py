@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
-from jinja2 import StrictUndefined, Undefined
+from jinja2 import StrictUndefined, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from lowalign.data.rows.time_limit import TookTooLong, time_limit
 from lowalign.data.rows.transcripts import alternating, function_calls, json_objects, transcript
 from lowalign.data.rows.turns import expected
 from lowalign.data.sources.row import RowError
+from lowalign.data.sources.strict_json import json_value
 from lowalign.errors import UserError
 
-ONE_VALUE = re.compile(r"\{\{(?P<expression>(?:(?!\}\}|\{\{|\{%).)*)\}\}", re.DOTALL)
 LONGEST = 50_000_000  # characters, or items: what a template may build with one * or **
 Compiled = Callable[[Mapping[str, Any]], Any]
 
@@ -35,13 +35,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _from_json(text: str) -> Any:
-    return json.loads(text)
-
-
 SANDBOX = _Sandbox(undefined=StrictUndefined, autoescape=False)
 SANDBOX.filters |= {
-    "fromjson": _from_json,
+    "fromjson": json_value,
     "tojson": lambda value: json.dumps(value, ensure_ascii=False),
     "transcript": transcript,
     "function_calls": function_calls,
@@ -52,9 +48,10 @@ SANDBOX.filters |= {
 
 
 def compiled(value: Any, what: str) -> Compiled:
-    """A function of a row's columns that returns the value, with each text of it evaluated. what: the flag or the key, for messages.
+    """A function of a row's columns that returns the value, with each text of it evaluated.
 
-    The function raises RowError, and TookTooLong. Raises UserError for a text that is not Jinja.
+    what: the flag or the key, for messages. The function raises RowError, and TookTooLong. Raises UserError for a text that is
+    not Jinja.
     """
     if isinstance(value, dict):
         inner = {key: compiled(item, f"{what}.{key}") for key, item in value.items()}
@@ -65,8 +62,8 @@ def compiled(value: Any, what: str) -> Compiled:
     if not isinstance(value, str) or not ("{{" in value or "{%" in value):
         return lambda columns: value
     try:
-        if one := ONE_VALUE.fullmatch(value.strip()):
-            return _guarded(SANDBOX.compile_expression(one["expression"], undefined_to_none=False), what)
+        if expression := _expression(value.strip()):
+            return _guarded(SANDBOX.compile_expression(expression, undefined_to_none=False), what)
         return _guarded(SANDBOX.from_string(value).render, what)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{what}: not a Jinja template ({error.message}): {value}") from error
@@ -74,17 +71,23 @@ def compiled(value: Any, what: str) -> Compiled:
         raise UserError(f"{what}: nested too deeply for a template") from error
 
 
+def _expression(template: str) -> str | None:
+    """The expression of a template that is `{{…}}` as a whole; None for others."""
+    match SANDBOX.parse(template).body:
+        case [nodes.Output(nodes=[node])] if template[:2] == "{{" and template[-2:] == "}}":
+            return None if isinstance(node, nodes.TemplateData) else re.sub(r"^[-+]|[-+]$", "", template[2:-2])
+    return None
+
+
 def _guarded(evaluate: Callable[..., Any], what: str) -> Compiled:
     def guarded(columns: Mapping[str, Any]) -> Any:
         try:
             with time_limit():
-                result = evaluate(columns)
-                if isinstance(result, Undefined):
-                    raise jinja2.UndefinedError(result._undefined_message)
-                return result
+                return _defined(evaluate(columns))
         except jinja2.UndefinedError as error:
             name = re.fullmatch(r"'([^']+)' is undefined", error.message or "")
-            raise RowError(f"{what}: {expected(name[1], columns) if name else error.message}") from error
+            reason = expected(name[1], [name for name in columns if name != "row"]) if name else error.message
+            raise RowError(f"{what}: {reason}") from error
         except TookTooLong as error:
             raise TookTooLong(f"{what}: the template does not end: {error}") from error
         except Exception as error:  # a template is a program: it can fail in any way
@@ -92,3 +95,13 @@ def _guarded(evaluate: Callable[..., Any], what: str) -> Compiled:
             raise RowError(f"{what}: the template fails on this row: {reason}") from error
 
     return guarded
+
+
+def _defined(value: Any) -> Any:
+    """The value. Raises UndefinedError where it is undefined, or has something undefined in it."""
+    if isinstance(value, Undefined):
+        raise jinja2.UndefinedError(value._undefined_message)
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _defined(inner)
+    return value

@@ -1,8 +1,8 @@
 """Row formats (option `shape`), recognised by their columns.
 
 Columns that a format does not use are ignored: published data is full of ids, sources and scores. Those that change what
-a row means (rows/unused.py) are an error. A missing column is an
-error; the message names the column that may be its misspelling.
+a row means (rows/unused.py) are an error. So is a missing column; the message names the column that may be its
+misspelling.
 """
 
 from collections import Counter

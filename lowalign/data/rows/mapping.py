@@ -1,4 +1,5 @@
-"""Rows as their source has them to rows in the columns of a format: options columns, prompt, completion, …, preset, rename, ignore."""
+"""Rows as their source has them to rows in the columns of a format, by the options of --data: columns, prompt, completion, …,
+preset, rename, ignore."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -8,10 +9,9 @@ from typing import Any, TypeVar
 from lowalign.config.sections import DataConfig
 from lowalign.data.rows.columns import typed
 from lowalign.data.rows.expressions import Compiled, compiled
-from lowalign.data.rows.presets import Preset, load_preset
+from lowalign.data.rows.presets import Preset, load_preset, named_columns
 from lowalign.data.rows.time_limit import TookTooLong
 from lowalign.data.rows.trees import tree_rows
-from lowalign.data.rows.turns import expected
 from lowalign.data.rows.unused import read_renames, with_columns
 from lowalign.data.sources.read import iter_rows
 from lowalign.data.sources.row import BadRow, Row, RowDropped, RowError
@@ -74,18 +74,13 @@ class Mapping:
     def _mapped(self, row: Row) -> dict[str, Any]:
         data = with_columns(row.data, self._renames, self._ignore)
         if self._columns or self._texts:
-            data = self._chosen(data) | {name: text(data | {"row": data}) for name, text in self._texts.items()}
+            texts = {name: text(data | {"row": data}) for name, text in self._texts.items()}
+            data = (
+                named_columns(data, self._columns, "--data.columns") | texts
+            )  # others would make it mean something else
         elif self.preset:
-            data = self.preset(data | {"row": data})
-            data.pop("row", None)
+            data = self.preset(data)
         return typed(replace(row, data=data))
-
-    def _chosen(self, data: dict[str, Any]) -> dict[str, Any]:
-        """The columns of --data.columns; none of the others, which would make the row mean something else."""
-        for old in self._columns.values():
-            if old not in data:
-                raise RowError(f"--data.columns: {expected(old, data)}")
-        return {new: data[old] for new, old in self._columns.items()}
 
 
 def parse_rows(

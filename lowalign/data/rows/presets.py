@@ -23,6 +23,7 @@ import yaml
 from lowalign.config.recipe import data_presets
 from lowalign.config.yaml_flags import compose, suggest
 from lowalign.data.rows.expressions import Compiled, compiled
+from lowalign.data.rows.turns import expected
 from lowalign.data.sources.row import RowDropped, RowError
 from lowalign.errors import UserError
 
@@ -35,6 +36,7 @@ class Preset:
 
     name: str
     about: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
     forms: list[Compiled] = field(default_factory=list)
     labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     skip: list[tuple[Compiled, str]] = field(default_factory=list)
@@ -44,13 +46,13 @@ class Preset:
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """The row in the columns of a row format. Raises RowError, and RowDropped for a row that the preset leaves out."""
         for when, why in self.skip:
-            if when(data):
+            if when(data | {"row": data}):
                 raise RowDropped(why)
-        if self.labels:
-            data = data | {name: self._words(name, data[name]) for name in self.labels if name in data}
-        if not self.forms:
-            return data
-        return self.forms[_number(data, len(self.forms))](data)
+        in_words = data | {name: self._words(name, data[name]) for name in self.labels if name in data}
+        if not (self.columns or self.forms):
+            return in_words
+        form = self.forms[_number(data, len(self.forms))](in_words | {"row": data}) if self.forms else {}
+        return named_columns(in_words, self.columns, f"{self.name}: columns") | form
 
     def _words(self, name: str, value: Any) -> str:
         words = self.labels[name]
@@ -60,18 +62,33 @@ class Preset:
         return words[key]
 
 
+def named_columns(data: Mapping[str, Any], columns: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The columns {new: old} by their new names. what: the flag or the key, for messages. Raises RowError for one that is not
+    there."""
+    for old in columns.values():
+        if old not in data:
+            raise RowError(f"{what}: {expected(old, data)}")
+    return {new: data[old] for new, old in columns.items()}
+
+
 @cache
 def load_preset(name: str) -> Preset:
     """A preset by its name, or from a YAML file. Raises UserError for what is none."""
-    path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        known = data_presets()
-        if name not in known:
-            raise UserError(f"there is no preset {name}{suggest(name, known)} (`lowalign data presets` names them)")
-        path = known[name]
+    path = preset_file(name)
     node = compose(path)
     content = {} if node is None else yaml.SafeLoader("").construct_document(node)
     return _preset(name, content, path)
+
+
+def preset_file(name: str) -> Path:
+    """The file of a preset by its name, or a YAML file. Raises UserError for a name that is none."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    known = data_presets()
+    if name not in known:
+        raise UserError(f"there is no preset {name}{suggest(name, known)} (`lowalign data presets` names them)")
+    return known[name]
 
 
 def _preset(name: str, content: Any, path: Path) -> Preset:
@@ -81,9 +98,7 @@ def _preset(name: str, content: Any, path: Path) -> Preset:
         raise UserError(f"{path}: there is no key {unknown[0]}{suggest(unknown[0], KEYS)}; keys are {', '.join(KEYS)}")
     if "row" in content and "rows" in content:
         raise UserError(f"{path}: give one `row`, or several in `rows`")
-    columns = _strings(content.get("columns", {}), path, "columns")
-    renamed = {new: _column(old) for new, old in columns.items()}
-    rows = content.get("rows", [content["row"]] if "row" in content else [{}] if renamed else [])
+    rows = content.get("rows", [content["row"]] if "row" in content else [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: `row` is made of keys, and `rows` is a list of such")
     labels = content.get("labels", {})
@@ -95,17 +110,13 @@ def _preset(name: str, content: Any, path: Path) -> Preset:
     return Preset(
         name,
         str(content.get("about", "")).strip(),
-        [compiled(renamed | row, f"{name}: row") for row in rows],
+        _strings(content.get("columns", {}), path, "columns"),
+        [compiled(row, f"{name}: row") for row in rows],
         {column: {_key(value): str(word) for value, word in words.items()} for column, words in labels.items()},
         [(compiled(rule["when"], f"{name}: skip"), str(rule["why"])) for rule in skip],
         _strings(content["trees"], path, "trees") if "trees" in content else None,
         hashlib.sha256(path.read_bytes()).hexdigest(),
     )
-
-
-def _column(name: str) -> str:
-    """The value of a column as an expression, whatever characters its name has."""
-    return f"{{{{ {name} }}}}" if name.isidentifier() else f"{{{{ row[{json.dumps(name)}] }}}}"
 
 
 def _key(value: Any) -> str:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lowalign.data.sources.strict_json import half_surrogate, json_value
+
 HUMAN = {"Human": "user", "Assistant": "assistant"}
 CALL = re.compile(r"<functioncall>\s*(?P<call>\{.*\})\s*$", re.DOTALL)
 QUOTED = re.compile(r"""("arguments"\s*:\s*)'(?P<inner>.*)'(\s*\}\s*)$""", re.DOTALL)
@@ -17,7 +19,7 @@ def transcript(text: str, speakers: Mapping[str, str] | None = None, before: str
     for a text that begins with something else.
     """
     speakers = HUMAN if speakers is None else speakers
-    names = "|".join(map(re.escape, sorted(speakers, key=len, reverse=True)))
+    names = "|".join(map(re.escape, speakers))
     parts = re.split(rf"(?:\A|{re.escape(before)})\s*({names}):", text.strip())
     if parts[0].strip() or len(parts) < 3:
         raise ValueError(f"it does not begin with one of {', '.join(speakers)}: {text.strip()[:40]!r}")
@@ -45,7 +47,7 @@ def _with_call(turn: dict[str, Any]) -> dict[str, Any]:
     # The arguments are JSON in single quotes: as a JSON string they are valid.
     if quoted := QUOTED.search(text):
         text = text[: quoted.start()] + quoted[1] + json.dumps(quoted["inner"].replace("\\'", "'")) + quoted[3]
-    return {"role": "assistant", "content": turn["content"][: match.start()].strip(), "tool_calls": [json.loads(text)]}
+    return {"role": "assistant", "content": turn["content"][: match.start()].strip(), "tool_calls": [json_value(text)]}
 
 
 def json_objects(text: str) -> list[dict[str, Any]]:
@@ -55,4 +57,6 @@ def json_objects(text: str) -> list[dict[str, Any]]:
         value, end = decoder.raw_decode(text, at)
         objects.append(value)
         at = text.find("{", end)
+    if problem := half_surrogate(objects, text):
+        raise ValueError(problem)
     return objects

@@ -54,13 +54,14 @@ def tree_rows(rows: Iterable[Row | BadRow], names: Mapping[str, str]) -> Iterato
         if isinstance(row, BadRow):
             yield row
         elif isinstance(root, dict) or {names["id"], names["text"], names["role"]} <= row.data.keys():
+            parent = None if isinstance(root, dict) else row.data.get(names["parent"])
             try:
                 node = _node(row, root if isinstance(root, dict) else row.data, names)
-            except (KeyError, TypeError, ValueError) as error:
+                hash(parent)
+                messages[row.data.get(names["id"], id(node))] = node
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 yield BadRow(row.where, f"not a message of a tree: {error!r}", "")
                 continue
-            parent = None if isinstance(root, dict) else row.data.get(names["parent"])
-            messages[row.data.get(names["id"], id(node))] = node
             if parent is None:
                 roots.append(node)
             else:

@@ -74,6 +74,8 @@ class SavedSource:
                     f"{self.folder} has no split {split}; write {self.folder}:SPLIT, of {', '.join(loaded)}"
                 )
             loaded = loaded[split]
+        elif split not in ("", "train", str(loaded.split)):
+            raise UserError(f"{self.folder} has no split {split}: it is one dataset; write {self.folder}")
         if part:
             start, stop = _bounds(part.removesuffix("]"), len(loaded), self.split)
             loaded = loaded.select(range(start, stop))

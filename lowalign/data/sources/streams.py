@@ -19,7 +19,8 @@ LONGEST = 256 * 2**20  # bytes of a line: more is no row, and would fill the mem
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for reading, past its byte-order mark. Raises UserError where it cannot be read, is damaged, or is UTF-16."""
+    """A file opened for reading, past its byte-order mark. Raises UserError where it cannot be read, is damaged, or is
+    UTF-16."""
     try:
         with _decompressed(path) as stream:
             start = stream.peek(1024)[:1024]

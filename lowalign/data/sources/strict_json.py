@@ -52,6 +52,18 @@ class StrictParser:
             return 0
 
 
+def json_value(text: str) -> Any:
+    """The JSON value that a whole text is. Raises ValueError for anything else, for NaN, and for half of a surrogate pair."""
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if problem := half_surrogate(value, text):
+        raise ValueError(problem)
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def half_surrogate(data: Any, raw: str) -> str:
     """The problem with parsed JSON whose text has half of an escaped surrogate pair (\\ud800 alone); "": none."""
     if r"\u" in raw and (bad := re.search(r"[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))):

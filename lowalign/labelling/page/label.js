@@ -142,9 +142,11 @@ function stopEdit(save) {
   const place = editing;
   if (save && !area.value.trim()) return say("The edited answer is empty.");
   editing = null;
-  if (save && area.value !== shown.item.answers[place].text) edit = { answer: place, text: area.value };
+  const same = area.value === shown.item.answers[place].text;
+  if (save && !same) edit = { answer: place, text: area.value };
+  else if (save && edit && edit.answer === place) edit = null; // back to the text that is shown
   draw();
-  if (edit && save && shown.mode === "pick") pick(place);
+  if (save && !same && shown.mode === "pick") pick(place);
 }
 
 // -- drawing --
@@ -305,7 +307,9 @@ $("skip").onclick = skip;
 $("help-button").onclick = help;
 
 (async () => {
-  annotator = decodeURIComponent(location.hash.slice(1));
+  try {
+    annotator = decodeURIComponent(location.hash.slice(1));
+  } catch {} // not written by this page
   if (!annotator) annotator = (await (await fetch("start")).json()).annotator;
   if (!annotator || !(await show(post("next", {})))) askName();
 })();

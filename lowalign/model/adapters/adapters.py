@@ -131,6 +131,11 @@ class Adapters:
         del self.adapters[name]
         self.trained = tuple(n for n in self.trained if n != name)
 
+    def delete_all(self) -> None:
+        """Leave the base without adapters, for a caller that goes on with it."""
+        for name in tuple(self.adapters):
+            self.delete(name)
+
     # -- what is active, what is trained ------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -62,6 +62,14 @@ def test_near_duplicates_are_those_above_the_threshold():
     assert all(j >= 900 for j, _ in held_across.values()) and all(j < i < 900 for i, (j, _) in held_within.items())
 
 
+def test_the_most_similar_row_is_named():
+    """The third row is the first with one other token, the second is the first with some."""
+    first = list(range(100))
+    rows = [first, [token + 1000 * (token % 25 == 0) for token in first], [*first[:50], 5000, *first[51:]]]
+    within, _ = near_duplicates([np.array(row, np.uint32) for row in rows], 3)
+    assert within[2][0] == 0 and within[2][1] > within[1][1]
+
+
 def test_a_system_text_of_all_rows_makes_none_of_them_alike():
     """And short, empty and equal rows are no error."""
     rng = random.Random(0)

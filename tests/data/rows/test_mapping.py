@@ -56,18 +56,26 @@ def test_prompts_keep_the_columns_of_their_rows(tmp_path: Path) -> None:
 
 def test_a_value_stays_what_it_is() -> None:
     assert compiled("{{ a }}", "x")({"a": [1, None]}) == [1, None]
-    assert compiled("{{ a }} ", "x")({"a": 1}) == 1
+    assert compiled("{{ a }} ", "x")({"a": 1}) == compiled("{{- a -}}", "x")({"a": 1}) == 1
+    assert compiled("{{ {'k': {'l': a}} }}", "x")({"a": 1}) == {"k": {"l": 1}}
+    assert compiled("{{ '{{' ~ a ~ '}}' }}", "x")({"a": 1}) == "{{1}}"
+    assert compiled("{% raw %}{{ a }}{% endraw %}", "x")({}) == "{{ a }}"
     assert compiled("{{ a }}{{ a }}", "x")({"a": 1}) == "11"
     assert compiled({"k": ["{{ a }}", "b", 2]}, "x")({"a": 1}) == {"k": [1, "b", 2]}
 
 
 BAD = {
     "{{ qestion }}": '--data.prompt: expected "qestion", found "question"; did you mean "qestion"?',
+    "{{ [question, qestion] }}": '--data.prompt: expected "qestion", found "question"; did you mean "qestion"?',
+    "{{ {'role': {'x': topic.nme}} }}": "--data.prompt: 'dict object' has no attribute 'nme'",
+    "{{ '[NaN]' | fromjson }}": "--data.prompt: the template fails on this row: NaN is not JSON",
     "{{ topic.nme }}": "--data.prompt: 'dict object' has no attribute 'nme'",
     "{{ 1 / 0 }}": "--data.prompt: the template fails on this row: division by zero",
     "{{ question.__class__ }}": "access to attribute '__class__' of 'str' object is unsafe",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe",
     "{{ 'a' * 10**12 }}": "a repetition of",
+    "{{ 10**12 * 'a' }}": "a repetition of",
+    "{{ [1, 2] * 10**12 }}": "a repetition of",
     "{{ 9 ** 99999 }}": "a power of too large numbers",
     "{% include 'x' %}": "no loader for this environment specified",
 }

@@ -381,11 +381,76 @@ def test_messages_whose_tree_is_not_there(tmp_path: Path) -> None:
     )
 
 
+def test_trees_with_gaps(tmp_path: Path) -> None:
+    """Answers without a rank come last, a question without an answer is left out, ranked questions are no ranking of answers,
+    and rankings stand in the order of the tree."""
+    answers = lambda name: [tree(f"{name}{k}", rank=k, role="assistant") for k in (1, 0)]  # noqa: E731
+    root = tree(
+        "Q",
+        tree("unranked", tree("first?", *answers("a")), tree("second?", *answers("b")), role="assistant"),
+        tree("best", tree("open?", rank=1), tree("open too?", rank=0), rank=0, role="assistant"),
+    )
+    assert read(tmp_path, "oasst", [{"prompt": root}]) == [{"messages": [user("Q"), bot("best")]}]
+    prompt = [user("Q"), bot("unranked")]
+    assert read(tmp_path, "oasst-rankings", [{"prompt": root}], PREFERENCE_ROWS) == [
+        {"prompt": [*prompt, user("first?")], "chosen": [bot("a0")], "rejected": [bot("a1")]},
+        {"prompt": [*prompt, user("second?")], "chosen": [bot("b0")], "rejected": [bot("b1")]},
+    ]
+
+
+ROWS_OF_EVERY_FORMAT = [
+    {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5},
+    {"prompt": "q", "chosen": [bot("a")], "rejected": "b", "tools": TOOLS},
+    {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")], "tools": TOOLS, "margin": 1.5},
+    {"prompt": "q", "completions": ["a", "b", "c"], "ranks": [2, 1, 1]},
+    {"prompt": [user("q")], "completions": ["a", "b"], "scores": [1, 2.5], "tools": TOOLS},
+    {"prompt": [user("q")], "completion": "a", "label": False, "tools": TOOLS},
+    {"prompt": [user("q")], "completion": "a", "score": 3, "tools": TOOLS},
+    {"prompt": [user("q")], "completion_a": "a", "completion_b": "b", "annotator": 7, "verdict": "tie", "tools": TOOLS},
+]
+
+
+@pytest.mark.parametrize("row", ROWS_OF_EVERY_FORMAT)
+def test_a_row_means_the_same_when_it_is_written_again(row: dict[str, Any]) -> None:
+    parsed = PREFERENCE_ROWS.parse(row)
+    assert vars(PREFERENCE_ROWS.parse(normalised(parsed))) == vars(parsed)
+
+
+def test_ids_that_are_no_ids(tmp_path: Path) -> None:
+    rows = [flat(TREE)[0] | {"message_id": [1]}, flat(TREE)[1] | {"parent_id": {}}, *flat(TREE)]
+    *bad, best = read(tmp_path, "oasst", rows)
+    assert best == BEST and len(bad) == 2 and all("unhashable type" in message for message in bad)
+
+
+def test_columns_whose_names_are_words_of_jinja(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text('columns: {prompt: "none", completion: row}')
+    assert read(tmp_path, str(tmp_path / "own.yaml"), [{"none": "Q", "row": "A"}]) == [
+        {"prompt": "Q", "completion": "A"}
+    ]
+
+
+def test_half_a_character_in_json_within_a_row(tmp_path: Path) -> None:
+    """As chats cut in the middle of an emoji have it; no file can be written with it."""
+    half = r"\ud83d"
+    arena = {
+        "prompt": f'["{half}"]',
+        "response_a": '["A"]',
+        "response_b": '["B"]',
+        "winner_model_a": 1,
+        "winner_tie": 0,
+    }
+    calls = {"system": "", "chat": f'USER: a\n\nASSISTANT: <functioncall> {{"name": "{half}", "arguments": \'{{}}\'}}'}
+    tools = {"system": f'{{"name": "{half}"}}', "chat": "USER: a\n\nASSISTANT: b"}
+    for preset, row in (("arena-55k", arena), ("glaive-v2", calls), ("glaive-v2", tools)):
+        (message,) = read(tmp_path, preset, [row])
+        assert r"\ud83d is half of a surrogate pair, not a character" in message
+
+
 def test_a_bad_row_of_a_preset_has_its_place(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "Q", "answr": "A"}\n')
     (bad,) = Mapping(DataConfig(), "gsm8k").rows(str(file))
-    assert str(bad) == f'{file}:1: gsm8k: row.output: expected "answer", found "answr"; did you mean "answer"?'
+    assert str(bad) == f'{file}:1: gsm8k: columns: expected "answer", found "answr"; did you mean "answer"?'
 
 
 FILES = {

@@ -92,6 +92,9 @@ def test_saved_datasets_with_split_and_slice(tmp_path: Path) -> None:
     assert content_hash(one) != content_hash(two)
     with pytest.raises(UserError, match=f"{two} has no split dev; write {two}:SPLIT, of train, test"):
         read_rows(f"{two}:dev")
+    assert [row.data for row in read_rows(f"{one}:train[:1]")] == ROWS[:1]
+    with pytest.raises(UserError, match=f"{one} has no split dev: it is one dataset"):
+        read_rows(f"{one}:dev")
 
 
 def test_folders_and_globs(tmp_path: Path) -> None:
@@ -205,3 +208,9 @@ def test_values_of_tables_that_are_no_texts(tmp_path: Path) -> None:
         "completion": "[1]",
         "tools": None,
     }
+
+
+def test_half_a_character_in_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud83d""}]"\n')
+    (bad,) = Mapping().rows(str(tmp_path / "rows.csv"))
+    assert str(bad) == f"{tmp_path}/rows.csv:2: \\ud83d is half of a surrogate pair, not a character"
