@@ -12,6 +12,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main() -> None:
 def on_a_terminal(command: list[str], folder: Path) -> str:
     """All that a command writes to its terminal. Raises CalledProcessError when it fails."""
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (40, WIDTH))
     package = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"COLUMNS": str(WIDTH), "LINES": "40", "TERM": "xterm", "PYTHONPATH": package}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
