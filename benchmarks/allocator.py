@@ -1,6 +1,8 @@
 """What torch's own allocator hands out on the CPU: the instrument that the Meter is compared with."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,7 +14,7 @@ from lowalign.plan.dry_run import DryRun
 def allocated_peak(run: Callable[[], object]) -> int:
     """The most bytes that `run` holds at a time, beyond those that were held before. The profiler sees every allocation, also
     those inside kernels."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _no_garbage_collection():
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events
@@ -21,6 +23,19 @@ def allocated_peak(run: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """The profiler reports when memory of an earlier measurement is freed. Were its garbage collected within this one, its bytes
+    would be subtracted from this peak."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class MeasuredRun(DryRun):

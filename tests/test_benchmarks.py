@@ -88,3 +88,44 @@ def test_plan_benchmark_in_its_tiny_form(monkeypatch, capsys):
     setting, length = rows[1], rows[3]
     assert setting[1].strip() == "SFT, LoRA" and abs(float(setting[4].strip(" %"))) < 2
     assert length[1].strip() == "Llama-3.1-8B" and [cell.strip() for cell in length[4:7]] == ["128*"] * 3
+
+
+def test_a_recording_keeps_lines_and_three_states_of_each_bar():
+    """Lines are written above a bar, which is erased and drawn again; the bar of a part is a line below it."""
+    from recording import shown
+
+    def nested(text: str) -> str:
+        return f"\r\n\r{text}\x1b[A"
+
+    screen = "loaded\r\n\r  0%|   | 0/4 [00:00<?]" + nested("reading: 40row [00:01]") + nested("reading: 90row [00:02]")
+    screen += nested(" " * 22) + "\r" + " " * 25 + "\rstep 0/4  \x1b[1meval/loss\x1b[0m 2\r\n\r  0%|   | 0/4 [00:01<?]"
+    for i in (1, 2, 3, 4):  # sampled before each step
+        screen += (
+            nested(f"sampling:  10%|{i}| [00:01<00:02]")
+            + nested("sampling:  90%|#| [00:02<00:00]")
+            + nested("scoring:   4%|#| [00:01<00:02]")
+            + f"\r{25 * i}%|###| {i}/4 [00:0{i}, loss {i}]"
+        )
+    screen += "\r100%|###| 4/4 [00:05, loss 4]\r\ndone\r\n"
+    assert shown(screen) == [
+        "loaded",
+        "  0%|   | 0/4 [00:00<?]",
+        "reading: 40row [00:01]",
+        "reading: 90row [00:02]",
+        "step 0/4  eval/loss 2",
+        "sampling:  10%|1| [00:01<00:02]",
+        "sampling:  90%|#| [00:02<00:00]",
+        "scoring:   4%|#| [00:01<00:02]",
+        "50%|###| 2/4 [00:02, loss 2]",
+        "100%|###| 4/4 [00:05, loss 4]",
+        "done",
+    ]
+
+
+def test_a_recording_has_the_bar_of_a_terminal(tmp_path, monkeypatch):
+    from recording import on_a_terminal, shown
+
+    bar = "import sys, tqdm; from lowalign.log import log, progress\nfor i in progress(iterable=range(3)): log(f'line {i}')"
+    lines = shown(on_a_terminal([sys.executable, "-c", bar]))
+    assert [line for line in lines if line.startswith("line ")] == ["line 0", "line 1", "line 2"]
+    assert lines[0].startswith("  0%|    ") and lines[-1].startswith("100%|████") and len(lines[-1]) > 100

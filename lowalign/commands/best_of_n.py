@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lowalign.commands.sft import sft
@@ -68,12 +69,15 @@ def best_of_n(config: BestOfNConfig, base: Base | None = None) -> int:
 
 def _next_command(config: BestOfNConfig) -> str:
     """What one does with the result."""
+    model, out = quote(config.model), config.out
     if config.train:
-        return (
-            f"lowalign generate --model {config.model} --adapter {config.out}/round-{config.rounds}/sft --prompt TEXT"
-        )
-    rows = f"--model {config.model} --data {config.out}"
-    return f"lowalign sft lora/sft {rows}/best.jsonl --out DIR, or lowalign dpo lora/dpo {rows}/pairs.jsonl --out DIR"
+        return f"lowalign generate --model {model} --adapter {quote(f'{out}/round-{config.rounds}/sft')} --prompt TEXT"
+    sampled = f"--model {model}" + (f" --init {quote(config.adapter[0])}" if len(config.adapter) == 1 else "")
+    best, pairs = quote(f"{out}/best.jsonl"), quote(f"{out}/pairs.jsonl")
+    return (
+        f"lowalign dpo lora/dpo {sampled} --data {pairs} --out DIR\n"
+        f"or: lowalign sft lora/sft {sampled} --data {best} --out DIR"
+    )
 
 
 def _run(config: BestOfNConfig, base: Base | None) -> int:

@@ -203,8 +203,11 @@ def add_value(host: Host, config: PPOConfig, policy: Stack, initial: Stack) -> S
 
 def _log_roles(host: Host, policy: Stack, reference: Stack, value: Stack | None, rewards: Rewards) -> None:
     """Log which adapters each role has."""
-    kind = lambda stack: " + ".join(host.adapters[name].peft_type for name in stack) or "the bare base"  # noqa: E731
-    log(f"policy: {kind(policy)}; reference: {kind(reference)}; value: {kind(value) if value else 'none'}")
+
+    def written(stack: Stack) -> str:
+        return " + ".join(["base", *(f"{name} ({host.adapters[name].title})" for name in stack)])
+
+    log(f"policy: {written(policy)}; reference: {written(reference)}; value: {written(value) if value else 'none'}")
     for name, (weight, reward) in rewards.parts.items():
-        what = kind(reward.stack) if isinstance(reward, RunReward) else "a function"
-        log(f"reward: {weight:g} * {name} ({what})")
+        what = written(reward.stack) if isinstance(reward, RunReward) else "a function"
+        log(f"reward: {weight:g} * {name}, which is {what}")

@@ -63,7 +63,8 @@ def distinct_prompts(
     if chat.positions is not None:  # one is left for the completion
         max_tokens = min(max_tokens, chat.positions - 1)
     fitting = [(row, ids) for row, ids in prompts if len(ids) <= max_tokens]
-    counts = f"{len(prompts):,} prompts, {len(prompts) - len(fitting):,} of them longer than {max_tokens:,} tokens and left out"
+    too_long = f"{n:,} of them longer" if (n := len(prompts) - len(fitting)) else "none longer"
+    counts = f"{len(prompts):,} prompts, {too_long} than {max_tokens:,} tokens{' and left out' if n else ''}"
     if not fitting:
         raise UserError(f"no prompt of {', '.join(files)} is left ({counts}); see --data.max-length")
     log(counts)

@@ -137,7 +137,11 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _file_lines(file: dict[str, Any], max_length: int) -> list[str]:
-    shapes = ", ".join(f"{count:,} {shape}" for shape, count in file["shapes"].items()) or "no known shape"
+    counts = file["shapes"]
+    each = (
+        list(counts) if list(counts.values()) == [file["rows"]] else [f"{n:,} {shape}" for shape, n in counts.items()]
+    )
+    shapes = ", ".join(each) or "no known shape"
     lines = [f"{file['file']}: {file['rows']:,} rows ({shapes}), {file['used']:,} used"]
     if file["examples"] != file["used"]:
         lines.append(f"  {file['examples']:,} examples from them")

@@ -94,6 +94,7 @@ def check_start(host: Host, policy: Stack, initial: Stack, examples: Sequence[Ex
     examples = [_shortened(e) for e in examples[:CHECK_EXAMPLES]]
     adapter = host.adapters[policy[-1]]
     copied = policy[:-1] != initial
+    start = "the policy of --init" if initial else "the base"
     if copied or adapter.identity_at_start:
         with torch.no_grad():
             with host.use(*policy):
@@ -105,9 +106,9 @@ def check_start(host: Host, policy: Stack, initial: Stack, examples: Sequence[Ex
             raise RuntimeError(
                 f"before the first step the policy must equal its reference; log-probs differ by {worst:.1e}"
             )
-        return f"the {adapter.peft_type} starts as its reference: log-probs equal on {len(examples)} examples"
+        return f"the {adapter.title} starts as {start}: log-probs equal on {len(examples)} examples"
     kl = mean_kl(host, initial, policy, examples)
-    return f"the fresh {adapter.peft_type} starts at a KL divergence of {kl:.2f} nats a token from its reference"
+    return f"the fresh {adapter.title} starts at a KL divergence of {kl:.2f} nats a token from {start}"
 
 
 @torch.no_grad()

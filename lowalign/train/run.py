@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -190,10 +191,10 @@ def _announce_longer(config: RunConfig, settings: TrainConfig) -> None:
 
 def _next_command(config: RunConfig, method: str) -> str:
     """What one does with the result."""
-    base = f"--model {config.model}"
+    model, out = quote(config.model), quote(str(config.out))
     if method == "reward":
-        return f"lowalign ppo lora/ppo {base} --reward {config.out} --data PROMPTS --out DIR"
-    return f"lowalign generate {base} --adapter {config.out} --prompt TEXT, or lowalign report {config.out}"
+        return f"lowalign ppo lora/ppo --model {model} --reward {out} --data PROMPTS --out DIR"
+    return f"lowalign generate --model {model} --adapter {out} --prompt TEXT, or lowalign report {out}"
 
 
 def _source(config: RunConfig, base: Base | None) -> tuple[str, str | None]:

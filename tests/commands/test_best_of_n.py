@@ -86,9 +86,15 @@ def straight(world, tmp_path_factory):
 
 def test_a_prefix_policy_with_a_lora_reward_on_one_base(world, tmp_path, capsys):
     """Every completion and its score are those of its prompt alone: sampled under the prefix, scored under the LoRA."""
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     # With this seed no token flips under noise of 1e-4 in the logits; alone and together they differ by 1e-5 at most.
     assert main(flags(world, out, "--sampling.seed", "5", reward="reward")) == 0, capsys.readouterr().err
+    log, policy = (
+        capsys.readouterr().err,
+        f"--model {world}/model --init {world}/policy",
+    )  # which goes on from what was sampled
+    assert f"Next: lowalign dpo lora/dpo {policy} --data '{out}/pairs.jsonl' --out DIR\nor: lowalign sft " in log
+    assert f"{len(ASKED)} prompts, none longer than" in log
     host = Host(load(world / "model"))
     chat = Chat(host.base.tokenizer)
     host.base.eos_ids = (*host.base.eos_ids, chat.end_of_turn)

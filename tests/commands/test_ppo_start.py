@@ -70,10 +70,14 @@ def test_the_reference_is_the_one_that_is_named(world, tmp_path, monkeypatch, re
     assert all((got - other).abs().max() > 0.05 for other in logps.values())
 
 
-def test_a_fresh_value_function_is_on_what_the_policy_starts_from(world, tmp_path, monkeypatch):
-    """Not on the policy, whose updates would change the values under it."""
+def test_a_fresh_value_function_is_on_what_the_policy_starts_from(world, tmp_path, monkeypatch, capsys):
+    """Not on the policy, whose updates would change the values under it. The log says what each role is."""
     roles = method_of(world, tmp_path / "run", monkeypatch, "--init", f"{world}/one").roles
     assert (roles.policy, roles.reference, roles.value) == (("init", "policy"), ("init",), ("init", command.VALUE))
+    initial, log = "base + init (LoRA)", capsys.readouterr().err
+    assert "the LoRA starts as the policy of --init: log-probs equal on 4 examples\n" in log
+    roles = f"policy: {initial} + policy (LoRA); reference: {initial}; value: {initial} + value (LoRA)"
+    assert f"{roles}\nreward: 1 * {world}/f.py:f, which is a function\n" in log
 
 
 def test_a_shown_sample_has_its_own_reward(world, tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
 def test_dpo_starts_at_ln_2_and_keeps_its_reference_on_disk(world, tmp_path, capsys):
     assert main(flags(world, "dpo", tmp_path / "a")) == 0
     stderr = capsys.readouterr().err
-    assert "the LORA starts as its reference: log-probs equal on 4 examples" in stderr
+    assert "the LoRA starts as the base: log-probs equal on 4 examples" in stderr
     assert "the reference's log-probs of 20 examples are computed once" in stderr
     first = lines(tmp_path / "a")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["eval/rewards/margins"] == 0
@@ -163,10 +163,10 @@ def test_reference_values_of_an_interrupted_computation_are_used(world, tmp_path
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_a_fresh_soft_prompt_logs_its_divergence(world, tmp_path, kind, capsys):
+@pytest.mark.parametrize("kind,title", [("prompt", "soft prompt"), ("prefix", "prefix")])
+def test_a_fresh_soft_prompt_logs_its_divergence(world, tmp_path, kind, title, capsys):
     assert main(flags(world, "dpo", tmp_path / "a", kind=kind)) == 0
-    assert f"the fresh {kind.upper()}_TUNING starts at a KL divergence of " in capsys.readouterr().err
+    assert f"the fresh {title} starts at a KL divergence of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["thumbs", "pairs"])

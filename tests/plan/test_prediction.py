@@ -1,9 +1,11 @@
 """The prediction on the meta device, against what torch's allocator hands out for a real model on the CPU."""
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowalign.config.commands import BestOfNConfig
 from lowalign.config.sections import AdapterConfig, BaseConfig, Sampling, TrainConfig
@@ -60,6 +62,27 @@ def test_the_peak_is_what_the_allocator_hands_out(case, quantization, folder, mo
     for prediction, (name, measured) in zip(predicted.phases, real.measured, strict=True):
         if name != "optimizer step":
             assert prediction.peak.total == pytest.approx(measured, rel=0.02), name
+
+
+def test_garbage_of_earlier_work_does_not_lower_a_measured_peak(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from allocator import allocated_peak
+
+    held = []
+
+    def earlier():
+        garbage = [torch.zeros(2**20)]
+        garbage.append(garbage)  # a cycle, which only the garbage collector frees
+        held.append(garbage)
+
+    def run():
+        held.clear()
+        objects = [[] for _ in range(100_000)]  # so many new ones start the collector
+        return torch.zeros(1000), objects
+
+    assert allocated_peak(earlier) == 2**22
+    assert allocated_peak(run) == 4000
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -20,12 +20,14 @@ class Adapter:
     A kind with weights inside the base's layers makes those layers subclasses of peft's BaseTunerLayer and names its
     weights in their adapter_layer_names; the checksum of the base leaves these out.
 
-    option: its --adapter.kind. config_class, peft_type: its peft config, and how adapter_config.json names it.
+    option: its --adapter.kind. title: its name in messages. config_class, peft_type: its peft config, and how
+    adapter_config.json names it.
     soft: a soft prompt; at most one is active at a time. identity_at_start: a fresh one does not change what the base
     computes. working_copy: on a 16-bit base it computes with a 16-bit copy of its fp32 weights.
     """
 
     option: ClassVar[str]
+    title: ClassVar[str]
     config_class: ClassVar[type[PeftConfig]]
     peft_type: ClassVar[str]
     soft: ClassVar[bool] = False

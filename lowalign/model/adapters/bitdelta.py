@@ -94,7 +94,7 @@ class BitDelta(Adapter):
     Deltas add up, as LoRAs do; two that replace the same tensor cannot be active together.
     """
 
-    option, config_class, peft_type = "bitdelta", BitDeltaConfig, "BITDELTA"
+    option, title, config_class, peft_type = "bitdelta", "BitDelta", BitDeltaConfig, "BITDELTA"
 
     def __init__(self, base: Base, name: str, config: BitDeltaConfig) -> None:
         super().__init__(base, name, copy.deepcopy(config))

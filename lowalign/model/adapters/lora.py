@@ -27,7 +27,7 @@ DORA_ROUNDING = 5
 class Lora(Adapter):
     """Low-rank updates of linear layers; several add up. Raises UserError for targets or options that do not fit."""
 
-    option, config_class, peft_type = "lora", LoraConfig, "LORA"
+    option, title, config_class, peft_type = "lora", "LoRA", LoraConfig, "LORA"
     identity_at_start = True
     working_copy = True
 

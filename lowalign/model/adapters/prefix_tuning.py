@@ -17,7 +17,7 @@ from lowalign.model.forward.unpacked import keys_values
 class PrefixTuning(SoftPromptAdapter):
     """Keys and values of v positions in every layer, through an MLP while training if prefix_projection is on."""
 
-    option, config_class, peft_type = "prefix", PrefixTuningConfig, "PREFIX_TUNING"
+    option, title, config_class, peft_type = "prefix", "prefix", PrefixTuningConfig, "PREFIX_TUNING"
 
     def __init__(self, base: Base, name: str, config: PrefixTuningConfig) -> None:
         text = base.model.config.get_text_config()

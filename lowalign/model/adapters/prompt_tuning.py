@@ -12,7 +12,7 @@ from lowalign.model.attention.soft_prompt import SoftPrompt
 class PromptTuning(SoftPromptAdapter):
     """v embeddings; they start as those of a text, of random vocabulary entries, or as peft draws them."""
 
-    option, config_class, peft_type = "prompt", PromptTuningConfig, "PROMPT_TUNING"
+    option, title, config_class, peft_type = "prompt", "soft prompt", PromptTuningConfig, "PROMPT_TUNING"
 
     @staticmethod
     def peft_config(options: AdapterConfig) -> PromptTuningConfig:

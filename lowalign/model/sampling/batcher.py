@@ -109,13 +109,17 @@ class SampleBatcher:
         """Sample everything that waits into `done`, by (prompt, number)."""
         total = len(self.waiting)
         options = {"total": total, "unit": "completion", "desc": "sampling", "leave": False, "delay": BAR_DELAY}
+        tokens = 0  # shown, because the completions of a batch are done late and nearly together
         with progress(total > 1, **options) as bar:  # a single completion is streamed by the caller
             while self.waiting or self.rows:
-                self._start(self._admit())
+                new = self._admit()
+                self._start(new)
                 self._retire()
+                tokens += len(new) + len(self.rows)
                 if self.rows:
                     self._append(self.rows, self._next_logits())
                     self._retire()
+                bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
                 bar.update(len(self.done) - bar.n)
 
     def _admit(self) -> list[PartialCompletion]:

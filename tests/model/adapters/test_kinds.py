@@ -44,7 +44,7 @@ class ScaledNorm(nn.Module, BaseTunerLayer):
 class Scale(Adapter):
     """One number."""
 
-    option, config_class, peft_type = "scale", ScaleConfig, "SCALE"
+    option, title, config_class, peft_type = "scale", "scale", ScaleConfig, "SCALE"
     identity_at_start = True
 
     def __init__(self, base, name, config):
@@ -92,7 +92,7 @@ def test_a_new_kind(host, tmp_path):
     bare, checksum = logps(host), host.base.checksum()
     host.add("lora", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     host.add("scale", ScaleConfig(peft_type="SCALE"))
-    assert "starts as its reference" in check_start(host, ("scale",), (), EXAMPLES)
+    assert "the scale starts as the base: log-probs equal" in check_start(host, ("scale",), (), EXAMPLES)
     host.adapters["scale"].own_weights()["scale"].data.fill_(0.5)
     alone = logps(host, "scale")
     assert not torch.equal(alone, bare) and not torch.equal(logps(host, "lora", "scale"), logps(host, "lora"))

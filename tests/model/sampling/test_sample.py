@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import re
+import sys
 from itertools import chain
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from lowalign.config.sections import Sampling
 from lowalign.errors import UserError
@@ -114,6 +116,19 @@ def test_check_can_abort_between_forwards():
 
     with pytest.raises(KeyboardInterrupt):
         sample_batched(SampledModel(model, check=check), PROMPTS, 2, Sampling(max_new_tokens=30))
+
+
+def test_a_bar_counts_tokens_before_the_first_completion_is_done(monkeypatch, capsys):
+    model, _ = models("llama")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("lowalign.model.sampling.batcher.BAR_DELAY", 0)
+    options = {"mininterval": 0, "miniters": 0, "ncols": 80}  # each state is written
+    monkeypatch.setattr("lowalign.model.sampling.batcher.progress", lambda _, **more: tqdm(**options | more))
+    drawn = sample(model, PROMPTS, 2, Sampling(max_new_tokens=6), eos_ids=[2])
+    states = [state for state in capsys.readouterr().err.split("\r") if "tokens" in state]
+    rows = 2 * len(PROMPTS)
+    assert f" 0/{rows} " in states[0] and f"{rows + rows:,} tokens" in states[0]  # the first forward has two of each
+    assert f"{sum(len(c.ids) for cs in drawn for c in cs):,} tokens" in states[-1]
 
 
 def test_seeds():
