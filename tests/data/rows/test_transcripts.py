@@ -28,7 +28,6 @@ def test_speakers_whose_names_begin_alike() -> None:
 )
 def test_arguments_of_calls(text: str, arguments: dict) -> None:
     """JSON in single quotes stays text, which the format reads."""
-    import json
 
     (turn,) = function_calls([{"role": "assistant", "content": f"Well. <functioncall> {text}"}])
     (call,) = turn["tool_calls"]
