@@ -2,7 +2,7 @@
 
     python benchmarks/recording.py --out DIR [--doc docs/recording.md]
 
-The stages of `lowalign demo`, each as a command on a terminal of its own (a pty), on the CPU, in about five minutes.
+The stages of `lowalign demo`, each as a command on a terminal of its own (a pty), on the CPU, in five minutes or more.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import termios
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ INTRODUCTION = """\
 # What a run prints
 
 The training verbs and `best-of-n` on a terminal: the stages of `lowalign demo` on its small base, one command each, recorded on a CPU by
-`python benchmarks/recording.py`. Times are those of that machine. The recipes are the stages of `pipelines/demo`.
+`python benchmarks/recording.py`. The recipes are the stages of `pipelines/demo`. The times say nothing about speed; the
+[benchmarks](benchmarks.md) do.
 
 A bar overwrites its line; here its first, a middle and its last state are lines of their own, in the order of time.
 A bar that comes back, once a round or a block, is shown once. The bar of a part of the work appears after a second. In a file or a
@@ -67,7 +69,7 @@ def main() -> None:
         words = ["lowalign", verb, str(recipe)]
         screen = on_a_terminal([sys.executable, "-m", *words])
         text = "\n".join(shown(screen))
-        parts.append(f"## {verb}\n\n{moves}\n\n```text\n$ {' '.join(words)}\n{text}\n```\n")
+        parts.append(f"## {verb}\n\n{textwrap.fill(moves, 120)}\n\n```text\n$ {' '.join(words)}\n{text}\n```\n")
     doc.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -193,7 +193,9 @@ def _next_command(config: RunConfig, method: str) -> str:
     """What one does with the result."""
     model, out = quote(config.model), quote(str(config.out))
     if method == "reward":
-        return f"lowalign ppo lora/ppo --model {model} --reward {out} --data PROMPTS --out DIR"
+        policy = config.init and adapter_files.read_meta(adapter_files.locate(config.init)).get("method") != "reward"
+        init = f" --init {quote(config.init)}" if policy else ""
+        return f"lowalign ppo lora/ppo --model {model}{init} --reward {out} --data PROMPTS --out DIR"
     return f"lowalign generate --model {model} --adapter {out} --prompt TEXT, or lowalign report {out}"
 
 

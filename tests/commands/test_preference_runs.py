@@ -106,10 +106,13 @@ def test_the_recipe_of_a_reward_model_holds_rows_out(world, tmp_path, capsys, ki
     assert meta["reward"]["measured_on"] == "training rows"
 
 
-def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path):
+def test_a_reward_run_contains_the_sft_run_under_it(world, tmp_path, capsys):
+    """PPO, which is proposed next, starts from that run too."""
     sft = flags(world, "sft", tmp_path / "sft", data="sft")
     assert main(sft) == 0
     assert main(flags(world, "reward", tmp_path / "reward", "--init", str(tmp_path / "sft"))) == 0
+    log, runs = capsys.readouterr().err, f"--init {tmp_path}/sft --reward {tmp_path}/reward"
+    assert f"Next: lowalign ppo lora/ppo --model {world}/model {runs} --data PROMPTS --out DIR\n" in log
     host = Host(Base.load(world / "model", device="cpu", quiet=True))
     stack = load_stack(host, "judge", str(tmp_path / "reward"))
     assert len(stack) == 2 and host.has_scalar_head("judge") and not host.has_scalar_head(stack[0])

@@ -61,7 +61,7 @@ def test_check_recognises_preferences(
     assert f"margin 0.5)\n{prompt}chosen:\n«ho<|im_end|>»\nrejected:\n«no<|im_end|>»\n" in out
     assert "prompt:\nq\nrank 0:\n«y<|im_end|>»\nrank 0:\n«z<|im_end|>»\nrank 1:\n«x<|im_end|>»\n" in out
     assert "prompt:\nq\nlabelled false:\n«x<|im_end|>»\n" in out
-    assert f"{file}: 1 rows (1 prompt-completion), 1 used" in shown([{"prompt": "q", "completion": "x"}])
+    assert f"{file}: 1 rows (prompt-completion), 1 used" in shown([{"prompt": "q", "completion": "x"}])
 
 
 def test_all_examples_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
