@@ -1,7 +1,6 @@
 """`lowalign reward` and `lowalign dpo` end to end: their files, cached reference log-probs, kill and resume, real rows."""
 
 import hashlib
-import itertools
 import json
 import math
 import random
@@ -16,7 +15,6 @@ from lowalign.cli import main
 from lowalign.data.cache import cache_folder
 from lowalign.model.policy import load_stack
 from tests.commands import child
-from tests.commands.conftest import some_of
 from tests.tiny import WORDS, tiny_folder
 
 KINDS = ["lora", "prompt", "prefix"]
@@ -205,35 +203,3 @@ def test_wrong_use(world, tmp_path, capsys):
     assert "--train.batch-size 2 or more" in stderr
     stderr = refused(capsys, flags(world, "reward", tmp_path / "e", data="sft"))
     assert "sft.jsonl:1" in stderr and "lowalign sft" in stderr
-
-
-FILES = {"dpo_en_demo.json": 16, "v1_dpo_demo.jsonl": 10}
-LEARNING_RATE = {"lora": "2e-3", "prompt": "3e-2", "prefix": "1e-2"}
-
-
-QUICK = [
-    ("reward", "dpo_en_demo.json", "prompt"),
-    ("dpo", "v1_dpo_demo.jsonl", "prefix"),
-    ("dpo", "v1_dpo_demo.jsonl", "lora"),
-]
-
-
-@pytest.mark.parametrize(("verb", "file", "kind"), some_of(itertools.product(["reward", "dpo"], FILES, KINDS), QUICK))
-def test_real_rows_on_four_bits(verb, file, kind, shared, small_base, tmp_path, capsys):
-    """Accuracy and margins on the training rows rise; every step has all rows."""
-    out, rows = tmp_path / "run", FILES[file]
-    arguments = [
-        verb, f"{kind}/{verb}", "--model", str(small_base), "--data", str(shared / "data" / file), "--out", str(out),
-        "--train.steps", "16", "--train.batch-size", str(rows), "--train.learning-rate", LEARNING_RATE[kind],
-        "--train.checkpointing", "off", "--data.max-length", "64", "--data.limit", str(rows), "--train.schedule", "constant",
-        "--data.eval-rows", "0", "--base.dtype", "float32",
-    ]  # fmt: skip
-    assert main(arguments) == 0
-    log = lines(out)
-    first, last = log[0], log[-1]
-    assert last["rewards/margins"] > first["rewards/margins"] and last["loss"] < first["loss"]
-    assert last["rewards/accuracies"] >= max(0.6, first["rewards/accuracies"])
-    if verb == "dpo" and kind == "lora":
-        assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["rewards/margins"] == 0
-    if verb == "dpo" and kind != "lora":
-        assert "starts at a KL divergence of" in capsys.readouterr().err
