@@ -17,7 +17,7 @@ from lowalign.model.forward.packed import hidden_states, pack_behind
 from tests.commands.conftest import some_of
 
 FILES = {"alpaca_en_demo.json": "alpaca", "glaive_toolcall_en_demo.json": "sharegpt", "c4_demo.jsonl": "text"}
-LEARNING_RATE = {"lora": "5e-3", "prompt": "1e-1", "prefix": "5e-2"}
+LEARNING_RATE = {"lora": "5e-3", "prompt": "3e-2", "prefix": "5e-2"}
 # The base was trained on texts and answers of two of the files, so only the conversations with tools have much to teach;
 # there a LoRA takes off 0.60 and a soft prompt 0.07 in 30 steps, elsewhere each takes off 0.005 to 0.015 (measured).
 LEAST_FALL = {"glaive_toolcall_en_demo.json": 0.03}
