@@ -37,6 +37,7 @@ def test_peers_in_their_tiny_form(tmp_path):
             assert contestant["largest_loss_difference"] < 0.01
 
 
+@pytest.mark.slow
 def test_ppo_contestant_in_its_tiny_form(tmp_path):
     """lowalign's side of the case ppo, in a process of its own; the other side needs another environment."""
     from cases import make_model

@@ -34,7 +34,12 @@ def even(_, completions) -> list[list[float]]:
 # A soft prompt needs a far larger step; prompt tuning hardly steers random weights, and is tested on the demo's base.
 @pytest.mark.parametrize(
     ("kind", "rate", "advantage"),
-    [("lora", 1e-2, "gae"), ("lora", 1e-2, "group"), ("lora", 1e-2, "rloo"), ("prefix", 1.0, "group")],
+    [
+        ("lora", 1e-2, "gae"),
+        pytest.param("lora", 1e-2, "group", marks=pytest.mark.slow),
+        pytest.param("lora", 1e-2, "rloo", marks=pytest.mark.slow),
+        ("prefix", 1.0, "group"),
+    ],
 )
 def test_it_earns_more(folder, tmp_path, kind, rate, advantage):
     host = Host(Base.load(folder, quantization="none", dtype="float32", device="cpu", quiet=True))
