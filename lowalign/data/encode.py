@@ -40,7 +40,11 @@ class Encoder:
     def eos(self) -> int:
         """The end-of-sequence id. Raises UserError where the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token: a model trained with it would never stop")
+            raise UserError(
+                "the tokenizer has no end-of-sequence token, and nothing else would end an answer: name the token that does as "
+                "eos_token in tokenizer_config.json, or use a chat template that ends turns with a token (--data.template) and "
+                "rows of messages"
+            )
         return self.tokenizer.eos_token_id
 
     def encode(self, text: str, hidden: list[str], start: bool = False) -> list[int]:

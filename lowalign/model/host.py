@@ -5,7 +5,7 @@ A checkpointed forward stores which adapters were active, and recomputes under t
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class Host(Adapters):
 
     def tokens(self, examples: Sequence[Example], request: TokenRequest) -> TokenOutputs:
         """What is requested of the completion tokens under the active adapters, in one forward."""
+        self._check_ids((e.source, e.prompt, *e.completions) for e in examples)
         compute = packed_tokens if self.base.packed else unpacked.row_tokens
         soft = self.soft_prompt()
         with self._activations():
@@ -93,6 +94,7 @@ class Host(Adapters):
         adapter has no head.
         """
         head = self.scalar_head(name)
+        self._check_ids((e.source, e.prompt, *e.completions) for e in examples)
         compute = packed_scores if self.base.packed else unpacked.row_scores
         soft = self.soft_prompt()
         with self._activations():
@@ -101,6 +103,7 @@ class Host(Adapters):
     def states(self, examples: Sequence[Example]) -> list[Tensor]:
         """For each example (its supervised tokens, hidden): the last hidden states that predict them, under the active
         adapters."""
+        self._check_ids((e.source, e.prompt, *e.completions) for e in examples)
         compute = packed_states if self.base.packed else unpacked.row_states
         soft = self.soft_prompt()
         with self._activations():
@@ -122,6 +125,7 @@ class Host(Adapters):
         of the batch. on_token: called with each token as it is drawn. stop: whether a completion ends after the tokens so
         far, besides at an eos. When memory runs out, unfinished samples start again with half as many at a time.
         """
+        self._check_ids(("", ids) for ids in prompts)
         hooks = {"on_token": on_token, "stop": stop}
         given = {name: hook for name, hook in hooks.items() if hook}
         sampled = SampledModel(self.base.model, self.base.eos_ids, self.soft_prompt(), self.check, **given)
@@ -139,6 +143,19 @@ class Host(Adapters):
                 return run(sampled, prompts, n, sampling, seeds)
         finally:
             self.base.model.train(was_training)
+
+    def _check_ids(self, rows: Iterable[tuple]) -> None:
+        """rows: (source, ids, ids, …). Raises UserError for an id without an embedding, which would end the process on a card."""
+        known = self.base.model.get_input_embeddings().weight.shape[0]
+        for source, *parts in rows:
+            highest = max(max(ids, default=0) for ids in parts)
+            if highest >= known:
+                token = self.base.tokenizer.convert_ids_to_tokens(int(highest))
+                raise UserError(
+                    f"{source or 'a prompt'}: the token {token} ({highest}) has no embedding: the base has {known:,}. The tokenizer is "
+                    "that of another model, or tokens were added to it alone: take the base's own, or resize the embeddings "
+                    "(resize_token_embeddings) and save both"
+                )
 
     def soft_prompt(self) -> SoftPrompt:
         """The active soft prompt, or NO_SOFT_PROMPT."""

@@ -67,7 +67,10 @@ class Template:
         self.forbidden = None if START in vocabulary else START
         end = END if END in vocabulary else tokenizer.eos_token
         if end is None:
-            raise UserError("the tokenizer has no chat template and no end-of-sequence token to end a turn with")
+            raise UserError(
+                "the tokenizer has no chat template and no end-of-sequence token to end a turn with: give a template "
+                "(--data.template), or name the token as eos_token in tokenizer_config.json"
+            )
         starts_with_bos = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
         return ("{{ bos_token }}" if starts_with_bos else "") + CHATML % json.dumps(end)
 

@@ -15,7 +15,7 @@ LISTS = {
     "history",
     "tools",
 }
-TURNS = {"prompt", "completion", "chosen", "rejected"}  # texts, or lists of turns
+TURNS = {"prompt", "completion", "chosen", "rejected"}  # texts, a turn, or lists of turns
 VALUES = {"score", "label", "margin", "weight", "scores"}
 TRUTH = {"true": True, "false": False}
 
@@ -37,6 +37,9 @@ def _value(name: str, cell: Any) -> Any:
         return None if not text else TRUTH.get(text.lower(), _parsed(text, cell))
     if name in LISTS and not text:
         return None
+    if name in TURNS and text.startswith("{") and text.endswith("}"):
+        value = _parsed(text, cell)
+        return value if isinstance(value, dict) and {"role", "from"} & value.keys() else cell
     turns = text.startswith("[{") and text.endswith("}]")
     return _parsed(text, cell) if turns or (name in LISTS and text.startswith("[")) else cell
 

@@ -62,7 +62,7 @@ def tree_rows(rows: Iterable[Row | BadRow], names: Mapping[str, str]) -> Iterato
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 yield BadRow(row.where, f"not a message of a tree: {error!r}", "")
                 continue
-            if parent is None:
+            if parent in (None, ""):  # an empty cell of CSV
                 roots.append(node)
             else:
                 parents.append((parent, node))
@@ -84,7 +84,7 @@ def _node(row: Row, message: Mapping[str, Any], names: Mapping[str, str]) -> _No
     if not isinstance(text, str) or not isinstance(role, str):
         raise TypeError(f"{names['text']} and {names['role']} must be texts")
     replies = [_node(row, reply, names) for reply in message.get("replies") or []]
-    return _Node(row, text, role, None if rank is None else float(rank), replies)
+    return _Node(row, text, role, None if rank in (None, "") else float(rank), replies)
 
 
 def _best(root: _Node) -> Iterator[Row]:
