@@ -149,6 +149,7 @@ def test_all_examples_of_a_row_go_together_and_quantiles_are_nearest_ranks(tmp_p
     assert filter_by_loss(examples, DataConfig()) == (examples, {})
     values = [4.0, 1.0, 3.0, 2.0]
     assert [quantile(values, share) for share in (0, 0.25, 0.26, 0.5, 1)] == [1, 1, 2, 2, 4]
+    assert quantile(range(1, 31), 0.1) == 3  # 0.1 * 30 is a little more than 3
     with pytest.raises(UserError, match="has no loss"):
         filter_by_loss([Example([1], [[2]], source="g:1")], DataConfig(losses=tmp_path / "l.jsonl", max_loss="5"))
 
@@ -182,7 +183,7 @@ def test_refusal_rates_by_file_before_and_after(world, tmp_path, monkeypatch, ca
     assert main([*ask, "--sampling.max-new-tokens", "6", "--sampling.temperature", "0", *FP32]) == 0
     assert [line["completion"] for line in found[:6]] == [line["completion"] for line in lines(generated)]
     (tmp_path / "judge.py").write_text(
-        "def even(prompts, completions):\n    return [1 if int(p.split()[-1][:-1]) % 2 == 0 else 0 for p in prompts]\n"
+        "def even(prompts, completions):\n    return [0.5 if int(p.split()[-1][:-1]) % 2 == 0 else 0.4 for p in prompts]\n"
     )
     (tmp_path / "needy.py").write_text("def f(prompts, completions, answer):\n    return answer\n")
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,19 @@ def test_it_stops_where_nothing_new_comes(config, base, capsys):
     config = replace(config, max_similarity=0.2, patience=2)
     assert synth(config, base) == 1
     assert "stopped: the last 2 rounds gave no row" in capsys.readouterr().err and report(config)["rounds"] <= 20
+    rounds = report(config)["rounds"]
+    assert synth(replace(config, patience=3, resume=True), base) == 1  # the two idle rounds count
+    assert report(config)["rounds"] == rounds + 1 or lines(config.out)[-1]["recipe"]["round"] == rounds
+
+
+def test_only_finished_answers_count_and_the_first_of_equals_is_kept(config, base, monkeypatch):
+    writer = Writer(config, read_seeds(config.data.files), Chat(base.tokenizer))
+    writer.judge = lambda pairs: [pair.line("tie") for pair in pairs]
+    sampled = [[("cut", False), ("", True), ("b", True), ("a", True)], [("cut", False)]]
+    monkeypatch.setattr(writer, "_sample", lambda *_: sampled)
+    dropped = Counter()
+    rows = writer._answered([("p", []), ("q", [])], 0, dropped)
+    assert [(row["prompt"], row["completion"]) for row in rows] == [("p", "b")] and dropped == {"unanswered": 1}
 
 
 def test_examples_that_do_not_fit(config, base, tmp_path):

@@ -230,6 +230,31 @@ def test_agreement_figures(tmp_path):
     assert [one["verdicts"] for one in found["disagreements"]] == [{"ann": "b", "ben": "a"}] * 3
 
 
+def test_an_edited_answer_has_a_policy_and_no_rating():
+    item = replace(make_items(THREE, [["p", "q", "r"]] * 3)[0][0], prompt="q", answers=["red", "green", "blue"])
+    row = row_of(item, "ann", [2, 1, 3], (1, "lime"), [2, 3, 1])
+    assert row["completions"] == ["lime", "green", "red", "blue"] and row["policies"] == ["ann", "q", "p", "r"]
+    assert "ratings" not in row and row_of(item, "ann", [2, 1, 3], None, [2, 3, 1])["ratings"] == [3, 2, 1]
+
+
+def test_an_answer_with_calls_is_shown_and_cannot_be_edited(tmp_path):
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    rows = [Answers("q", ["a", [{"role": "assistant", "content": "", "tool_calls": [call]}]], "f:1")]
+    with serving(tmp_path / "out.jsonl", rows) as page:
+        item = page.next()["item"]
+        k = next(k for k, answer in enumerate(item["answers"]) if "look" in answer["text"])
+        assert [answer["editable"] for answer in item["answers"]] == [place != k for place in (0, 1)]
+        error = page.post("judge", 400, item=item["key"], ranks=[1, 2], edit={"answer": k, "text": "b"})["error"]
+        assert error == "an answer with tool calls or several turns cannot be edited"
+
+
+def test_ties_are_a_share_of_all_comparisons(tmp_path):
+    items, judgements = make_items(THREE)[0], Judgements(tmp_path / "out.jsonl", tmp_path)
+    for item, ranks in zip(items, ([1, 1, 2], [1, 2, 3], [1, 1, 1]), strict=True):
+        judgements.judge(item, "ann", ranks, None, ())
+    assert figures(items, judgements)["annotators"][0]["ties"] == 4 / 9
+
+
 def test_only_this_page_of_this_machine_is_answered(tmp_path):
     with serving(tmp_path / "out.jsonl", PAIRS) as page:
         token, port = page.server.token, page.server.server_port
@@ -292,6 +317,24 @@ def test_a_full_disk_keeps_the_item_on_the_page(tmp_path, monkeypatch):
         page.post("judge", item=item, ranks=[1, 2])
     with serving(tmp_path / "out.jsonl", PAIRS) as page:
         assert page.next()["judged"] == 1 and len(lines(tmp_path / "out.jsonl")) == 1
+
+
+def test_a_row_that_could_not_be_written_comes_with_the_next_one(tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    real = os.fsync
+
+    def full(fd):
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("out.jsonl"):
+            os.ftruncate(fd, os.fstat(fd).st_size - 20)
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    with serving(out, PAIRS) as page:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            page.post("judge", 500, item=page.next()["item"]["key"], ranks=[1, 2])
+        page.pick("x1")
+        assert [row["prompt"] for row in lines(out)] == ["q0", "q1"]
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,17 @@ def test_a_folder_is_one_source(folder, capsys):
     ]
 
 
+def test_documents_have_no_prompt_in_common(folder, capsys):
+    """The prompt of each is bos, or nothing."""
+    for name, first in (("docs", 0), ("more", 10)):
+        write_jsonl(
+            folder / f"{name}.jsonl", [{"text": f"{i} times {i * i} is known"} for i in range(first, first + 4)]
+        )
+    check = ["data", "check", "docs.jsonl", "--model", "model", "--data.eval", "more.jsonl", "--json"]
+    assert main(check) == 0
+    assert json.loads(capsys.readouterr().out)["cleaning"]["sources"]["docs.jsonl"]["prompt_in_heldout"] == 0
+
+
 def test_exit_code_is_that_of_training(folder, capsys):
     """1 exactly where sft would refuse: bad rows, unless they are skipped; no row left; bad held-out rows."""
     write_jsonl(folder / "bad.jsonl", [{"prompt": "q", "completion": "a b c"}, {"prompt": "q"}])
