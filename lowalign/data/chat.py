@@ -157,10 +157,11 @@ class Chat:
 
     def _example(self, pieces: list[Piece], hidden: list[str]) -> Example:
         ids, weights = self._ids(pieces, hidden)
-        start = next((i for i, weight in enumerate(weights) if weight), None)
-        if start is None:
+        supervised = list(map(bool, weights))
+        if True not in supervised:
             raise Unrenderable("no answer to learn from: its only assistant turn is the first turn")
-        weights = weights[start:]
-        mask = all_supervised(len(weights)) if all(weights) else list(map(bool, weights))
-        token_weights = None if all(piece.weight in (0, 1) for piece in pieces) else [weights]
+        start = supervised.index(True)
+        mask = supervised[start:]
+        mask = all_supervised(len(mask)) if all(mask) else mask
+        token_weights = None if all(piece.weight in (0, 1) for piece in pieces) else [weights[start:]]
         return Example(ids[:start], [ids[start:]], [mask], token_weights=token_weights)

@@ -25,6 +25,8 @@ from tests.tiny import tiny_folder
 
 ENDS = tuple(range(2, 60))  # so many tokens end a text that random weights draw some
 PTX = [Example(e.prompt, [e.completions[0]], [[t != 1 for t in range(len(e.completions[0]))]]) for e in rankings()]
+for example in PTX[::2]:  # turns with weights of their own
+    example.token_weights = [[(0.5 + t) * m for t, m in enumerate(example.masks[0])]]
 
 
 @dataclass(frozen=True)
@@ -297,9 +299,11 @@ def plain_loss(copies: Copies, c: PPOConfig, r: Round, chosen: list[int], ptx: l
     loss = loss - c.ppo.entropy * mean(entropy)
     if ptx:
         text = Padded.of([(e.prompt, e.completions[0]) for e in ptx])
-        taught = torch.zeros_like(text.mask)
+        taught = torch.zeros_like(text.mask, dtype=torch.float32)
         for i, e in enumerate(ptx):
-            taught[i, len(e.prompt) - 1 : len(e.prompt) - 1 + len(e.completions[0])] = torch.tensor(e.masks[0])
+            taught[i, len(e.prompt) - 1 : len(e.prompt) - 1 + len(e.completions[0])] = torch.tensor(
+                e.token_weights[0] if e.token_weights else e.masks[0]
+            )
         logps, _, _ = text.distribution(copies.policy, 1.0)
         parts["ptx_loss"] = -(logps * taught).sum() / taught.sum()
         loss = loss + c.ppo.ptx_coef * parts["ptx_loss"]
