@@ -5,7 +5,7 @@ option has that name (of several the one of --train). What the command would pri
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lowalign.commands.api_rows import Data, with_files
 from lowalign.config import recipe
 from lowalign.config.keywords import flags_of
 from lowalign.config.sections import Sampling, TrainConfig
@@ -23,8 +24,6 @@ from lowalign.data.dataset import load_examples
 from lowalign.data.pack import Example
 from lowalign.data.prompts import PromptRow, prompt_ids
 from lowalign.data.rows.turns import Message
-from lowalign.durable import write_jsonl
-from lowalign.errors import UserError
 from lowalign.model.adapters.files import adapter_template
 from lowalign.model.base.base import Base
 from lowalign.model.host import Host
@@ -36,7 +35,6 @@ from lowalign.train.engine import OnStep
 from lowalign.train.method import Method
 from lowalign.train.run import Job, check_and_log_start, load_rows, run
 
-Data = str | Path | Iterable  # a file or Hub id, several, rows, or a datasets.Dataset
 Reward = str | Path | Callable[..., Sequence[float]]
 
 
@@ -184,7 +182,7 @@ def train_with(
     """
     out = Path(out).expanduser()
     base = base if isinstance(base, Base) else Base.load(base)
-    config = _parsed("sft", base, _with_files({"data": data, **options}, out), recipe)
+    config = _parsed("sft", base, with_files({"data": data, **options}, out), recipe)
 
     def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Method:
         check_and_log_start(host, policy, initial, rows, config)
@@ -219,16 +217,10 @@ def _train(
 ) -> Run:
     out = Path(out).expanduser()
     base = base if isinstance(base, Base) else Base.load(base)
-    config = _parsed(verb, base, _with_files(given, out), recipe_name)
+    config = _parsed(verb, base, with_files(given, out), recipe_name)
     module, _, function = next(v.function for v in verbs() if v.name == verb).partition(":")
     arguments = (base, on_step) if on_step else (base,)  # best-of-n has no steps
     return _finished(getattr(import_module(f"lowalign.{module}"), function)(config, *arguments), base, out)
-
-
-def _with_files(given: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The options, with rows in files."""
-    files = {key: _files(given[key], out / f"{key}.jsonl") for key in ("data", "eval") if key in given}
-    return {**given, **files, "out": out}
 
 
 def _finished(code: int, base: Base, out: Path) -> Run:
@@ -249,27 +241,6 @@ def _parsed(verb: str, base: Base, given: Mapping[str, Any], recipe_name: str | 
     flags += [f"--base.quantization={identity.quantization}", f"--base.dtype={dtype}"]
     path = recipe.find(recipe_name) if recipe_name else None
     return recipe.parse(config, flags, path, f"lowalign.{verb.replace('-', '_')}")
-
-
-def _files(data: Data, file: Path) -> list[str]:
-    """The files that hold the data; rows are written to `file`."""
-    if isinstance(data, str | Path):
-        return [str(data)]
-    if hasattr(data, "to_parquet"):  # a datasets.Dataset, which may be larger than memory; its types are kept
-        file = file.with_suffix(".parquet")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        data.to_parquet(str(file))
-        return [str(file)]
-    if isinstance(data, Mapping):
-        raise UserError(f"data has the splits {', '.join(map(str, data))}: give one of them, such as data['train']")
-    items = list(data)
-    if all(isinstance(item, str | Path) for item in items):
-        return [str(item) for item in items]
-    if not all(isinstance(item, Mapping) for item in items):
-        raise UserError("data is a file, several files, or rows: dictionaries such as {'prompt': …, 'completion': …}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(file, map(dict, items))
-    return [str(file)]
 
 
 @contextmanager

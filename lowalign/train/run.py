@@ -13,6 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
@@ -99,7 +100,7 @@ def run(
         raise UserError("no data: give --data FILE…")
     refuse_best_without_heldout(config)
     refuse_not_installed(config.train.track)
-    with processes.joined(), lock_folder(config.out):
+    with processes.joined(), lock_folder(config.out), ExitStack() as cleanup:
         started = time.monotonic()
         announce_start(config.resume, config.out / RECIPE_FILE)
         device_of(config.base.device)
@@ -110,7 +111,7 @@ def run(
         inputs = input_hashes((*config.data.files, *config.data.eval, *losses, *job.data), adapters)
         check_or_write_inputs(config, bool(checkpoint.steps(config.out)), inputs)
         try:
-            r = _started(config, job, adapters, base)
+            r = _started(config, job, adapters, base, cleanup)
         except (Interrupted, KeyboardInterrupt) as stopped:
             received = getattr(stopped, "signal", signal.SIGINT)
             log(
@@ -140,7 +141,6 @@ def run(
             log(f"{result.step:,} steps in {duration(started)}. Next: {_next_command(config, job.name)}")
             log(f"the adapter is in {config.out / 'adapter'}: {chosen.why}")
         processes.wait()
-        r.host.delete_all()
     return 0
 
 
@@ -157,8 +157,11 @@ class _Started:
     meta: dict[str, Any]
 
 
-def _started(config: RunConfig, job: Job, adapters: Sequence[str], base: Base | None) -> _Started:
-    """Rows, host, policy and method. The rows first: errors in them are reported before a large model is loaded."""
+def _started(config: RunConfig, job: Job, adapters: Sequence[str], base: Base | None, cleanup: ExitStack) -> _Started:
+    """Rows, host, policy and method. The rows first: errors in them are reported before a large model is loaded.
+
+    cleanup: takes the adapters off the base again, however the run ends: the caller may use it for another one.
+    """
     tokenizer = base.tokenizer if base else load_tokenizer(config.model, config.base.revision)
     chat = load_chat(tokenizer, config.data)
     chat.positions = usable_positions(*_source(config, base), adapters, config.adapter)
@@ -167,6 +170,7 @@ def _started(config: RunConfig, job: Job, adapters: Sequence[str], base: Base | 
     meta = {"method": job.name, "prompt_format": _prompt_format(config, data.prompt_formats)}
     write_json(config.out / META, meta)
     host = Host(base or Base.load(config.model, **vars(config.base)))
+    cleanup.callback(host.delete_all)
     policy, initial = start_policy(
         host, config.adapter, config.init, config.init_mode, config.train.seed, config.allow_base_mismatch
     )

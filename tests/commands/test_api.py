@@ -130,6 +130,30 @@ def test_a_stopped_run_raises(base, tmp_path, monkeypatch):
         la.sft(base, data=ROWS, out=tmp_path / "run")
 
 
+def test_a_failed_run_leaves_the_base_as_it_was(base, tmp_path):
+    """The next run on the same base starts from nothing again."""
+
+    def fails(step, metrics):
+        raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        la.sft(base, data=ROWS, out=tmp_path / "failed", on_step=fails, **STEPS)
+    first = la.sft(base, data=ROWS, out=tmp_path / "first", **STEPS)
+    assert la.sft(base, data=ROWS, out=tmp_path / "failed", resume=True, **STEPS).out.is_dir()
+    assert weights(tmp_path / "failed") == weights(first.out)
+
+
+def test_the_rows_of_a_run_are_not_replaced(base, tmp_path):
+    """A finished run in `out` keeps its rows, and can still be resumed with them."""
+    out = tmp_path / "run"
+    la.sft(base, data=ROWS, out=out, **STEPS)
+    before = (out / "data.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"holds results of a run on other rows than these \(data.jsonl\)"):
+        la.sft(base, data=ROWS[:-1], out=out, **STEPS)
+    assert (out / "data.jsonl").read_bytes() == before and not list(out.glob(".new-*"))
+    assert la.sft(base, data=ROWS, out=out, resume=True, **STEPS | {"steps": 3}).metrics["step"].max() == 3
+
+
 def test_a_method_of_ones_own(base, tmp_path):
     """The loss of docs/python.md: at smoothing 0 it is sft's, bit for bit; otherwise another one."""
     text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
