@@ -81,6 +81,22 @@ class _Rows:
 
 
 @dataclass(frozen=True)
+class _Ids(Sequence[np.ndarray]):
+    """The tokens of some rows, read when they are asked for. place: which, of `rows` and then of `held`."""
+
+    rows: _Rows
+    held: _Rows
+    place: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        i = int(self.place[k])
+        return self.rows.ids(i) if i < len(self.rows) else self.held.ids(i - len(self.rows))
+
+
+@dataclass(frozen=True)
 class _Found:
     """Rows of one kind, ascending: `rows`, the rows that they repeat, of those to train on and then the held-out ones, and how alike
     they are; empty where there is no such row."""
@@ -155,8 +171,7 @@ def _repeats(rows: _Rows, held: _Rows) -> dict[str, _Found]:
     chosen = np.flatnonzero(~repeated[: rows.within_limit()])
     others = held.within_limit()
     place = np.concatenate([chosen, total + np.arange(others)])
-    ids = [*(rows.ids(i) for i in chosen.tolist()), *(held.ids(i) for i in range(others))]
-    within, across = near_duplicates(ids, len(chosen))
+    within, across = near_duplicates(_Ids(rows, held, place), len(chosen))
     found["near"] = _near(within, place)
     found["near_heldout"] = _near({i: pair for i, pair in across.items() if content[place[i]] < 0}, place)
     return {kind: found[kind] for kind in KINDS if kind in found}
