@@ -1,6 +1,7 @@
 """Examples of several sources as one sequence, and parts of it: 8 bytes a row, none of which is made before it is asked for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,10 @@ class Examples(Sequence[Example]):
         if self.change is not None:
             example = self.change(example)
         if self.names:
-            example.dataset = self.names[part]
+            example = replace(example, dataset=self.names[part])
         if self._references is not None:
             values = self._values(i)
-            example.reference = None if np.isnan(values).any() else values.tolist()
+            example = replace(example, reference=None if np.isnan(values).any() else values.tolist())
         return example
 
     def __eq__(self, other: object) -> bool:
