@@ -100,6 +100,11 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     made.save_pretrained(folder / "model")
 
 
+def cpu() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def lowalign(rows: Path, model: str, processes: int) -> int:
     """Read the rows and take some as a run does. -> the number of their tokens."""
     from lowalign.config.sections import DataConfig
@@ -109,15 +114,21 @@ def lowalign(rows: Path, model: str, processes: int) -> int:
     from lowalign.data.mixture import order_of
 
     chat = Chat(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
-    since = time.perf_counter()
+    since, before = time.perf_counter(), cpu()
     data = read_examples([str(rows)], chat, DataConfig(processes=processes))
-    read = time.perf_counter() - since
+    read, read_cpu = time.perf_counter() - since, cpu() - before
     train, heldout = split_heldout(data.examples, 200, 0)
     report = cleaning_report(train, heldout, data, chat.tokenizer)
     cleaned = time.perf_counter() - since - read
     taken = sum(train[i].length for step in range(1000) for i in order_of(train, 16, 0, step))
     steps = time.perf_counter() - since - read - cleaned
-    figures = {"read": read, "cleaning": cleaned, "1000 steps of 16": steps, "tokens of them": taken}
+    figures = {
+        "read": read,
+        "its CPU": read_cpu,
+        "cleaning": cleaned,
+        "1000 steps of 16": steps,
+        "tokens of them": taken,
+    }
     print(json.dumps(figures | {"rows": len(train), "compared": report["compared"]}), file=sys.stderr)
     return data.report["tokens"]
 
@@ -148,10 +159,9 @@ def child(what: str, rows: Path, model: str, processes: int) -> None:
     """Do one start and print its figures as JSON."""
     import torch  # noqa: F401  both are used in training, which imports it
 
-    usage = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # noqa: E731
-    before, since = usage(), time.perf_counter()
+    before, since = cpu(), time.perf_counter()
     tokens = (plain if what == "plain" else lowalign)(rows, model, processes)
-    print(json.dumps({"cpu": usage() - before, "wall": time.perf_counter() - since, "tokens": tokens}))
+    print(json.dumps({"cpu": cpu() - before, "wall": time.perf_counter() - since, "tokens": tokens}))
 
 
 def memory(process: psutil.Process) -> dict[str, int]:

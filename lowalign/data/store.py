@@ -29,7 +29,7 @@ from lowalign.errors import UserError
 
 HEADER = 1024  # bytes of the header, its length included
 SPOOL = 64 * 2**20  # bytes of records that stay in memory
-MAPPED = 256 * 2**20  # bytes of a map that may be resident before it is made anew
+MAPPED = 64 * 2**20  # bytes of a map that may be resident before it is made anew
 TOUCHED = 2**16  # bytes of a map that become resident with each page that is read (Linux maps pages around it)
 PIECE = 2**22  # bytes that are read at once to check a file
 LEFTOVER = 24 * 3600  # seconds without a write after which an unfinished file is of a process that was killed
