@@ -11,7 +11,14 @@ import numpy as np
 
 from lowalign.data.example import Example, all_supervised
 
-FIELDS = ("rank", "margin", "label", "weight", "token_weights", "source")  # of an Example, stored as JSON besides its tokens
+FIELDS = (
+    "rank",
+    "margin",
+    "label",
+    "weight",
+    "token_weights",
+    "source",
+)  # of an Example, stored as JSON besides its tokens
 LEAST_PROMPT = 8  # tokens of a prompt that can be known again
 HEAD = struct.Struct("<4i")  # completions, prompt tokens, bytes of JSON, bytes of masks
 FACTS = np.dtype(
