@@ -39,7 +39,7 @@ class Mixture:
         for source in range(len(names)):
             own = self._pattern == source
             self._place[own] = np.arange(own.sum())
-        self._permutations: dict[int, tuple[int, torch.Tensor]] = {}
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def rows(self, batch_size: int, step: int) -> list[tuple[int, int]]:
         """(source, number of its Example) of each Example of optimizer step `step`, counted from 0."""
@@ -67,7 +67,7 @@ class Mixture:
         epoch, i = divmod(block * int(self._counts[source]) + int(self._place[place]), self.sizes[source])
         if self._permutations.get(source, (None,))[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + source)
-            self._permutations[source] = epoch, torch.randperm(self.sizes[source], generator=generator)
+            self._permutations[source] = epoch, torch.randperm(self.sizes[source], generator=generator).numpy()
         return source, int(self._permutations[source][1][i])
 
 
