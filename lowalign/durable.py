@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ WRITE_POINTS = (
     "metrics-cut-replaced",
 )
 _reached: Counter[str] = Counter()
+LARGE = 64 * 2**20  # bytes of a file whose hash is kept
+SETTLED = 2.0  # seconds after which another write gives a file another time
+_hashes: dict[tuple[str, int, int, int], str] = {}
 
 
 def write_point(name: str) -> None:
@@ -96,7 +100,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line. Raises OSError."""
-    write_file(path, "".join(map(json_line, lines)))
+
+    def write(temp: Path) -> None:
+        with temp.open("w", encoding="utf-8") as file:
+            file.writelines(map(json_line, lines))
+
+    write_file(path, write)
 
 
 def json_line(line: dict[str, Any]) -> str:
@@ -148,9 +157,16 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file's bytes, in hex. Of a large file it is computed once, unless the file changes or has just been written."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if key not in _hashes:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if stat.st_size < LARGE or time.time() - stat.st_mtime < SETTLED:
+            return digest
+        _hashes[key] = digest
+    return _hashes[key]
 
 
 def _move_aside(folder: Path) -> Path:

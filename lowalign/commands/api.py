@@ -166,7 +166,7 @@ def best_of_n(
 
 
 def train_with(
-    method: Callable[[Host, list[Example], Stack, TrainConfig], Method],
+    method: Callable[[Host, Sequence[Example], Stack, TrainConfig], Method],
     base: Base | str | Path,
     *,
     data: Data,
@@ -184,7 +184,7 @@ def train_with(
     base = base if isinstance(base, Base) else Base.load(base)
     config = _parsed("sft", base, with_files({"data": data, **options}, out), recipe)
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> Method:
+    def start(host: Host, rows: Sequence[Example], heldout: Sequence[Example], policy: Stack, initial: Stack) -> Method:
         check_and_log_start(host, policy, initial, rows, config)
         return method(host, rows, policy, config.train)
 

@@ -1,5 +1,6 @@
 """`lowalign bitdelta compress` and `lowalign bitdelta distil`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,7 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
     def read(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> RunRows:
         nonlocal teacher
         data = load_rows(config, load_examples, tokenizer, chat)
+        data = replace(data, train=list(data.train), heldout=list(data.heldout))  # a state belongs to an Example
         if uneven := next((e.source for e in (*data.train, *data.heldout) if e.token_weights), None):
             raise UserError(
                 f'{uneven}: a turn has a "weight" that is neither 0 nor 1; bitdelta distil cannot weigh turns'
@@ -60,10 +62,10 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
         teacher = teacher_states(config.finetuned, [*data.train, *data.heldout], options)
         return data
 
-    def measured(host: Host, policy: Stack, rows: list[Example]) -> Fidelity:
+    def measured(host: Host, policy: Stack, rows: Sequence[Example]) -> Fidelity:
         return fidelity(host, policy, rows[:EVALUATED_ROWS], teacher, config.train.token_budget)
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack):
+    def start(host: Host, rows: Sequence[Example], heldout: Sequence[Example], policy: Stack, initial: Stack):
         nonlocal before
         check_and_log_start(host, policy, initial, rows, config)
         for name in initial:  # a second copy of what is trained
@@ -71,7 +73,9 @@ def distil(config: DistilConfig, base: Base | None = None) -> int:
         before = measured(host, policy, heldout or rows)
         return BitDeltaDistillation(host, rows, policy, config.train, teacher)
 
-    def finish(host: Host, policy: Stack, rows: list[Example], heldout: list[Example], _: Any) -> dict[str, Any]:
+    def finish(
+        host: Host, policy: Stack, rows: Sequence[Example], heldout: Sequence[Example], _: Any
+    ) -> dict[str, Any]:
         after = measured(host, policy, heldout or rows)
         report = meta.get("bitdelta", {}) | _report(before, after)
         on = "held-out" if heldout else "training"

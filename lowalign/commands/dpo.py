@@ -1,5 +1,6 @@
 """`lowalign dpo`: DPO, its variants and KTO."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,9 @@ def dpo(config: DPOConfig, base: Base | None = None, on_step: OnStep | None = No
             refuse_labels(data.examples, "they need --dpo.loss kto")
         return data
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> DPO | KTO:
+    def start(
+        host: Host, rows: Sequence[Example], heldout: Sequence[Example], policy: Stack, initial: Stack
+    ) -> DPO | KTO:
         check_and_log_start(host, policy, initial, rows, config)
         reference = reference_stack(host, config.reference, initial, config.allow_base_mismatch)
         method = (KTO if kto else DPO)(host, rows, policy, reference, config.dpo, config.train)

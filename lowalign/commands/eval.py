@@ -128,7 +128,7 @@ def _read_rows(policies: Sequence[Policy], config: EvalConfig) -> dict[int, Rows
         for adapter in adapters:
             trained = adapter_files.trained_format(adapter)
             check_prompt_format(adapter, trained, data.report["prompt_formats"])
-        rows[key][file] = data.examples
+        rows[key][file] = list(data.examples)
     return rows
 
 

@@ -1,5 +1,6 @@
 """`lowalign reward`: train a reward model, and measure its scores on held-out rankings."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,9 +32,11 @@ def reward(config: RewardConfig, base: Base | None = None, on_step: OnStep | Non
     def load(*args: Any, **options: Any) -> Dataset:
         data = load_preferences(*args, **options)
         refuse_labels(data.examples, "a reward model needs comparisons; use them with `lowalign dpo --dpo.loss kto`")
-        return replace(data, examples=[scored(e) for e in data.examples])
+        return replace(data, examples=data.examples.map(scored))
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> RewardModel:
+    def start(
+        host: Host, rows: Sequence[Example], heldout: Sequence[Example], policy: Stack, initial: Stack
+    ) -> RewardModel:
         if not host.has_scalar_head(policy[-1]):
             host.add_scalar_head(policy[-1])
         ties = config.data.ties == "keep"
@@ -43,7 +46,7 @@ def reward(config: RewardConfig, base: Base | None = None, on_step: OnStep | Non
 
 
 def _evaluate(
-    host: Host, policy: Stack, rows: list[Example], heldout: list[Example], config: RewardConfig
+    host: Host, policy: Stack, rows: Sequence[Example], heldout: Sequence[Example], config: RewardConfig
 ) -> dict[str, Any]:
     """The entry `reward` of the adapter's lowalign.json: metrics of the scores, and whether they were measured on held-out
     rankings or, where there are none, on those it was trained on."""

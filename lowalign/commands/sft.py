@@ -1,5 +1,6 @@
 """`lowalign sft`: supervised fine-tuning."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from lowalign.config.training import SFTConfig
@@ -19,7 +20,7 @@ def sft(config: SFTConfig, base: Base | None = None, on_step: OnStep | None = No
     """Run `lowalign sft`; `base` is one that is loaded already, `on_step` is called after each step. Returns the exit code."""
     config, predict = fitted(config, base)
 
-    def start(host: Host, rows: list[Example], heldout: list[Example], policy: Stack, initial: Stack) -> SFT:
+    def start(host: Host, rows: Sequence[Example], heldout: Sequence[Example], policy: Stack, initial: Stack) -> SFT:
         check_and_log_start(host, policy, initial, rows, config)
         if config.neftune and not host.base.packed:
             raise UserError("--neftune needs the packed attention, which this architecture does not have; leave it out")

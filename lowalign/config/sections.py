@@ -136,6 +136,8 @@ class DataConfig:
     """Leave out rows with a lower loss, which the base knows already: as max_loss."""
     cache: bool = True
     """Keep tokenized rows on disk, and reuse them if rows, tokenizer and template are unchanged."""
+    processes: NonNegativeInt = 0
+    """Processes that tokenize a file of 32 MiB or more. 0: as many as this process may use cores."""
 
     def __post_init__(self) -> None:
         for flag, bound in (("--data.max-loss", self.max_loss), ("--data.min-loss", self.min_loss)):

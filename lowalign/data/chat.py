@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowalign.config.sections import DataConfig
 from lowalign.data.encode import Encoder
-from lowalign.data.pack import Example, all_supervised
+from lowalign.data.example import Example, all_supervised
 from lowalign.data.rendering.renderer import HIDDEN_NOTE, ChatOptions, Rendered, Renderer
 from lowalign.data.rendering.template import Template, Unrenderable
 from lowalign.data.rendering.turns import Piece
@@ -45,6 +45,7 @@ class Chat:
     ):
         """template: as in Template. Raises UserError when it cannot render a question and an answer."""
         self.tokenizer = tokenizer
+        self.arguments = template, options  # what another process makes the same Chat of
         self.positions: int | None = None
         options = options or ChatOptions()
         self._template = Template(tokenizer, template, options.template_args)

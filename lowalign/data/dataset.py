@@ -1,24 +1,29 @@
 """Files of rows to Examples, with a report of the rows that were cut, dropped or bad."""
 
-import gc
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowalign.config.sections import DataConfig
 from lowalign.data import cache
-from lowalign.data.blocks import RowEncoder, encode_rows
+from lowalign.data.blocks import BlockEncoder, RowEncoder
 from lowalign.data.chat import Chat
-from lowalign.data.mixture import source_names
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
+from lowalign.data.examples import Examples, as_examples, source_names, taken
 from lowalign.data.report import FileStats, merge_reports
-from lowalign.data.rows.mapping import Mapping, SkippedRow, mappings_of
+from lowalign.data.rows.mapping import Mapping, mappings_of
 from lowalign.data.rows.sft_rows import SFT_ROWS, Conversation, PlainText, PromptCompletion
 from lowalign.data.sources.read import content_hash
-from lowalign.data.sources.row import BadRow, Row, RowDropped
+from lowalign.data.sources.row import BadRow, RowDropped
+from lowalign.data.store import Store, StoreWriter, open_store
+from lowalign.data.tokenizing import blocks_of, process_count
 from lowalign.data.truncate import chunks, fit, turn_ends, up_to, whole_turns
 from lowalign.durable import write_jsonl
 from lowalign.errors import UserError
@@ -40,6 +45,7 @@ UNUSED = (
     "weights",
     "cap",
     "source_epochs",
+    "processes",
 )  # options that do not change tokenized rows
 
 
@@ -47,7 +53,7 @@ UNUSED = (
 class Dataset:
     """Examples in the order of their rows, the report as JSON, and the bad rows."""
 
-    examples: list[Example]
+    examples: Examples
     report: dict[str, Any]
     bad: list[BadRow] = field(default_factory=list)
 
@@ -72,7 +78,7 @@ def load_examples(
         raise UserError("\n".join(list_bad(dataset)) + "\ncorrect them, or skip them with --data.on-error skip")
     if dataset.bad and rejected is not None:
         write_jsonl(rejected, map(vars, dataset.bad))
-    if not dataset.examples:
+    if not len(dataset.examples):
         reasons = [reason for file in dataset.report["files"] for reason in file["dropped"]]
         why = "; ".join(dict.fromkeys(reasons)) or ("all are bad" if dataset.bad else "the files are empty")
         raise UserError(f"no row of {', '.join(files)} can be used: {why}")
@@ -88,23 +94,16 @@ def read_examples(
     if config.max_length < len(chat.bos_ids) + 2:
         raise UserError(f"--data.max-length {config.max_length} leaves no room for a prompt and its completion")
     asked, config = config.max_length, replace(config, max_length=chat.fitting(config.max_length))
-    with _without_garbage_collection():
-        mappings = mappings_of(config, len(files))
-        datasets = [
-            _read_source(name, mapping, chat, config, encoder or SFT_ENCODER)
-            for name, mapping in zip(files, mappings, strict=True)
-        ]
-    for name, dataset in zip(source_names(files), datasets, strict=True) if len(files) > 1 else ():
-        for example in dataset.examples:
-            example.dataset = name
-    report = merge_reports([dataset.report for dataset in datasets], config.max_length, heldout)
+    mappings = mappings_of(config, len(files))
+    read = [
+        _read_source(name, mapping, chat, config, encoder or SFT_ENCODER)
+        for name, mapping in zip(files, mappings, strict=True)
+    ]
+    report = merge_reports([store.report for store, _ in read], config.max_length, heldout)
     if config.max_length < asked and (report["cut"] or report["dropped"]):
         report["max_length_asked"] = asked
-    return Dataset(
-        [example for dataset in datasets for example in dataset.examples],
-        report,
-        [row for dataset in datasets for row in dataset.bad],
-    )
+    names = source_names(files) if len(files) > 1 else ()
+    return Dataset(Examples([store for store, _ in read], names), report, [row for _, bad in read for row in bad])
 
 
 def list_bad(dataset: Dataset) -> list[str]:
@@ -123,51 +122,53 @@ def heldout_count(eval_rows: float, total: int) -> int:
     return rows
 
 
-def split_heldout(examples: Sequence[Example], eval_rows: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_heldout(
+    examples: Sequence[Example], eval_rows: float, seed: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """-> the Examples to train on, and those of the rows held out from the end of a seeded shuffle. Both keep their order;
     all Examples of a row go to one side. Raises UserError when nothing would be left to train on."""
-    sources = list(dict.fromkeys(example.source for example in examples))
-    rows = heldout_count(eval_rows, len(sources))
-    random.Random(seed).shuffle(sources)
-    heldout = set(sources[len(sources) - rows :])
-    return [e for e in examples if e.source not in heldout], [e for e in examples if e.source in heldout]
+    _, first, row = np.unique(as_examples(examples).fact("source"), return_index=True, return_inverse=True)
+    rows = heldout_count(eval_rows, len(first))
+    shuffled = array("q", np.argsort(first))  # the rows in their order, each by its number in `row`
+    random.Random(seed).shuffle(shuffled)
+    held = np.zeros(len(first), np.bool_)
+    held[np.array(shuffled[len(first) - rows :], np.int64)] = True
+    return tuple(taken(examples, np.flatnonzero(held[row] == side)) for side in (False, True))
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """The collector looks for cycles, of which there are none here, by walking through all ids again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _read_source(name: str, mapping: Mapping, chat: Chat, config: DataConfig, encoder: RowEncoder) -> Dataset:
-    cache_key = None
+def _read_source(
+    name: str, mapping: Mapping, chat: Chat, config: DataConfig, encoder: RowEncoder
+) -> tuple[Store, list[BadRow]]:
+    """-> the rows of a source, from the cache where they are in it, and the bad ones."""
+    path = None
     if config.cache:
         options = {option: value for option, value in vars(config).items() if option not in UNUSED}
         reading = (encoder.name, name, mapping.fingerprint)
         content = content_hash(name, config.limit)
-        cache_key = cache.key(content, chat.templates, chat.tokenizer, reading, options)
-        if (stored := cache.read(cache_key)) is not None:
-            return Dataset(*stored)
-    dataset = _tokenize(name, mapping.rows(name, config.limit), chat, config, encoder)
-    if cache_key and not dataset.bad:
-        cache.write(cache_key, dataset.examples, dataset.report)
-    return dataset
+        path = cache.path(cache.key(content, chat.templates, chat.tokenizer, reading, options))
+        if (stored := open_store(path)) is not None:
+            return stored, []
+    return _tokenize(name, mapping, chat, config, encoder, path)
 
 
 def _tokenize(
-    name: str, rows: Iterable[Row | BadRow | SkippedRow], chat: Chat, config: DataConfig, encoder: RowEncoder
-) -> Dataset:
+    name: str, mapping: Mapping, chat: Chat, config: DataConfig, encoder: RowEncoder, path: Path | None
+) -> tuple[Store, list[BadRow]]:
+    """path: where the rows are kept if none is bad."""
     stats, notes_before = FileStats(name), chat.notes.copy()
-    shown = progress(iterable=rows, unit="row", desc=f"tokenizing {Path(name).name}", leave=False, delay=BAR_DELAY)
-    examples, bad = encode_rows(shown, chat, config, encoder, stats)
-    stats.notes += chat.notes - notes_before
-    return Dataset(examples, stats.as_dict(len(bad)), bad)
+    whole, writer = BlockEncoder(chat, config, encoder, stats), StoreWriter(cache.cache_folder())
+    processes = process_count(name, mapping, config, encoder.name)
+    try:
+        options = {"unit": "row", "desc": f"tokenizing {Path(name).name}", "leave": False, "delay": BAR_DELAY}
+        with progress(**options) as bar, closing(blocks_of(name, mapping, whole, processes, bar)) as blocks:
+            for block in chain(blocks, whole.finish()):
+                writer.add(*block)
+        stats.notes += chat.notes - notes_before
+        bad = [whole.bad[number] for number in sorted(whole.bad)]
+        return writer.finish(stats.as_dict(len(bad)), None if bad else path), bad
+    except BaseException:
+        writer.close()
+        raise
 
 
 def _encode(

@@ -13,9 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowalign.config.loss_bounds import read_bound
 from lowalign.config.sections import DataConfig
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
+from lowalign.data.examples import as_examples, taken
 from lowalign.errors import UserError
 
 KEY_TOKENS = 16
@@ -44,19 +47,18 @@ def row_losses(examples: Sequence[Example], logps: Mapping[str, Sequence[Sequenc
     return list(rows.values())
 
 
-def filter_by_loss(examples: Sequence[Example], config: DataConfig) -> tuple[list[Example], dict[str, Any]]:
-    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out
-    above and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first
-    policy of the file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when
-    none is left."""
+def filter_by_loss(examples: Sequence[Example], config: DataConfig) -> tuple[Sequence[Example], dict[str, Any]]:
+    """-> the Examples of the rows whose loss is within --data.min-loss and --data.max-loss, and the counts: rows left out above
+    and below, and the bounds in nats. Quantiles are over the rows of these Examples; the loss is that of the first policy of the
+    file. Raises UserError when a row has no loss in --data.losses, or another one than was measured, and when none is left."""
     if config.losses is None:
-        return list(examples), {}
+        return examples, {}
     place = _place_reader()
     known, policy = _read(config.losses, place)
-    losses: dict[str, float] = {}
-    for example in examples:
-        if example.source in losses:
-            continue
+    _, first, row = np.unique(as_examples(examples).fact("source"), return_index=True, return_inverse=True)
+    losses = np.empty(len(first))
+    for number in np.argsort(first).tolist():  # in the order of the rows, for the first error
+        example = examples[int(first[number])]
         line = known.get(place(example.source))
         if line is None:
             raise UserError(
@@ -67,20 +69,20 @@ def filter_by_loss(examples: Sequence[Example], config: DataConfig) -> tuple[lis
                 f"{example.source} is another row than the one in --data.losses {config.losses}, or has other tokens: measure "
                 "it again with lowalign eval --per-row"
             )
-        losses[example.source] = line["loss"][policy]
-    high = _bound(config.max_loss, "--data.max-loss", losses.values(), math.inf)
-    low = _bound(config.min_loss, "--data.min-loss", losses.values(), -math.inf)
-    kept = [example for example in examples if low <= losses[example.source] <= high]
-    if not kept:
+        losses[number] = line["loss"][policy]
+    high = _bound(config.max_loss, "--data.max-loss", losses, math.inf)
+    low = _bound(config.min_loss, "--data.min-loss", losses, -math.inf)
+    kept = np.flatnonzero(((low <= losses) & (losses <= high))[row])
+    if not len(kept):
         options = (("--data.min-loss", config.min_loss), ("--data.max-loss", config.max_loss))
         given = " and ".join(f"{flag} {value}" for flag, value in options if value is not None)
         raise UserError(f"no row is left: the loss of none is within {given}")
     counts = {
-        "above": sum(loss > high for loss in losses.values()),
-        "below": sum(loss < low for loss in losses.values()),
+        "above": int((losses > high).sum()),
+        "below": int((losses < low).sum()),
     }
     bounds = {name: value for name, value in (("max_loss", high), ("min_loss", low)) if math.isfinite(value)}
-    return kept, {"policy": policy, "rows": len(losses), **counts, **bounds}
+    return taken(examples, kept), {"policy": policy, "rows": len(losses), **counts, **bounds}
 
 
 def filter_lines(counts: Mapping[str, Any]) -> list[str]:
@@ -95,8 +97,8 @@ def filter_lines(counts: Mapping[str, Any]) -> list[str]:
 
 def quantile(values: Iterable[float], share: float) -> float:
     """The lowest of the values that at least this share of them do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(round(share * len(ordered), 9)) - 1)]
+    ordered = np.sort(np.array(list(values)))
+    return ordered[max(0, math.ceil(round(share * len(ordered), 9)) - 1)].item()
 
 
 def _bound(option: str | None, flag: str, losses: Iterable[float], otherwise: float) -> float:

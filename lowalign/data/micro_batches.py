@@ -8,7 +8,7 @@ import torch
 
 from lowalign import processes
 from lowalign.config.cards import GIB
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
 from lowalign.errors import UserError
 from lowalign.log import log
 

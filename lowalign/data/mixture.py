@@ -6,13 +6,14 @@ evenly, so that any stretch of steps has its share; within a source each pass is
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lowalign.config.sections import DataConfig
-from lowalign.data.pack import Example, step_order
+from lowalign.data.example import Example
+from lowalign.data.examples import Examples, as_examples, source_names
+from lowalign.data.pack import step_order
 from lowalign.errors import UserError
 
 PATTERN = 10_000
@@ -38,7 +39,7 @@ class Mixture:
         for source in range(len(names)):
             own = self._pattern == source
             self._place[own] = np.arange(own.sum())
-        self._permutations: dict[int, tuple[int, list[int]]] = {}
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def rows(self, batch_size: int, step: int) -> list[tuple[int, int]]:
         """(source, number of its Example) of each Example of optimizer step `step`, counted from 0."""
@@ -66,28 +67,31 @@ class Mixture:
         epoch, i = divmod(block * int(self._counts[source]) + int(self._place[place]), self.sizes[source])
         if self._permutations.get(source, (None,))[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + source)
-            self._permutations[source] = epoch, torch.randperm(self.sizes[source], generator=generator).tolist()
-        return source, self._permutations[source][1][i]
+            self._permutations[source] = epoch, torch.randperm(self.sizes[source], generator=generator).numpy()
+        return source, int(self._permutations[source][1][i])
 
 
-class MixedExamples(list[Example]):
+class MixedExamples(Examples):
     """Examples of several sources, and how they are mixed."""
 
     def __init__(self, examples: Sequence[Example], config: DataConfig, seed: int) -> None:
         """Raises UserError for options that do not fit the sources."""
-        super().__init__(examples)
-        by_name: dict[str, list[int]] = {name: [] for name in source_names(config.files)}
-        for i, example in enumerate(examples):
-            by_name[example.dataset].append(i)
-        self._rows = list(by_name.values())
-        self.mixture = _mixture(list(by_name), [len(rows) for rows in self._rows], config, seed)
+        own = as_examples(examples)
+        super().__init__(own.parts, own.names, own._places, own.change)
+        names = source_names(config.files)
+        if own.names:
+            numbers = own.part_numbers()
+        else:
+            numbers = np.array([names.index(example.dataset) for example in examples], np.int32)
+        self._rows = [np.flatnonzero(numbers == k) for k in range(len(names))]
+        self.mixture = _mixture(names, list(map(len, self._rows)), config, seed)
 
     def order(self, batch_size: int, step: int) -> list[int]:
         """The numbers of the Examples of a step."""
-        return [self._rows[source][i] for source, i in self.mixture.rows(batch_size, step)]
+        return [int(self._rows[source][i]) for source, i in self.mixture.rows(batch_size, step)]
 
 
-def mixed(examples: list[Example], config: DataConfig, seed: int) -> list[Example]:
+def mixed(examples: Sequence[Example], config: DataConfig, seed: int) -> Sequence[Example]:
     """The Examples with the order that the options ask for: as they are where none of them is given."""
     return MixedExamples(examples, config, seed) if config.weights or config.cap or config.source_epochs else examples
 
@@ -102,13 +106,6 @@ def order_of(examples: Sequence[Example], batch_size: int, seed: int, step: int)
 def epoch_length(examples: Sequence[Example]) -> int:
     """How many Examples make an epoch."""
     return examples.mixture.length if isinstance(examples, MixedExamples) else len(examples)
-
-
-def source_names(files: Sequence[str]) -> list[str]:
-    """Short names of sources, for metrics: a file's without folder and suffix, where those differ."""
-    short = [Path(file).name.partition(".")[0] or file for file in files]
-    unique = [name if short.count(name) == 1 else file for name, file in zip(short, files, strict=True)]
-    return [name if unique.index(name) == i else f"{name}#{i + 1}" for i, name in enumerate(unique)]
 
 
 def _mixture(names: list[str], sizes: list[int], config: DataConfig, seed: int) -> Mixture:

@@ -15,11 +15,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from lowalign.config.sections import PreferenceConfig
 from lowalign.data.blocks import RowEncoder
 from lowalign.data.chat import Chat
 from lowalign.data.dataset import load_examples
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
+from lowalign.data.examples import as_examples
 from lowalign.data.rendering.template import Unrenderable
 from lowalign.data.report import FileStats
 from lowalign.data.rows.preference_rows import PREFERENCE_ROWS, Preference, PromptAndCompletions, ScoreRow, VerdictRow
@@ -179,8 +182,8 @@ load_preferences = partial(load_examples, encoder=PREFERENCE_ENCODER)
 
 def refuse_labels(examples: Sequence[Example], instead: str) -> None:
     """Raise UserError when rows have a label (thumb up or down) instead of answers to compare."""
-    labelled = [e for e in examples if e.rank is None]
-    if labelled:
+    labelled = np.flatnonzero(as_examples(examples).fact("ranked") == 0)
+    if len(labelled):
         raise UserError(
-            f"{len(labelled):,} rows, the first {labelled[0].source}, have a label and no second answer: {instead}"
+            f"{len(labelled):,} rows, the first {examples[int(labelled[0])].source}, have a label and no second answer: {instead}"
         )

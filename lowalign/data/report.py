@@ -2,14 +2,19 @@
 
 import heapq
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lowalign.data.pack import Example
+import numpy as np
+
+from lowalign.data.example import Example
+from lowalign.data.record import hash_of
 from lowalign.data.rows.votes import agreement
 
 LONGEST = 5  # rows that are named
+PLACES = 5  # of each reason why rows are dropped
 SPAN_END = re.compile(rb"\x01(?!\x01)")  # in a mask as bytes
 
 
@@ -19,46 +24,68 @@ class FileStats:
     def __init__(self, file: str):
         self.file = file
         self.rows = self.used = self.examples = self.tokens = self.supervised = 0
-        self.turns = self.ended = self.duplicates = 0
+        self.turns = self.ended = 0
         self.formats: Counter[str] = Counter()
         self.prompt_formats: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
-        self.dropped: dict[str, list[str]] = {}
+        self.dropped: Counter[str] = Counter()
+        self.first_dropped: dict[str, list[str]] = {}  # by reason
         self.verdicts: list[dict[str, str]] = []  # for each pair of answers {annotator: verdict}
         self.where = ""  # of the row that is measured
         self._longest: list[tuple[int, str]] = []  # a heap
-        self._lengths: dict[str, list[int]] = {"prompt": [], "completion": [], "total": []}
-        self._seen: set[int] = set()
+        self._lengths: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "completion", "total")}
+        self._contents = array("Q")  # hashes of what each row became
 
     def measure(self, example: Example) -> None:
         """Count the lengths of an Example before truncation."""
         prompt, completions = len(example.prompt), [len(completion) for completion in example.completions]
-        self._lengths["prompt"].append(prompt)
-        self._lengths["completion"] += completions
+        self._lengths["prompt"][prompt] += 1
+        self._lengths["completion"].update(completions)
         total = prompt + max(completions)
-        self._lengths["total"].append(total)
-        heapq.heappush(self._longest, (total, self.where))
-        if len(self._longest) > LONGEST:
-            heapq.heappop(self._longest)
+        self._lengths["total"][total] += 1
+        self._add_longest(total, self.where)
 
     def drop(self, where: str, reason: str) -> None:
         """Count a row that is left out."""
-        self.dropped.setdefault(reason, []).append(where)
+        self._drop(reason, 1, [where])
 
-    def add(self, examples: Sequence[Example], end_ids: set[int], document: bool, rows: int) -> None:
-        """Count the Examples of one row, or of a group of `rows`. document: they are parts of one text, which ends once."""
+    def add(self, examples: Sequence[Example], facts: np.ndarray, end_ids: set[int], document: bool, rows: int) -> None:
+        """Count the Examples of one row, or of a group of `rows`. facts: theirs. document: they are parts of one text, which ends
+        once."""
         self.used += rows
         self.examples += len(examples)
-        for example in examples:
-            self.tokens += example.length
-            self.supervised += example.supervised
+        self.tokens += int(facts["tokens"].sum())
+        self.supervised += int(facts["supervised"].sum())
         turns, ended = count_turns(examples[-1:] if document else examples, end_ids)
         self.turns, self.ended = self.turns + turns, self.ended + ended
-        content = hash(tuple(map(content_of, examples)))
-        self.duplicates += content in self._seen
-        self._seen.add(content)
+        self._contents.append(hash_of(facts["content"].tobytes()))
+
+    def merge(self, later: "FileStats") -> None:
+        """Add the counts of rows further down in the same file."""
+        for name in ("rows", "used", "examples", "tokens", "supervised", "turns", "ended"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in ("formats", "prompt_formats", "ignored", "notes", "cut"):
+            getattr(self, name).update(getattr(later, name))
+        for reason, count in later.dropped.items():
+            self._drop(reason, count, later.first_dropped[reason])
+        self.verdicts += later.verdicts
+        for total, where in later._longest:
+            self._add_longest(total, where)
+        for name, counts in later._lengths.items():
+            self._lengths[name].update(counts)
+        self._contents.extend(later._contents)
+
+    def _drop(self, reason: str, count: int, places: Sequence[str]) -> None:
+        self.dropped[reason] += count
+        first = self.first_dropped.setdefault(reason, [])
+        first += places[: PLACES - len(first)]
+
+    def _add_longest(self, total: int, where: str) -> None:
+        heapq.heappush(self._longest, (total, where))
+        if len(self._longest) > LONGEST:
+            heapq.heappop(self._longest)
 
     def as_dict(self, bad: int) -> dict[str, Any]:
         """The counts as JSON."""
@@ -70,24 +97,19 @@ class FileStats:
             "used": self.used,
             "examples": self.examples,
             "bad": bad,
-            "dropped": {why: {"rows": len(places), "first": places[:5]} for why, places in self.dropped.items()},
+            "dropped": {why: {"rows": rows, "first": self.first_dropped[why]} for why, rows in self.dropped.items()},
             "cut": dict(self.cut),
-            "lengths": {name: spread(lengths) for name, lengths in self._lengths.items()},
+            "lengths": {name: spread_of(counts) for name, counts in self._lengths.items()},
             "histogram": histogram(self._lengths["total"]),
             "longest": [[where, tokens] for tokens, where in sorted(self._longest, reverse=True)],
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
             "end_of_turn": {"turns": self.turns, "ended": self.ended},
-            "duplicates": self.duplicates,
+            "duplicates": len(self._contents) - len(np.unique(np.frombuffer(self._contents, np.uint64))),
             "ignored_columns": dict(self.ignored),
             "notes": dict(self.notes),
             **({"agreement": agreement(self.verdicts)} if self.verdicts else {}),
         }
-
-
-def content_of(example: Example) -> tuple[Any, ...]:
-    """What makes two Examples the same: the token ids and the label."""
-    return tuple(example.prompt), *map(tuple, example.completions), example.label
 
 
 def count_turns(examples: Iterable[Example], end_ids: set[int]) -> tuple[int, int]:
@@ -101,18 +123,27 @@ def count_turns(examples: Iterable[Example], end_ids: set[int]) -> tuple[int, in
     return turns, ended
 
 
-def spread(values: Sequence[int]) -> dict[str, int]:
+def spread(values: Iterable[int]) -> dict[str, int]:
     """Minimum, median, 95th percentile (nearest rank) and maximum; empty for no values."""
-    if not values:
+    return spread_of(Counter(values))
+
+
+def spread_of(counts: Mapping[int, int]) -> dict[str, int]:
+    """As spread. counts: how often there is each value."""
+    if not counts:
         return {}
-    ordered = sorted(values)
-    percentile = lambda p: ordered[max(0, -(-len(ordered) * p // 100) - 1)]  # noqa: E731
+    ordered = sorted(counts)
+    ends = np.cumsum([counts[value] for value in ordered])
+    percentile = lambda p: ordered[int(np.searchsorted(ends, max(1, -(-int(ends[-1]) * p // 100))))]  # noqa: E731
     return {"min": ordered[0], "median": percentile(50), "p95": percentile(95), "max": ordered[-1]}
 
 
-def histogram(values: Sequence[int]) -> list[list[int]]:
-    """[upper bound, how many are above the bound before and at most this] by powers of two, without gaps."""
-    counts = Counter((value - 1).bit_length() if value > 0 else 0 for value in values)
+def histogram(values: Mapping[int, int]) -> list[list[int]]:
+    """[upper bound, how many are above the bound before and at most this] by powers of two, without gaps. values: how often
+    there is each."""
+    counts: Counter[int] = Counter()
+    for value, count in values.items():
+        counts[(value - 1).bit_length() if value > 0 else 0] += count
     return [[2**k, counts[k]] for k in range(min(counts), max(counts) + 1)] if counts else []
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
 
 
 def fit(example: Example, max_length: int, bos_ids: list[int]) -> tuple[Example | None, str | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowalign import processes
+from lowalign.data.examples import as_examples
 from lowalign.data.micro_batches import in_micro_batches, own_share
 from lowalign.data.pack import Example
 from lowalign.methods import losses
@@ -27,7 +28,7 @@ class KTO(ReferenceMethod):
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row: the base has the positions and the memory for it, maybe not for more."""
-        return longest_row(self.examples)
+        return int(as_examples(self.examples).fact("longest").max())
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Completions of the step, those with thumbs up and down, their total weight, that of each source in it where there

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowalign import processes
 from lowalign.config.sections import TrainConfig
 from lowalign.data import cache
+from lowalign.data.examples import Examples, as_examples
 from lowalign.data.pack import Example, step_order
 from lowalign.durable import write_file
 from lowalign.log import BAR_DELAY, log, progress
@@ -65,10 +66,10 @@ def fill_reference_logps(
     stored = _set(examples, processes.from_main(_load(file)))
     host.training(None)
     recorder = MicroBatches(_Recorder(host, reference), {}, train.token_budget, stop)
-    batches = _first_epoch(examples, train)
+    batches = _first_epoch(len(examples), train)
     missing = sum(e.reference is None for e in examples)
     if stored:
-        _compare(recorder, batches[0])
+        _compare(recorder, examples, batches[0])
     if not missing:
         log(f"the reference's log-probs of {len(examples):,} examples are read from {file}")
         return
@@ -76,10 +77,12 @@ def fill_reference_logps(
     last_write = time.monotonic()
     try:
         options = {"unit": "batch", "desc": "reference log-probs", "leave": False, "delay": BAR_DELAY}
-        for batch in progress(iterable=batches, **options):
+        for indices in progress(iterable=batches, **options):
+            batch = [examples[i] for i in indices]
             if any(e.reference is None for e in batch):
                 stop.check_together()
                 _compute(recorder, batch)
+                _keep(examples, indices, batch)
             if time.monotonic() - last_write > STORE_EVERY:
                 _store(file, examples)
                 last_write = time.monotonic()
@@ -87,13 +90,19 @@ def fill_reference_logps(
         _store(file, examples)
 
 
-def _first_epoch(examples: Sequence[Example], train: TrainConfig) -> list[list[Example]]:
-    """The batches of the first epoch; the Examples of the last, incomplete step are a batch of their own."""
-    steps = range(len(examples) // train.batch_size)
-    batches = [[examples[i] for i in step_order(len(examples), train.batch_size, train.seed, step)] for step in steps]
-    seen = {id(e) for batch in batches for e in batch}
-    rest = [e for e in examples if id(e) not in seen]
+def _first_epoch(count: int, train: TrainConfig) -> list[list[int]]:
+    """The batches of the first epoch, by index; the Examples of the last, incomplete step are a batch of their own."""
+    batches = [step_order(count, train.batch_size, train.seed, step) for step in range(count // train.batch_size)]
+    seen = {i for batch in batches for i in batch}
+    rest = [i for i in range(count) if i not in seen]
     return batches + ([rest] if rest else [])
+
+
+def _keep(examples: Sequence[Example], indices: Sequence[int], batch: Sequence[Example]) -> None:
+    """Give these Examples the references of `batch`, in which they are; those of a list have them already."""
+    if isinstance(examples, Examples):
+        for i, e in zip(indices, batch, strict=True):
+            examples.set_reference(i, e.reference)
 
 
 def _compute(recorder: MicroBatches, batch: list[Example]) -> None:
@@ -105,8 +114,9 @@ def _compute(recorder: MicroBatches, batch: list[Example]) -> None:
         parts[0].reference = next(values for values in parts[1:] if values is not None)
 
 
-def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
+def _compare(recorder: MicroBatches, examples: Sequence[Example], indices: Sequence[int]) -> None:
     """Log the largest difference between stored and recomputed values; the stored ones stay."""
+    batch = [examples[i] for i in indices]
     stored = [e.reference for e in batch]
     _compute(recorder, batch)
     differences = []
@@ -114,6 +124,7 @@ def _compare(recorder: MicroBatches, batch: list[Example]) -> None:
         if values:
             differences += [abs(a - b) for a, b in zip(values, e.reference, strict=True)]
             e.reference = values
+    _keep(examples, indices, batch)
     worst = max(differences, default=math.nan)
     log(f"reference log-probs of the first batch: stored and recomputed values differ by at most {worst:.1e}")
 
@@ -141,12 +152,17 @@ def _load(file: Path) -> list[float]:
 
 def _set(examples: Sequence[Example], values: list[float]) -> bool:
     """Set stored values in the Examples -> whether there were as many as there are completions."""
-    if len(values) != sum(len(e.completions) for e in examples):
+    counts = as_examples(examples).fact("completions").tolist()
+    if len(values) != sum(counts):
         return False
     rest = iter(values)
-    for e in examples:
-        own = [next(rest) for _ in e.completions]
-        e.reference = None if any(map(math.isnan, own)) else own
+    for i, count in enumerate(counts):
+        own = [next(rest) for _ in range(count)]
+        reference = None if any(map(math.isnan, own)) else own
+        if isinstance(examples, Examples):
+            examples.set_reference(i, reference)
+        else:
+            examples[i].reference = reference
     return True
 
 

@@ -67,8 +67,8 @@ from lowalign.train.tracker import refuse_not_installed
 class RunRows:
     """The rows to train on, the held-out rows, and the formats of their prompts (lowalign.data.prompt_format)."""
 
-    train: list
-    heldout: list
+    train: Sequence
+    heldout: Sequence
     prompt_formats: Collection[PromptFormat]
 
 
@@ -84,11 +84,11 @@ class Job:
 
     name: str
     read: Callable[[PreTrainedTokenizerBase, Chat], RunRows]
-    start: Callable[[Host, list, list, Stack, Stack], Method]
+    start: Callable[[Host, Sequence, Sequence, Stack, Stack], Method]
     data: Sequence[str] = ()
     adapters: Sequence[str] = ()
     steps: Callable[[int], int] | None = None
-    finish: Callable[[Host, Stack, list, list, Any], dict] = lambda *_: {}
+    finish: Callable[[Host, Stack, Sequence, Sequence, Any], dict] = lambda *_: {}
 
 
 def run(
@@ -149,8 +149,8 @@ class _Started:
     """All that a run has before its first step. meta: of the adapter's lowalign.json, as far as it is known."""
 
     chat: Chat
-    rows: list
-    heldout: list
+    rows: Sequence
+    heldout: Sequence
     host: Host
     policy: Stack
     method: Method
@@ -236,7 +236,7 @@ def reference_stack(host: Host, reference: str, initial: Stack, allow_base_misma
     return () if reference == "base" else load_stack(host, "reference", reference, allow_base_mismatch)
 
 
-def check_and_log_start(host: Host, policy: Stack, initial: Stack, rows: list[Example], config: RunConfig) -> None:
+def check_and_log_start(host: Host, policy: Stack, initial: Stack, rows: Sequence[Example], config: RunConfig) -> None:
     """Before the first step of a new run: compare the policy with what it started from, and log the result."""
     if not checkpoint.steps(config.out):
         log(check_start(host, policy, initial, rows))

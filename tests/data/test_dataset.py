@@ -16,6 +16,7 @@ from lowalign.data.dataset import heldout_count, load_examples, split_heldout
 from lowalign.data.pack import Example
 from lowalign.data.rendering.variants import TOOLS_NOTE
 from lowalign.data.report import report_lines, spread
+from lowalign.data.store import open_store
 from lowalign.errors import UserError
 from tests.data import made
 
@@ -150,12 +151,12 @@ def test_the_cache_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert any(False in e.masks[0] for e in recalled.examples)
 
     flipped = load_file(path)
-    flipped["ids"][0] += 1
+    flipped["records"][20] += 1
     for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), None):
         save_file(flipped, path) if damaged is None else path.write_bytes(damaged)
         again = load([file], chat, max_length=60)
         assert (again.examples, again.report) == (fresh.examples, fresh.report)
-        assert cache.read(path.stem) is not None
+        assert open_store(path) is not None
     assert len(list(path.parent.iterdir())) == 1
 
 

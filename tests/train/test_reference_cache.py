@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from lowalign import Base, Example, Host
 from lowalign.config.sections import TrainConfig
 from lowalign.data.cache import cache_folder
+from lowalign.data.examples import Examples
 from lowalign.model.host import completion_logps
 from lowalign.train.reference_cache import fill_reference_logps
 from lowalign.train.signals import StopSignals
@@ -53,6 +55,19 @@ def test_another_example_is_computed_anew(folder, other):
     first = filled(host, PAIR)
     assert filled(host, PAIR) == first and files() == 1
     assert filled(host, OTHERS[other]) != pytest.approx(first, rel=1e-3) and files() == 2
+
+
+def test_rows_that_are_made_when_asked_for_get_the_same(folder):
+    """As a list, also from disk."""
+    pairs = [replace(PAIR, prompt=[5, 6, 7 + i]) for i in range(5)]
+    host, train = host_with(folder), TrainConfig(batch_size=2)
+    as_list = [replace(pair) for pair in pairs]
+    fill_reference_logps(host, (), as_list, train, StopSignals())
+    for _ in range(2):
+        made = Examples([[replace(pair) for pair in pairs]], places=np.arange(5))
+        fill_reference_logps(host, (), made, train, StopSignals())
+        assert [e.reference for e in made] == [e.reference for e in as_list] and made.parts[0][0].reference is None
+    assert files() == 1
 
 
 def test_another_dtype_is_computed_anew(folder):

@@ -18,7 +18,7 @@ BANDS, ROWS = 24, 5  # of a signature: PERMUTATIONS minima
 PERMUTATIONS = BANDS * ROWS
 SLACK = 0.15  # the share of equal minima is within 3.5 standard errors of the similarity
 COMMON, COMMON_ROWS, SAMPLE = 0.1, 20, 2000  # left out: shingles of more than this share and number of sampled rows
-AT_A_TIME = 2**20  # shingles
+AT_A_TIME = 2**18  # shingles
 NONE = np.uint32(2**32 - 1)  # the minimum of an empty set
 
 Near = dict[int, tuple[int, float]]  # row -> (the row it is like, similarity)
@@ -26,27 +26,26 @@ Near = dict[int, tuple[int, float]]  # row -> (the row it is like, similarity)
 
 @dataclass(frozen=True)
 class Shingled:
-    """Rows as sets of shingles. Those of row i are hashes[offsets[i]:offsets[i + 1]], each perhaps more than once.
-    signatures (R, PERMUTATIONS)."""
+    """Rows as sets of shingles, of which only the signatures (R, PERMUTATIONS) are kept. common: shingles that are left out."""
 
-    hashes: np.ndarray
-    offsets: np.ndarray
+    rows: Sequence[np.ndarray]
+    common: np.ndarray
     signatures: np.ndarray
 
     def similarity(self, i: int, j: int) -> float:
         """|A ∩ B| / |A ∪ B|, exact."""
-        a, b = (set(self.hashes[self.offsets[k] : self.offsets[k + 1]].tolist()) for k in (i, j))
+        a, b = (set(_rare(_hashes([self.rows[k]]), self.common).tolist()) for k in (i, j))
         return len(a & b) / max(len(a | b), 1)
 
 
 def near_duplicates(rows: Sequence[np.ndarray], train: int) -> tuple[Near, Near]:
-    """rows: token ids of each; the first `train` of them are trained on, the rest is held out.
+    """rows: token ids of each, read when they are needed; the first `train` of them are trained on, the rest is held out.
 
     -> for rows to train on that are like an earlier one: which, and the similarity; and the same for those that are like a
     held-out row.
     """
     shingled = shingle(rows)
-    filled = np.diff(shingled.offsets) > 0
+    filled = (shingled.signatures != NONE).any(1)
     own, held = np.flatnonzero(filled[:train]), train + np.flatnonzero(filled[train:])
     bands = [_band(shingled.signatures, k) for k in range(BANDS)]
     within = [pairs for keys in bands for pairs in _same(keys, own)]
@@ -56,29 +55,30 @@ def near_duplicates(rows: Sequence[np.ndarray], train: int) -> tuple[Near, Near]
 
 def shingle(rows: Sequence[np.ndarray]) -> Shingled:
     """rows: token ids of each."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    hashes = np.concatenate([_hashes(rows[i:j]) for i, j in _blocks(lengths)] or [np.zeros(0, np.uint64)])
-    common = _common(hashes, offsets)
-    if len(common):
-        kept = ~np.isin(hashes, common)
-        offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
-        hashes = hashes[kept]
+    common = _common(rows)
     signatures = np.full((len(rows), PERMUTATIONS), NONE)
-    for i, j in _blocks(np.diff(offsets)):
-        _fill_signatures(signatures[i:j], hashes[offsets[i] : offsets[j]], offsets[i : j + 1] - offsets[i])
-    return Shingled(hashes, offsets, signatures)
-
-
-def _blocks(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about AT_A_TIME shingles."""
-    ends = np.cumsum(lengths)
     start = 0
-    while start < len(lengths):
-        limit = (ends[start - 1] if start else 0) + AT_A_TIME
-        end = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        yield start, end
-        start = end
+    for block in _blocks(rows):
+        hashes = _hashes(block)
+        kept = ~np.isin(hashes, common)
+        offsets = np.cumsum([0, *map(len, block)])
+        offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
+        _fill_signatures(signatures[start : start + len(block)], hashes[kept], offsets)
+        start += len(block)
+    return Shingled(rows, common, signatures)
+
+
+def _blocks(rows: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Rows of about AT_A_TIME shingles together."""
+    block, size = [], 0
+    for i in range(len(rows)):
+        block.append(rows[i])
+        size += len(block[-1])
+        if size >= AT_A_TIME:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _hashes(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -102,11 +102,15 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _common(hashes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def _rare(hashes: np.ndarray, common: np.ndarray) -> np.ndarray:
+    return hashes[~np.isin(hashes, common)]
+
+
+def _common(rows: Sequence[np.ndarray]) -> np.ndarray:
     """The shingles that too many rows have, by a sample of the rows."""
-    count = len(offsets) - 1
-    sample = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64)) if count else []
-    parts = [np.unique(hashes[offsets[i] : offsets[i + 1]]) for i in sample]
+    count = len(rows)
+    sample = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64)).tolist() if count else []
+    parts = [np.unique(_hashes([rows[i]])) for i in sample]
     if not parts:
         return np.zeros(0, np.uint64)
     values, counts = np.unique(np.concatenate(parts), return_counts=True)

@@ -1,17 +1,19 @@
 """The cleaning report: what is wrong with rows that training would take, by file, as JSON and as text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lowalign.data.cleaning.near import near_duplicates
+from lowalign.data.cleaning.near import Near, near_duplicates
 from lowalign.data.cleaning.words import language_of, refuses
 from lowalign.data.dataset import Dataset
-from lowalign.data.pack import Example
+from lowalign.data.example import Example
+from lowalign.data.examples import Examples, as_examples
 from lowalign.data.rendering.renderer import LOST_NOTE
 
 MOST_TOKENS = 20_000_000  # rows beyond them are not compared with each other
@@ -19,7 +21,6 @@ SAMPLED = 1000  # rows of each file whose answers are read for language and refu
 READ = 200  # tokens of an answer that are read
 FEW = 3  # supervised tokens, besides the end of turn, that an answer without letters may have
 LISTED = 5  # places of each kind
-LEAST_PROMPT = 8  # tokens of a prompt that can be known again
 KINDS = {
     "exact": "repeat an earlier row",
     "near": "nearly repeat an earlier row",
@@ -33,24 +34,76 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The Examples of one row of a file, and their ids as one array."""
+class _Rows:
+    """The rows of a file: a template that rewrites earlier turns makes several Examples of a row, one after the other.
 
-    where: str
-    examples: list[Example]
+    first (R + 1,): the first Example of each row, and the end. content, prompt (R,): hashes, equal for rows with the same tokens
+    (with the same prompt; 0: too short to mean anything). tokens (R,).
+    """
 
-    def ids(self) -> np.ndarray:
-        parts = [part for example in self.examples for part in (example.prompt, *example.completions)]
-        return np.fromiter((i for part in parts for i in part), np.uint32, sum(map(len, parts)))
+    examples: Examples
+    first: np.ndarray
+    content: np.ndarray
+    prompt: np.ndarray
+    tokens: np.ndarray
 
-    def content(self) -> tuple[int, ...]:
-        """Equal for rows with the same tokens."""
-        return tuple(hash((tuple(e.prompt), *map(tuple, e.completions), e.label)) for e in self.examples)
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "_Rows":
+        own = as_examples(examples)
+        source = own.fact("source")
+        starts = np.flatnonzero(np.diff(source, prepend=~source[:1]) != 0)
+        place = np.arange(len(source)) - np.repeat(starts, np.diff(starts, append=len(source)))
+        # Each content times an odd number that depends on its place in the row, so that an order counts.
+        parts = own.fact("content") * (2 * place.astype(np.uint64) + np.uint64(1))
+        summed = lambda values: np.add.reduceat(values, starts) if len(starts) else values  # noqa: E731
+        first = np.append(starts, len(source))
+        return cls(own, first, summed(parts), own.fact("prompt")[starts], summed(own.fact("tokens").astype(np.int64)))
 
-    def prompt(self) -> int | None:
-        """Equal for rows with the same prompt; None where it is too short to mean anything."""
-        prompt = self.examples[0].prompt
-        return hash(tuple(prompt)) if len(prompt) >= LEAST_PROMPT else None
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def where(self, i: int) -> str:
+        """The place of a row."""
+        return self.examples[int(self.first[i])].source
+
+    def row(self, i: int) -> list[Example]:
+        """The Examples of a row."""
+        return [self.examples[k] for k in range(self.first[i], self.first[i + 1])]
+
+    def ids(self, i: int) -> np.ndarray:
+        """All its tokens."""
+        parts = [part for example in self.row(i) for part in (example.prompt, *example.completions)]
+        return np.fromiter(chain.from_iterable(parts), np.uint32, sum(map(len, parts)))
+
+    def within_limit(self) -> int:
+        """How many rows, from the first, have at most MOST_TOKENS tokens."""
+        return int(np.searchsorted(np.cumsum(self.tokens), MOST_TOKENS, side="right"))
+
+
+@dataclass(frozen=True)
+class _Ids(Sequence[np.ndarray]):
+    """The tokens of some rows, read when they are asked for. place: which, of `rows` and then of `held`."""
+
+    rows: _Rows
+    held: _Rows
+    place: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        i = int(self.place[k])
+        return self.rows.ids(i) if i < len(self.rows) else self.held.ids(i - len(self.rows))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows of one kind, ascending: `rows`, the rows that they repeat, of those to train on and then the held-out ones, and how alike
+    they are; empty where there is no such row."""
+
+    rows: np.ndarray
+    others: Sequence[int] = ()
+    similarities: Sequence[float] = ()
 
 
 def cleaning_report(
@@ -62,21 +115,24 @@ def cleaning_report(
     all rows, lengths (a histogram of tokens, [upper bound, rows] each). places: of each kind the first rows, with the row
     that each repeats. longest: [file:line, tokens]. compared: rows that were compared with each other.
     """
-    rows, held = list(_rows(train)), list(_rows(heldout))
+    rows, held = _Rows.of(train), _Rows.of(heldout)
     found = _repeats(rows, held)
-    found["empty"] = {i: () for i, row in enumerate(rows) if _is_empty(row, tokenizer)}
+    found["empty"] = _Found(_empty_rows(rows, tokenizer))
     files = data.report["files"]
     sources = {file["file"]: _of_file(file) for file in files}
-    for file, own in _by_file(rows, data).items():
-        source = sources[file]
-        source |= {"rows": len(own), "share": len(own) / len(rows)}
-        source |= {kind: sum(i in places for i in own) for kind, places in found.items()}
-        source |= _read([rows[i] for i in own], tokenizer)
-    names = [row.where for row in (*rows, *held)]
+    part = rows.examples.part_numbers()[rows.first[:-1]]
+    numbers = {name: [k for k, file in enumerate(files) if file["file"] == name] for name in sources}
+    for name, source in sources.items():
+        own = np.isin(part, numbers[name])
+        if own.any():
+            source |= {"rows": int(own.sum()), "share": int(own.sum()) / len(rows)}
+            source |= {kind: int(own[places.rows].sum()) for kind, places in found.items()}
+            source |= _read(rows, np.flatnonzero(own), tokenizer)
+    where = lambda i: rows.where(i) if i < len(rows) else held.where(i - len(rows))  # noqa: E731
     return {
-        "compared": sum(1 for _ in _within_limit(rows)),
+        "compared": rows.within_limit(),
         "sources": sources,
-        "places": {kind: _places(names, places) for kind, places in found.items() if places},
+        "places": {kind: _places(where, places) for kind, places in found.items() if len(places.rows)},
         "longest": sorted((place for file in files for place in file.get("longest", ())), key=lambda p: -p[1])[:LISTED],
     }
 
@@ -97,71 +153,43 @@ def _of_file(file: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rows(examples: Sequence[Example]) -> Iterator[_Row]:
-    """A template that rewrites earlier turns makes several Examples of a row, one after the other."""
-    row: _Row | None = None
-    for example in examples:
-        if row is not None and example.source == row.where:
-            row.examples.append(example)
-            continue
-        if row is not None:
-            yield row
-        row = _Row(example.source, [example])
-    if row is not None:
-        yield row
-
-
-def _by_file(rows: Sequence[_Row], data: Dataset) -> dict[str, list[int]]:
-    """The rows of each --data FILE, which may be a folder: its Examples follow each other in `data`."""
-    names = (file["file"] for file in data.report["files"] for _ in range(file["examples"]))
-    origin = {example.source: name for example, name in zip(data.examples, names, strict=True)}
-    files: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        files.setdefault(origin[row.where], []).append(i)
-    return files
-
-
-def _within_limit(rows: Sequence[_Row]) -> Iterator[_Row]:
-    tokens = 0
-    for row in rows:
-        tokens += sum(example.length for example in row.examples)
-        if tokens > MOST_TOKENS:
-            return
-        yield row
-
-
-def _repeats(rows: Sequence[_Row], held: Sequence[_Row]) -> dict[str, dict[int, tuple[Any, ...]]]:
-    """By kind: row -> (index of the row that it repeats, of `rows` and then `held`; for near ones also the similarity)."""
-    found: dict[str, dict[int, tuple[Any, ...]]] = {kind: {} for kind in KINDS if kind not in ("truncated", "lost")}
-    seen: dict[Any, int] = {}
-    for i, row in enumerate(rows):
-        first = seen.setdefault(row.content(), i)
-        if first != i:
-            found["exact"][i] = (first,)
-    contents = _first(held, len(rows), _Row.content)
-    prompts = _first(held, len(rows), _Row.prompt)
-    for i, row in enumerate(rows):
-        if (place := contents.get(row.content())) is not None:
-            found["in_heldout"][i] = (place,)
-        elif (place := prompts.get(row.prompt())) is not None:
-            found["prompt_in_heldout"][i] = (place,)
-    chosen = [i for i, _ in enumerate(_within_limit(rows)) if i not in found["exact"]]
-    others = list(_within_limit(held))
-    place = [*chosen, *range(len(rows), len(rows) + len(others))]
-    within, across = near_duplicates([row.ids() for row in (*(rows[i] for i in chosen), *others)], len(chosen))
-    found["near"] = {place[i]: (place[j], round(s, 3)) for i, (j, s) in sorted(within.items())}
-    found["near_heldout"] = {
-        place[i]: (place[j], round(s, 3)) for i, (j, s) in sorted(across.items()) if place[i] not in found["in_heldout"]
+def _repeats(rows: _Rows, held: _Rows) -> dict[str, _Found]:
+    """By kind, as far as it can be told from tokens alone."""
+    total = len(rows)
+    _, first, inverse = np.unique(rows.content, return_index=True, return_inverse=True)
+    original = first[inverse]
+    exact = np.flatnonzero(original != np.arange(total))
+    content, prompt = _first_in(rows.content, held.content), _first_in(rows.prompt, held.prompt)
+    prompt = np.where((rows.prompt == 0) | (content >= 0), -1, prompt)
+    found = {"exact": _Found(exact, original[exact])}
+    found |= {
+        kind: _Found(np.flatnonzero(places >= 0), total + places[places >= 0])
+        for kind, places in (("in_heldout", content), ("prompt_in_heldout", prompt))
     }
-    return found
+    repeated = np.zeros(total, np.bool_)
+    repeated[exact] = True
+    chosen = np.flatnonzero(~repeated[: rows.within_limit()])
+    others = held.within_limit()
+    place = np.concatenate([chosen, total + np.arange(others)])
+    within, across = near_duplicates(_Ids(rows, held, place), len(chosen))
+    found["near"] = _near(within, place)
+    found["near_heldout"] = _near({i: pair for i, pair in across.items() if content[place[i]] < 0}, place)
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
 
-def _first(rows: Sequence[_Row], start: int, key: Callable[[_Row], Any]) -> dict[Any, int]:
-    first: dict[Any, int] = {}
-    for i, row in enumerate(rows, start):
-        if (value := key(row)) is not None:
-            first.setdefault(value, i)
-    return first
+def _near(pairs: Near, place: np.ndarray) -> _Found:
+    ordered = sorted(pairs.items())
+    others, similarities = [int(place[j]) for _, (j, _) in ordered], [round(s, 3) for _, (_, s) in ordered]
+    return _Found(place[np.array([i for i, _ in ordered], np.int64)], others, similarities)
+
+
+def _first_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of each value the first place in `known`, or -1."""
+    unique, first = np.unique(known, return_index=True)
+    if not len(unique):
+        return np.full(len(values), -1)
+    place = np.minimum(np.searchsorted(unique, values), len(unique) - 1)
+    return np.where(unique[place] == values, first[place], -1)
 
 
 def _answers(example: Example) -> list[list[int]]:
@@ -170,18 +198,23 @@ def _answers(example: Example) -> list[list[int]]:
     return [[i for i, supervised in pair if supervised] for pair in pairs]
 
 
-def _is_empty(row: _Row, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether an answer of it is short and has no letter or digit in any script."""
-    short = (ids for example in row.examples for ids in _answers(example) if len(ids) <= FEW + 1)
+def _empty_rows(rows: _Rows, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Rows with an answer that is short and has no letter or digit in any script."""
+    short = np.flatnonzero(rows.examples.fact("shortest") <= FEW + 1)
+    candidates = np.unique(np.searchsorted(rows.first, short, side="right") - 1).tolist()
+    return np.array([i for i in candidates if _is_empty(rows.row(i), tokenizer)], np.int64)
+
+
+def _is_empty(row: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> bool:
+    short = (ids for example in row for ids in _answers(example) if len(ids) <= FEW + 1)
     return any(not any(map(str.isalnum, tokenizer.decode(ids, skip_special_tokens=True))) for ids in short)
 
 
-def _read(rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _read(rows: _Rows, own: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """languages and refusals of the best answers of evenly spaced rows, as shares."""
-    step = max(1, len(rows) // SAMPLED)
     texts = []
-    for row in rows[::step]:
-        example = row.examples[-1]
+    for i in own[:: max(1, len(own) // SAMPLED)].tolist():
+        example = rows.row(i)[-1]
         best = min(range(len(example.completions)), key=lambda k: example.rank[k] if example.rank else 0)
         texts.append(tokenizer.decode(_answers(example)[best][:READ], skip_special_tokens=True))
     languages = Counter(map(language_of, texts))
@@ -191,9 +224,9 @@ def _read(rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase) -> dict[str,
     }
 
 
-def _places(names: Sequence[str], places: dict[int, tuple[Any, ...]]) -> list[list[Any]]:
+def _places(where: Callable[[int], str], found: _Found) -> list[list[Any]]:
     """[file:line, the row that it repeats, similarity] of the first ones, as far as there is each."""
-    return [
-        [names[i], *(names[v] if k == 0 else v for k, v in enumerate(more))]
-        for i, more in list(places.items())[:LISTED]
-    ]
+    first = found.rows[:LISTED].tolist()
+    others = [[where(int(i))] for i in found.others[:LISTED]] or [[] for _ in first]
+    alike = [[value] for value in found.similarities[:LISTED]] or [[] for _ in first]
+    return [[where(i), *other, *share] for i, other, share in zip(first, others, alike, strict=True)]

@@ -41,19 +41,19 @@ class RowFormats:
     ):
         """other_command_columns: those columns of a row that mark it as data for another command; often none.
         other_command: the words for the message that names that command. meanings: columns that no row may have unused."""
-        self._formats = list(formats)
+        self.formats = list(formats)
         self._other_command_columns, self._other_command = other_command_columns, other_command
         self._meanings = meanings
 
     def named(self, name: str) -> "RowFormats":
         """The formats of that name; all for "auto"."""
-        formats = [row_format for row_format in self._formats if name in ("auto", row_format.name)]
+        formats = [row_format for row_format in self.formats if name in ("auto", row_format.name)]
         return RowFormats(formats, self._other_command_columns, self._other_command, self._meanings)
 
     def of(self, data: dict[str, Any]) -> RowFormat | None:
         """The first format whose columns the row has, null columns counted only if no format fits without them."""
         filled = {name for name, value in data.items() if value is not None}
-        fitting = (f for names in (filled, data.keys()) for f in self._formats if names >= set(f.required))
+        fitting = (f for names in (filled, data.keys()) for f in self.formats if names >= set(f.required))
         return next(fitting, None)
 
     def common(self, rows: Iterable[dict[str, Any]]) -> RowFormat | None:
@@ -66,7 +66,7 @@ class RowFormats:
         return max(self._shares(data), key=lambda format_and_share: format_and_share[1])
 
     def _shares(self, data: dict[str, Any]) -> Iterator[tuple[RowFormat, float]]:
-        for row_format in self._formats:
+        for row_format in self.formats:
             columns = [1.0 if name in data else 0.9 if closest(name, data) else 0.0 for name in row_format.required]
             yield row_format, sum(columns) / len(columns)
 
@@ -77,8 +77,8 @@ class RowFormats:
         other_command = " and ".join(f'"{name}"' for name in others) + f": {self._other_command}"
         if row_format is None:
             row_format, share = self.nearest(data)
-            if not share and len(self._formats) > 1:
-                formats = ", ".join(" + ".join(f.required) for f in self._formats)
+            if not share and len(self.formats) > 1:
+                formats = ", ".join(" + ".join(f.required) for f in self.formats)
                 columns = other_command if others else ", ".join(f'"{name}"' for name in data) or "none"
                 raise RowError(f"expected the columns of one shape ({formats}), found {columns}")
         for name in row_format.required:

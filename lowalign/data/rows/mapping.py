@@ -35,6 +35,7 @@ class Mapping:
     def __init__(self, config: DataConfig | None = None, preset: str | None = None):
         """preset: the name of that of this source."""
         config = config or DataConfig()
+        self.arguments = config, preset  # what another process makes the same Mapping of
         self._ignore, self._renames = config.ignore, read_renames(config.rename)
         self._columns = read_columns(config.columns)
         given = {name: getattr(config, name, None) for name in TEXTS}
@@ -50,6 +51,11 @@ class Mapping:
     def fingerprint(self) -> str:
         """Changes when a preset's file does."""
         return self.preset.fingerprint if self.preset else ""
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether each row is mapped by itself: trees are put together from several rows."""
+        return self.preset is None or self.preset.trees is None
 
     def rows(self, name: str, limit: int | None = None) -> Iterator[Row | BadRow | SkippedRow]:
         """The rows of a source, mapped. Raises UserError when it cannot be read."""

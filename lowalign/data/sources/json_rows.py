@@ -4,6 +4,7 @@ A line that is no row becomes a BadRow with the reason. Arrays are read element 
 line; JSONL is read line by line.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,17 @@ def json_rows(path: Path, name: str) -> Iterator[Row | BadRow]:
             yield from _lines(name, lines_of(stream, name))
 
 
-def _lines(name: str, lines: Iterator[str]) -> Iterator[Row | BadRow]:
-    parser, first = StrictParser(), True
-    for number, line in enumerate(lines, 1):
+def line_rows(path: Path, name: str, start: int, end: int, before: int) -> Iterator[Row | BadRow]:
+    """The rows of a stretch of JSONL. start, end: in bytes, where lines begin. before: lines before it."""
+    with open_binary(path) as stream:
+        stream.seek(start)
+        part = io.BytesIO(stream.read(end - start))
+    yield from _lines(name, lines_of(part, name, before), before)
+
+
+def _lines(name: str, lines: Iterator[str], before: int = 0) -> Iterator[Row | BadRow]:
+    parser, first = StrictParser(), not before
+    for number, line in enumerate(lines, before + 1):
         text = line.strip("\r\n\t ")
         if not text:
             continue

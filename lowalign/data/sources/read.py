@@ -40,7 +40,7 @@ class FileSource:
 
     def rows(self, limit: int | None = None) -> Iterator[Row | BadRow]:
         """All rows, or the first `limit`."""
-        return islice((row for file in self.files for row in _file_rows(file, self.name)), limit)
+        return islice((row for file in self.files for row in file_rows(file, self.name)), limit)
 
 
 Source = FileSource | SavedSource | HubSource
@@ -101,7 +101,13 @@ def content_hash(name: str, limit: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _file_rows(path: Path, source: str) -> Iterator[Row | BadRow]:
+def name_of(path: Path, source: str) -> str:
+    """What a file is called in messages."""
+    return STDIN if source == STDIN else str(path)
+
+
+def file_rows(path: Path, source: str) -> Iterator[Row | BadRow]:
+    """All rows of one file of a source."""
     match path.suffix if path.suffix not in COMPRESSED else Path(path.stem).suffix:
         case ".parquet":
             return parquet_rows(path)
@@ -111,7 +117,7 @@ def _file_rows(path: Path, source: str) -> Iterator[Row | BadRow]:
             return delimited_rows(path, ",")
         case ".tsv":
             return delimited_rows(path, "\t")
-    return json_rows(path, STDIN if source == STDIN else str(path))
+    return json_rows(path, name_of(path, source))
 
 
 def _suffix(path: Path) -> str:

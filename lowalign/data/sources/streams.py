@@ -36,10 +36,10 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({reason})") from error
 
 
-def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of a stream with their ends. Bytes that are not UTF-8 become lone surrogates. Raises UserError for a line
-    that is longer than LONGEST."""
-    number = 0
+def lines_of(stream: BinaryIO, name: str, before: int = 0) -> Iterator[str]:
+    """The lines of a stream with their ends. Bytes that are not UTF-8 become lone surrogates. before: lines of the file before
+    them. Raises UserError for a line that is longer than LONGEST."""
+    number = before
     while line := stream.readline(LONGEST):
         number += 1
         if len(line) == LONGEST and not line.endswith(b"\n"):

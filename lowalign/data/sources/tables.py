@@ -64,15 +64,16 @@ def _row(cells: list[str], header: list[str], path: Path, line: int) -> Row | Ba
     return Row(dict(zip(header, cells, strict=True)), str(path), line, untyped=True)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, numbered from 1. Raises UserError for what is no such file."""
+def parquet_rows(path: Path, groups: range | None = None, before: int = 0) -> Iterator[Row]:
+    """The rows of a Parquet file, numbered from 1. groups: only these row groups, with `before` rows before them. Raises UserError
+    for what is no such file."""
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = before
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH):
+            for batch in file.iter_batches(BATCH, row_groups=groups):
                 for data in batch.to_pylist():
                     number += 1
                     yield Row(data, str(path), number)
