@@ -151,7 +151,8 @@ def test_the_rows_of_a_run_are_not_replaced(base, tmp_path):
     with pytest.raises(UserError, match=r"holds results of a run on other rows than these \(data.jsonl\)"):
         la.sft(base, data=ROWS[:-1], out=out, **STEPS)
     assert (out / "data.jsonl").read_bytes() == before and not list(out.glob(".new-*"))
-    assert la.sft(base, data=ROWS, out=out, resume=True, **STEPS | {"steps": 3}).metrics["step"].max() == 3
+    la.sft(base, data=ROWS, out=out, resume=True, **STEPS | {"steps": 3})
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
 def test_a_method_of_ones_own(base, tmp_path):
