@@ -81,6 +81,8 @@ class MixedExamples(Examples):
         names = source_names(config.files)
         if own.names:
             numbers = own.part_numbers()
+        elif len(names) == 1:
+            numbers = np.zeros(len(own), np.int32)
         else:
             numbers = np.array([names.index(example.dataset) for example in examples], np.int32)
         self._rows = [np.flatnonzero(numbers == k) for k in range(len(names))]
