@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowalign.config.cards import GIB
 from lowalign.log import log
 from lowalign.model.attention.device import compute_device
+from lowalign.model.attention.product import has_bf16
 
 ops = torch.ops.mkldnn
 PACKED_ROWS = 32  # of activations, for which oneDNN chooses the layout
@@ -38,8 +39,8 @@ def dequantized(model: nn.Module, choice: str) -> Iterator[None]:
 
 
 def dequantized_bytes(model: nn.Module) -> int:
-    """Memory of the model's 4-bit weights in the dtype that they are computed in."""
-    return sum(m.weight.quant_state.shape.numel() * m.compute_dtype.itemsize for m in _four_bit(model))
+    """Memory of the model's 4-bit weights in the dtype that they are multiplied in."""
+    return sum(m.weight.quant_state.shape.numel() * _kept_dtype(m).itemsize for m in _four_bit(model))
 
 
 def _four_bit(model: nn.Module) -> list[bnb.nn.Linear4bit]:
@@ -66,13 +67,19 @@ def _dequantizes(model: nn.Module, choice: str) -> bool:
 
 def _dequantized_forward(layer: bnb.nn.Linear4bit) -> Callable:
     """The product with the dequantized weight, which this function's result holds."""
-    dtype = layer.compute_dtype
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    dtype, kept = layer.compute_dtype, _kept_dtype(layer)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype).to(kept)
+    bias = None if layer.bias is None else layer.bias.to(dtype).to(kept)
     if _packs(weight):
         packed = ops._reorder_linear_weight(weight, PACKED_ROWS)
         return lambda x: ops._linear_pointwise(x.to(dtype), packed, bias, "none", [], "").to(x.dtype)
-    return lambda x: F.linear(x.to(dtype), weight, bias).to(x.dtype)
+    return lambda x: F.linear(x.to(dtype).to(kept), weight, bias).to(x.dtype)
+
+
+def _kept_dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:
+    """fp32 where the CPU would emulate products of bf16 (lowalign.model.attention.product)."""
+    slow = layer.compute_dtype == torch.bfloat16 and layer.weight.device.type == "cpu" and not has_bf16()
+    return torch.float32 if slow else layer.compute_dtype
 
 
 def _packs(weight: Tensor) -> bool:

@@ -17,6 +17,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowalign.model.attention.product import emulated, product
+
 
 class _Update(NamedTuple):
     """One LoRA of a layer. a (r, in), b (out, r). dropout: None without one."""
@@ -46,7 +48,7 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         weights = [weight for update in fused for weight in (update.a, update.b)]
         y = LoraStep.apply(x, layer.base_layer, [update.scale for update in fused], *weights)
     else:
-        y = layer.base_layer(x)
+        y = _base(layer.base_layer, x) if not torch.is_grad_enabled() else layer.base_layer(x)
     for a, b, scale, dropout in updates:
         if a.dtype != x.dtype or dropout is not None:
             rows = x.to(a.dtype)
@@ -81,7 +83,7 @@ class LoraStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, base: nn.Module, scales: list[float], *weights: Tensor) -> Tensor:
-        y = base(x)
+        y = _base(base, x)
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         products = []
         for i, scale in enumerate(scales):
@@ -113,12 +115,25 @@ class LoraStep(torch.autograd.Function):
         return (None if d_x is None else d_x.view(ctx.shape), None, None, *d_weights)
 
 
+def _base(base: nn.Module, x: Tensor) -> Tensor:
+    """The frozen layer's output, without a graph."""
+    own = isinstance(base, Conv1D) or "forward" in vars(base)  # the second: its weights are dequantized
+    if own or not emulated(rows := x.reshape(-1, x.shape[-1])):
+        return base(x)
+    y = product(rows, _weight(base, x.dtype).T).view(*x.shape[:-1], -1)
+    return y if base.bias is None else y.add_(base.bias.to(y.dtype))
+
+
 def _times_weight(grad: Tensor, base: nn.Module) -> Tensor:
     """(N, out) -> (N, in): the gradient of the layer's input."""
+    return product(grad, base.weight.T if isinstance(base, Conv1D) else _weight(base, grad.dtype))
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(out, in)."""
     if isinstance(base, Linear4bit):
-        state = base.weight.quant_state
-        return grad @ dequantize_4bit(base.weight.view(-1, 1), state).to(grad.dtype)
-    return grad @ (base.weight.T if isinstance(base, Conv1D) else base.weight)
+        return dequantize_4bit(base.weight.view(-1, 1), base.weight.quant_state).to(dtype)
+    return base.weight
 
 
 def _scaled(scale: float, left: Tensor, right: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lowalign.data.pack import Segment
 from lowalign.log import log
 from lowalign.model.attention.blockwise import LayerAttention, VarlenBounds, flash_has_shape, visible
 from lowalign.model.attention.device import device_type
+from lowalign.model.attention.product import emulated
 from lowalign.model.attention.self_test import TOLERANCE, attention_error
 from lowalign.model.attention.soft_prompt import NO_SOFT_PROMPT, KeysValues, SoftPrompt
 
@@ -97,18 +98,24 @@ class _OnCPU(torch.autograd.Function):
         kv, k = key.shape[1:3]
         if mask is None:
             mask = torch.ones(n, k, dtype=torch.bool, device=query.device).tril()
+        dtype = torch.float32 if emulated(query[0, 0]) else query.dtype
         bias = (
-            torch.zeros(n, k, dtype=query.dtype, device=query.device)
+            torch.zeros(n, k, dtype=dtype, device=query.device)
             .masked_fill_(~mask, float("-inf"))
             .repeat(heads // kv, 1)
         )
         # Heads that share keys are adjacent: their queries are the rows of one product.
-        rows = lambda x: x.reshape(b * kv, heads // kv * n, x.shape[-1])  # noqa: E731
-        q, g, (keys, values) = rows(query), rows(grad), (x.reshape(b * kv, k, x.shape[-1]) for x in (key, value))
+        rows = lambda x: x.reshape(b * kv, heads // kv * n, x.shape[-1]).to(dtype)  # noqa: E731
+        q, g, (keys, values) = (
+            rows(query),
+            rows(grad),
+            (x.reshape(b * kv, k, x.shape[-1]).to(dtype) for x in (key, value)),
+        )
         p = torch.baddbmm(bias, q, keys.mT, alpha=ctx.scale).softmax(-1)
         d_scores = torch._softmax_backward_data(g @ values.mT, p, -1, p.dtype).mul_(ctx.scale)
         d_key, d_value = (d_scores.mT @ q).view_as(key), (p.mT @ g).view_as(value)
-        return (d_scores @ keys).view_as(query), d_key, d_value, None, None
+        d_query = (d_scores @ keys).view_as(query)
+        return *(d.to(query.dtype) for d in (d_query, d_key, d_value)), None, None
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, layer: LayerAttention) -> Tensor:

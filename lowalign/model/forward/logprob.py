@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowalign.model.attention.product import emulated, product
+
 LOGIT_ROWS = 256  # hidden states whose logits exist at a time
 
 
@@ -46,6 +48,13 @@ class LMHead:
         """hidden (N, H) -> (N, V), fp32."""
         return self.cap(torch.promote_types(hidden.dtype, torch.float32), self.module(hidden))
 
+    def raw(self, hidden: Tensor) -> Tensor:
+        """W h + b of a plain linear layer. hidden (N, H) -> (N, V)."""
+        if not emulated(hidden):
+            return self.module(hidden)
+        z = product(hidden, self.module.weight.T)
+        return z if self.module.bias is None else z.add_(self.module.bias)
+
     def cap(self, dtype: torch.dtype, raw: Tensor) -> Tensor:
         """Scale and soft cap of the raw logits, in `dtype`."""
         z = raw.to(dtype) * self.scale if self.scale != 1.0 else raw.to(dtype)
@@ -68,7 +77,7 @@ class TokenLogprob(torch.autograd.Function):
         for start in range(0, len(hidden), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             y = labels[part, None]
-            z = lm_head.cap(dtype, lm_head.module(hidden[part]))
+            z = lm_head.cap(dtype, lm_head.raw(hidden[part]))
             c = None if lm_head.softcap is None or not keep else 1 - (z / lm_head.softcap) ** 2
             # Passes over the vocabulary cost time and memory here: one exponential only, and p overwrites z.
             z = z.div_(temperature) if temperature != 1.0 else z
@@ -87,9 +96,9 @@ class TokenLogprob(torch.autograd.Function):
                 continue
             own = weight[labels[part]] if c is None else weight[labels[part]] * c.gather(1, y).to(weight.dtype)
             mean = p if c is None else p * c
-            d_logp[part] = factor * (own - mean.to(weight.dtype) @ weight)
+            d_logp[part] = factor * (own - product(mean.to(weight.dtype), weight))
             if d_entropy is not None:
-                d_entropy[part] = -factor * ((mean * (logp + h[:, None])).to(weight.dtype) @ weight)
+                d_entropy[part] = -factor * product((mean * (logp + h[:, None])).to(weight.dtype), weight)
         ctx.save_for_backward(d_logp, d_entropy)
         return logps, entropies
 
