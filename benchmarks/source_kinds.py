@@ -17,7 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from lowalign.commands import api
+from lowalign.commands.api_rows import with_files
 from lowalign.data.sources import read
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def _standard_input(folder: Path, rows: list[Row]) -> str:
 
 
 def _from_python(folder: Path, rows: list[Row]) -> str:
-    return api._files(datasets.Dataset.from_list(_complete(rows)), folder / "data.jsonl")[0]
+    return with_files({"data": datasets.Dataset.from_list(_complete(rows))}, folder)["data"][0]
 
 
 def _hub(folder: Path, rows: list[Row]) -> str:

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def scalar(value: Any) -> str:
     return text.removesuffix("...\n").rstrip("\n")
 
 
+@cache
 def docs(config: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass and of those it is made from."""
     inherited = {name: doc for parent in config.__bases__ if is_dataclass(parent) for name, doc in docs(parent).items()}

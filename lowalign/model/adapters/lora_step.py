@@ -48,7 +48,7 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         weights = [weight for update in fused for weight in (update.a, update.b)]
         y = LoraStep.apply(x, layer.base_layer, [update.scale for update in fused], *weights)
     else:
-        y = _base(layer.base_layer, x) if not torch.is_grad_enabled() else layer.base_layer(x)
+        y = layer.base_layer(x)
     for a, b, scale, dropout in updates:
         if a.dtype != x.dtype or dropout is not None:
             rows = x.to(a.dtype)
@@ -117,7 +117,8 @@ class LoraStep(torch.autograd.Function):
 
 def _base(base: nn.Module, x: Tensor) -> Tensor:
     """The frozen layer's output, without a graph."""
-    own = isinstance(base, Conv1D) or "forward" in vars(base)  # the second: its weights are dequantized
+    # Others have a say in it: a BitDelta by hooks; while completions are sampled, its weights are dequantized.
+    own = isinstance(base, Conv1D) or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
     if own or not emulated(rows := x.reshape(-1, x.shape[-1])):
         return base(x)
     y = product(rows, _weight(base, x.dtype).T).view(*x.shape[:-1], -1)
