@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowalign.model.attention.product import emulated, product
+from lowalign.model.attention.product import product
 
 
 class _Update(NamedTuple):
@@ -83,7 +83,7 @@ class LoraStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, base: nn.Module, scales: list[float], *weights: Tensor) -> Tensor:
-        y = _base(base, x)
+        y = base(x)
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         products = []
         for i, scale in enumerate(scales):
@@ -115,26 +115,12 @@ class LoraStep(torch.autograd.Function):
         return (None if d_x is None else d_x.view(ctx.shape), None, None, *d_weights)
 
 
-def _base(base: nn.Module, x: Tensor) -> Tensor:
-    """The frozen layer's output, without a graph."""
-    # Others have a say in it: a BitDelta by hooks; while completions are sampled, its weights are dequantized.
-    own = isinstance(base, Conv1D) or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
-    if own or not emulated(rows := x.reshape(-1, x.shape[-1])):
-        return base(x)
-    y = product(rows, _weight(base, x.dtype).T).view(*x.shape[:-1], -1)
-    return y if base.bias is None else y.add_(base.bias.to(y.dtype))
-
-
 def _times_weight(grad: Tensor, base: nn.Module) -> Tensor:
     """(N, out) -> (N, in): the gradient of the layer's input."""
-    return product(grad, base.weight.T if isinstance(base, Conv1D) else _weight(base, grad.dtype))
-
-
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(out, in)."""
     if isinstance(base, Linear4bit):
-        return dequantize_4bit(base.weight.view(-1, 1), base.weight.quant_state).to(dtype)
-    return base.weight
+        state = base.weight.quant_state
+        return product(grad, dequantize_4bit(base.weight.view(-1, 1), state).to(grad.dtype))
+    return product(grad, base.weight.T if isinstance(base, Conv1D) else base.weight)
 
 
 def _scaled(scale: float, left: Tensor, right: Tensor) -> Tensor:
